@@ -1,0 +1,114 @@
+"""Model -> Analysis: every node's rule states its facts, what has no rule pins its axes, groups follow.
+
+Pure: the model is not touched. No weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from spa_compiler.analysis import schema
+from spa_compiler.analysis.facts import Facts, Pin
+from spa_compiler.analysis.groups import Group, partition
+from spa_compiler.analysis.rules import find
+from spa_compiler.graph import shapes
+from spa_compiler.graph.model import Model, scopes
+
+_NO_PARAMETERS = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.bool_), np.dtype(np.object_))
+"""Types of shapes, indices, masks and strings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """Groups of coupled channels, and what pins the rest.
+
+    `params` counts the model's parameters (elements of constants but int32, int64, bool and strings), `prunable` those
+    that lie in some unit. `facts` has the axes of every tensor and the Patches, for passes that cut.
+    """
+
+    groups: tuple[Group, ...]
+    pins: tuple[schema.Pin, ...]
+    params: int
+    prunable: int
+    facts: Facts
+
+    def document(self) -> schema.Document:
+        """All of it as plain data, units included."""
+        groups = [schema.Group(g.id, g.size, g.granularity, g.params, g.macs, g.units) for g in self.groups]
+        return schema.Document(groups, list(self.pins))
+
+    def to_json(self) -> str:
+        """The JSON text that `schema` documents."""
+        return msgspec.json.encode(self.document()).decode()
+
+
+def analyze(model: Model) -> Analysis:
+    """Finds the groups of a model.
+
+    Args:
+        model: shapes are inferred on a copy, so they need not be there.
+    """
+    twin = model.copy()
+    shapes.infer(twin)
+    graph = twin.graph
+    facts = Facts()
+    for tensor in graph.inputs:
+        facts.pin_tensor("graph input", tensor, "interface")
+    for node in graph.nodes:
+        _visit(node, facts)
+    for tensor in graph.outputs:
+        facts.pin_tensor("graph output", tensor, "interface")
+    _pin_unsized(facts)
+    parts = partition(facts, _constants(graph))
+    return Analysis(parts.groups, parts.pins, parts.params, parts.prunable, facts)
+
+
+def _visit(node: gs.Node, facts: Facts) -> None:
+    rule = find(node)
+    if rule is None:
+        name = f"{node.domain}::{node.op}" if node.domain else node.op
+        reason: str | None = f"no rule for {name} yet"
+    else:
+        reason = rule(node, facts)
+    tensors = [tensor for tensor in (*node.inputs, *node.outputs) if tensor.name]
+    if reason is not None:
+        for tensor in [*tensors, *_captured(node, facts)]:
+            facts.pin_tensor(node.op, tensor, reason)
+        return
+    for tensor in node.outputs:
+        if tensor.name and tensor.name not in facts.axes:
+            facts.pin_tensor(node.op, tensor, f"{node.op} says nothing of this output")
+
+
+def _captured(node: gs.Node, facts: Facts) -> list[Any]:
+    """Tensors of the outer graph that the branches of a control-flow node use."""
+    found: dict[str, Any] = {}
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            for scope in scopes(value):
+                for tensor in [*scope.outputs, *(t for inner in scope.nodes for t in inner.inputs)]:
+                    if tensor.name in facts.axes or isinstance(tensor, gs.Constant):
+                        found[tensor.name] = tensor
+    return list(found.values())
+
+
+def _pin_unsized(facts: Facts) -> None:
+    """What is merged with an axis of unknown size stays: its indices cannot be told."""
+    for name, axes in facts.axes.items():
+        for number, axis in enumerate(axes):
+            if facts.algebra.size(axis) is None:
+                facts.pins.append(Pin(name, number, "shape", "merged with an axis of unknown size", (axis,)))
+
+
+def _constants(graph: gs.Graph) -> dict[str, bool]:
+    """Constants and outputs of Constant nodes, and whether each counts as parameters."""
+    out: dict[str, bool] = {}
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Constant) or (tensor.inputs and tensor.inputs[0].op == "Constant"):
+            out[tensor.name] = tensor.dtype not in _NO_PARAMETERS
+    return out

@@ -1,0 +1,1 @@
+"""Engines side by side, in turns, on the same inputs."""

@@ -1,0 +1,192 @@
+"""Engines side by side: each in a process of its own, timed in turns.
+
+All contenders are loaded first. Then, in rounds, each one runs a short burst of calls while the others sleep, and the
+order rotates from round to round, so a machine that slows down for a second slows all of them down. A ratio is the
+median over the rounds of (burst median of the one / burst median of the other): bursts of a round lie next to each
+other, which medians over the whole race do not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from spa_compiler.bench.engines import Engine
+from spa_compiler.errors import EnvironmentFault, ModelError
+from spa_compiler.graph.session import Feeds
+from spa_compiler.targets.machine import timing_lock
+
+_log = logging.getLogger(__name__)
+
+_WORKER = Path(__file__).with_name("worker.py")
+#: turns that the calls are spread over
+_ROUNDS = 10
+#: seconds between two bursts: the threads of the one before stop spinning and leave the core
+_PAUSE = 0.01
+#: of a worker's stderr, what an error message quotes
+_TAIL_LINES = 3
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model file in an engine."""
+
+    model: str  # the name it has in the result
+    engine: Engine
+    path: Path
+    feeds: Feeds
+    library: Path | None = None
+    python: str = sys.executable
+    required: bool = True  # else it is left out, with a warning, when it does not run
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured: milliseconds, one list for each round."""
+
+    bursts: tuple[tuple[float, ...], ...]
+    version: str  # of the engine
+
+    def percentile(self, percent: float) -> float:
+        """Over all calls, in ms."""
+        return float(np.percentile(np.concatenate(self.bursts), percent))
+
+    def ratio(self, over: Times) -> float:
+        """How many times as fast as `over`, from the same race."""
+        pairs = zip(over.bursts, self.bursts, strict=True)
+        return float(np.median([np.median(theirs) / np.median(ours) for theirs, ours in pairs]))
+
+
+def race(
+    contenders: Sequence[Contender],
+    *,
+    threads: int,
+    runs: int,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[Times | None]:
+    """Times every contender, in the order given; None for one that is not required and does not run.
+
+    Args:
+        threads: of each engine.
+        runs: timed calls of each contender.
+        progress: told what is done, how much of it and of how much.
+
+    Raises:
+        EnvironmentFault: an interpreter cannot be started.
+        ModelError: a contender that is required does not run.
+    """
+    with ExitStack() as stack, timing_lock():
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spa-bench-")))
+        workers: list[_Worker | None] = []
+        for index, contender in enumerate(contenders):
+            progress("loading", index, len(contenders))
+            worker = stack.enter_context(_Worker(contender, folder / str(index), threads))
+            workers.append(worker if worker.start() else None)
+        running = [worker for worker in workers if worker]
+        bursts = _split(runs, min(_ROUNDS, runs))
+        for turn, calls in enumerate(bursts):
+            progress("timing", turn, len(bursts))
+            shift = turn % max(len(running), 1)
+            for worker in running[shift:] + running[:shift]:
+                worker.burst(calls)
+                time.sleep(_PAUSE)
+        return [Times(tuple(w.bursts), w.version) if w else None for w in workers]
+
+
+def _split(total: int, parts: int) -> list[int]:
+    """`total` calls in bursts that differ by one at most."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+@dataclass
+class _Worker:
+    """The process of a contender, ended with the block."""
+
+    contender: Contender
+    folder: Path
+    threads: int
+    version: str = ""
+    bursts: list[tuple[float, ...]] = field(default_factory=list)
+    process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> _Worker:
+        self.folder.mkdir()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+
+    @property
+    def name(self) -> str:
+        return f"{self.contender.model} in {self.contender.engine.name}"
+
+    def start(self) -> bool:
+        """Loads the model. False: it does not run, and need not."""
+        contender, engine = self.contender, self.contender.engine
+        feeds = self.folder / "feeds.npz"
+        np.savez(feeds, **cast("dict[str, Any]", contender.feeds))
+        job = {
+            "loader": engine.loader,
+            "model": str(contender.path.resolve()),
+            "library": str(contender.library.resolve()) if contender.library else "",
+            "feeds": str(feeds),
+            "threads": self.threads,
+            "disabled": engine.disabled,
+            "config": engine.config,
+        }
+        command = [contender.python, str(_WORKER), json.dumps(job)]
+        pipe = subprocess.PIPE
+        try:
+            with (self.folder / "log").open("w") as log:
+                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"the interpreter for {engine.name} cannot be started ({error.strerror})",
+                where=contender.python,
+                fix="Name another one with --python ENGINE=PATH",
+            ) from error
+        answer = self._answer()
+        if "error" not in answer:
+            self.version = answer["version"]
+            return True
+        if contender.required:
+            raise ModelError(f"does not run: {answer['error']}", where=self.name)
+        _log.warning("left out: %s does not run: %s", self.name, answer["error"])
+        return False
+
+    def burst(self, calls: int) -> None:
+        """Times `calls` calls."""
+        if self.process is None or self.process.stdin is None:
+            raise RuntimeError("a burst before start()")
+        try:
+            self.process.stdin.write(f"{calls}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer says more
+        answer = self._answer()
+        if isinstance(answer, dict):
+            raise ModelError(f"stopped while it was timed: {answer['error']}", where=self.name)
+        self.bursts.append(tuple(answer))
+
+    def _answer(self) -> Any:
+        """The next line the worker writes; its last words on stderr if it has died."""
+        if self.process is None or self.process.stdout is None:
+            raise RuntimeError("an answer before start()")
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        words = (self.folder / "log").read_text(errors="replace").strip().splitlines()[-_TAIL_LINES:]
+        return {"error": " ".join([f"its process ended with status {self.process.wait()}", *words])}

@@ -1,0 +1,80 @@
+"""One engine in one process of its own: a script that needs numpy and the engine, nothing of spa_compiler.
+
+So `spa-bench --python ENGINE=PATH` can run it in an interpreter with other versions. It is told what to do by a JSON
+object in its only argument (`Job`'s fields), answers one JSON line when it is ready, and then, for every line with a
+number N, one JSON line with the milliseconds of N calls. The end of its input is the end of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], object]
+
+#: calls before the first that counts: allocations, prepacking, page faults
+_WARM_UP = 3
+
+
+def onnxruntime(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
+    """ONNX Runtime with its default options but for what the job asks."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = job["threads"]
+    if job["library"]:
+        options.register_custom_ops_library(job["library"])
+    for key, value in job["config"].items():
+        options.add_session_config_entry(key, value)
+    session = ort.InferenceSession(
+        job["model"], options, providers=["CPUExecutionProvider"], disabled_optimizers=job["disabled"]
+    )
+    return lambda: session.run(None, feeds), ort.__version__
+
+
+def openvino(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
+    """OpenVINO in float32, at fixed shapes and set for latency."""
+    ov = importlib.import_module("openvino")  # untyped, and installed by few
+    core = ov.Core()
+    model = core.read_model(job["model"])
+    model.reshape({name: list(value.shape) for name, value in feeds.items()})
+    config = {"INFERENCE_NUM_THREADS": job["threads"], "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(model, "CPU", config).create_infer_request()
+    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True), ov.__version__.split("-")[0]
+
+
+def main() -> None:
+    """Whatever the engine writes to stdout goes to stderr; the answers have the real one to themselves."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    job = json.loads(sys.argv[1])
+    try:
+        with np.load(job["feeds"], allow_pickle=False) as archive:
+            feeds = {name: archive[name] for name in archive.files}
+        call, version = {"onnxruntime": onnxruntime, "openvino": openvino}[job["loader"]](job, feeds)
+        for _ in range(_WARM_UP):
+            call()
+    except Exception as error:  # noqa: BLE001, the other side decides what a failure of this engine means
+        answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        return
+    answers.write(json.dumps({"version": version}) + "\n")
+    for line in sys.stdin:
+        call()  # not counted: the caches are still the engine's before
+        times = []
+        for _ in range(int(line)):
+            begin = time.perf_counter_ns()
+            call()
+            times.append((time.perf_counter_ns() - begin) / 1e6)
+        answers.write(json.dumps(times) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""spa-bench: models and artifacts against other runtimes. Options in, one call, a table or JSON out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from spa_compiler.bench.compare import Result
+
+#: exit status of a run stopped with Ctrl-C
+_INTERRUPTED = 130
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("models", nargs=-1, required=True, metavar="A [B ...]", type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    default="onnxruntime",
+    show_default=True,
+    metavar="ENGINES",
+    help="Runtimes, separated by commas: onnxruntime, onnxruntime-best, onnxruntime-int8, openvino.",
+)
+@click.option("--python", "pythons", multiple=True, metavar="ENGINE=PATH", help="The interpreter an engine runs in.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of each engine.  [default: the physical cores]")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="INPUT=1,128",
+    help="The shape of an input; one that comes again starts the next set of shapes to measure.",
+)
+@click.option(
+    "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Timed calls of each contender."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else to stdout.")
+def main(
+    models: tuple[Path, ...],
+    against: str,
+    pythons: tuple[str, ...],
+    threads: int | None,
+    shapes: tuple[str, ...],
+    runs: int,
+    as_json: bool,
+) -> None:
+    """Time models side by side, in turns, on the same inputs.
+
+    A and B are .onnx files, or folders that spa-compile wrote. A folder runs as it is ("spa" in the table) and as its
+    portable.onnx; name the original file too, to compare with it. Ratios above 1 mean that the folder is faster.
+    """
+    # Here and not above: --help must not wait for onnx and numpy.
+    import logging
+
+    from spa_compiler.errors import SpaError
+
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        from spa_compiler.bench import compare, engines
+        from spa_compiler.targets import host
+
+        machine = host()
+        result = compare.compare(
+            compare.entries(models),
+            engines.parse(against),
+            machine=f"{machine.model or machine.name} ({machine.level}, {machine.cores_physical} cores)",
+            threads=threads or machine.cores_physical,
+            runs=runs,
+            shapes=shapes,
+            pythons=compare.parse_pythons(pythons),
+            progress=_progress,
+        )
+    except SpaError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(_INTERRUPTED)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    else:
+        _show(result)
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    """One line on a terminal, rewritten; nothing in a pipe."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{what} {done + 1}/{total}" if done + 1 < total else "\r\033[K", err=True, nl=False)
+
+
+def _show(result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
+    console.print(f"{result.machine}, {threads}, {result.runs} runs", highlight=False, markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("model", "runtime", "shape"):
+        table.add_column(name, overflow="fold")
+    for name in ("median ms", "p10", "p90"):
+        table.add_column(name, justify="right")
+    for row in result.rows:
+        times = (f"{value:.3f}" for value in (row.median_ms, row.p10_ms, row.p90_ms))
+        table.add_row(*map(Text, (row.model, row.runtime, row.shape, *times)))
+    console.print(table)
+    for ratio in result.ratios:
+        line = f"{ratio.model}: {ratio.ratio:.2f}x as fast as {ratio.over} at {ratio.shape}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

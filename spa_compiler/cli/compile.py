@@ -1,0 +1,188 @@
+"""`spa-compile`: an ONNX model in, a folder out that stock ONNX Runtime runs faster."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spa_compiler import __version__
+from spa_compiler.cli.errors import exit_codes, logging_to
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spa_compiler.report.report import Report
+
+_EPILOG = """\b
+Examples:
+  spa-compile model.onnx                                       zeros that are there become time, exactly
+  spa-compile model.onnx --sparsity 0.8 --pattern block:4x1    prune first (lossy: measure your accuracy)
+  spa-compile model.onnx --shape ids=1,128 --threads 1         time at this shape, with one thread
+  spa-compile model.onnx --recipe recipe.yaml -o out           passes from a file
+  spa-compile out                                              place an artifact anew on this machine
+  spa-compile model.onnx --dry-run --explain                   what would be done, and why
+
+\b
+Exit codes: 0 done, 1 internal, 2 usage, 3 unusable model, 4 verification failed, 5 budget not met,
+6 environment (linker, disk, platform, ONNX Runtime), 130 interrupted.
+Shell completion: eval "$(_SPA_COMPILE_COMPLETE=bash_source spa-compile)"
+"""
+
+
+def _size(text: str) -> int:
+    """Bytes, of `500MB`, `1.5GB`, `300MiB` or a plain number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMG]?)(I?)B?)\s*", text.upper())
+    if found is None:
+        raise click.BadParameter(f"{text!r} is no size: write 500MB, 1.5GB or 300MiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2] or " "))
+
+
+@click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.argument("model", required=False, type=click.Path())
+@click.option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write  [default: MODEL-spa]")
+@click.option("--force", is_flag=True, help="Replace a non-empty folder that spa-compile did not write")
+@click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v4, cpu:x86-64-v3, cuda, cuda:sm_90")
+@click.option("--sparsity", type=float, metavar="S", help="Share of zeros to prune to; short for the pass sparsify")
+@click.option("--pattern", metavar="P", help="Which zeros: unstructured, block:4x1, ...; goes with --sparsity")
+@click.option("--passes", metavar="TEXT", help="Passes in order, e.g. 'sparsify{sparsity=0.8,pattern=block:4x1}'")
+@click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(), help="Passes from a YAML file")
+@click.option("--samples", metavar="DATA", help="Inputs to time and verify with: .npz, folder, or file.py:function")
+@click.option("--shape", "shapes", multiple=True, metavar="INPUT=1,128", help="Shape to time at; repeatable")
+@click.option("--threads", type=click.IntRange(1), help="Threads to time with  [default: physical cores]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--max-size", type=_size, metavar="SIZE", help="Fail (exit 5) when the result is larger, e.g. 50MB")
+@click.option("--records", metavar="FILE", type=click.Path(), help="Replay the measurements of this file, add new ones")
+@click.option("--dry-run", is_flag=True, help="Analysis and plan only; nothing is timed or written")
+@click.option("--explain", is_flag=True, help="Show for every site what was timed and why its form was chosen")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, nothing else there")
+@click.option("--list-passes", is_flag=True, help="Show every pass with its options and exit")
+@click.option("--check-hardware", is_flag=True, help="Show what this machine can compile for and exit")
+@click.option("-v", "--verbose", is_flag=True, help="More log on stderr")
+@click.option("-q", "--quiet", is_flag=True, help="Errors alone on stderr")
+@click.option("--log-file", metavar="FILE", type=click.Path(), help="The whole log, into a file")
+@click.version_option(__version__, prog_name="spa-compile")
+@exit_codes
+def main(
+    model: str | None,
+    output: str | None,
+    force: bool,
+    target: str,
+    sparsity: float | None,
+    pattern: str | None,
+    passes: str | None,
+    recipe_file: str | None,
+    samples: str | None,
+    shapes: tuple[str, ...],
+    threads: int | None,
+    seed: int,
+    max_size: int | None,
+    records: str | None,
+    dry_run: bool,
+    explain: bool,
+    as_json: bool,
+    list_passes: bool,
+    check_hardware: bool,
+    verbose: bool,
+    quiet: bool,
+    log_file: str | None,
+) -> None:
+    """Compile MODEL (an ONNX file, or a folder that spa-compile wrote) for stock ONNX Runtime.
+
+    Without a recipe the result computes exactly what the model does; zeros that it already has become time. With one,
+    it is pruned first, without training.
+    """
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet contradict each other")
+    logging_to(verbose, quiet, log_file)
+    if list_passes:
+        from spa_compiler.passes.catalogue import catalogue
+
+        for entry in catalogue():
+            click.echo(f"{entry.name}\n\n{entry.rewrite}\n\n{entry.text}\n")
+            for option in entry.options:
+                click.echo(f"  {option.name}  ({option.type}, default {option.default})  {option.text}")
+            click.echo()
+        return
+    if check_hardware:
+        from spa_compiler.cli.hardware import show
+
+        show(as_json)
+        return
+    if model is None:
+        raise click.UsageError("MODEL is missing. Name an ONNX file, for instance: spa-compile model.onnx")
+
+    from rich.console import Console
+
+    from spa_compiler import compiler
+    from spa_compiler.passes.recipe import from_command_line
+    from spa_compiler.report import console as draw
+
+    stderr = Console(stderr=True, quiet=quiet)
+    stdout = Console()
+    recipe = from_command_line(
+        sparsity=sparsity, pattern=pattern, passes=passes, recipe=Path(recipe_file) if recipe_file else None
+    )
+
+    def started(report: Report) -> None:
+        if not as_json:
+            draw.header(report, stdout)
+
+    with _progress(stderr, quiet) as progress:
+        result = compiler.compile(
+            model,
+            output,
+            target=target,
+            recipe=recipe,
+            shapes=shapes,
+            samples=samples,
+            threads=threads,
+            seed=seed,
+            records=records,
+            max_size=max_size,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+            started=started,
+        )
+    if as_json:
+        sys.stdout.write(result.report.to_json().decode())
+        return
+    draw.changes(result.report, stdout)
+    if explain or dry_run:
+        draw.sites(result.report, stdout)
+    draw.race(result.report, stdout)
+    draw.summary(result.report, result.folder, stdout)
+
+
+@contextmanager
+def _progress(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with time left for each thing that reports progress; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    main()

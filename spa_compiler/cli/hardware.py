@@ -1,0 +1,46 @@
+"""`spa-compile --check-hardware`: what this machine can compile for, and what it lacks."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+from spa_compiler.errors import SpaError
+from spa_compiler.graph.session import onnxruntime_version, runtime
+from spa_compiler.runtime.link import link
+from spa_compiler.targets import host
+
+KERNEL_LEVEL = "x86-64-v4"
+
+
+def show(as_json: bool) -> None:
+    """Prints the findings; raises the first SpaError that would stop a compilation."""
+    cpu = host()
+    facts: dict[str, object] = {
+        "cpu": cpu.model or cpu.name,
+        "isa": cpu.level,
+        "physical cores": cpu.cores_physical,
+        "sparse kernels": "yes"
+        if cpu.runs(KERNEL_LEVEL)
+        else f"no: they need {KERNEL_LEVEL} (AVX-512), every site would stay dense",
+    }
+    failure: SpaError | None = None
+    try:
+        facts["onnxruntime"] = f"{onnxruntime_version()} ({', '.join(runtime().get_available_providers())})"
+        with tempfile.TemporaryDirectory() as folder:
+            link([], cpu.level, Path(folder) / "kernels.so")
+        facts["linker"] = "works"
+    except SpaError as error:
+        failure = error
+        facts["missing"] = str(error)
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            click.echo(f"{name:{width}}  {value}")
+    if failure is not None:
+        raise failure

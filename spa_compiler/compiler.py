@@ -1,0 +1,387 @@
+"""The flow, top to bottom: load, canonicalize, analyze, passes, place, generate and link, verify, report, write."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import onnx
+
+import spa_compiler
+from spa_compiler import analysis, targets
+from spa_compiler.artifact import manifest, verify, write
+from spa_compiler.calibration import data, examples
+from spa_compiler.calibration.shapes import default_shapes, parse_shapes
+from spa_compiler.errors import BudgetError, ModelError, SpaError, UsageError, VerificationError
+from spa_compiler.graph import shapes as graph_shapes
+from spa_compiler.graph.canonicalize import canonicalize
+from spa_compiler.graph.load import load as load_model
+from spa_compiler.graph.model import Model
+from spa_compiler.graph.save import save
+from spa_compiler.graph.session import Feeds, open_model, open_session, run
+from spa_compiler.passes.pass_ import Context
+from spa_compiler.passes.recipe import Recipe
+from spa_compiler.placement.place import Placed, place
+from spa_compiler.placement.records import Records
+from spa_compiler.report import assemble, console
+from spa_compiler.report.report import Report
+from spa_compiler.runtime.link import link
+from spa_compiler.targets.machine import cache_dir, timing_lock
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+Watcher = Callable[[Report], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compile` hands back. `folder` is None for a dry run; `ratios` are over the source in ONNX Runtime."""
+
+    folder: Path | None
+    report: Report
+
+    @property
+    def ratio(self) -> float | None:
+        """Speed over the source file in ONNX Runtime, geometric mean over the shapes; None if nothing was measured."""
+        ratios = [r.ratio for r in self.report.ratios]
+        return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+def compile(
+    model: str | Path | onnx.ModelProto,
+    output: str | Path | None = None,
+    *,
+    target: str = "cpu",
+    recipe: Recipe | None = None,
+    shapes: Sequence[str] = (),
+    samples: str | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    records: str | Path | None = None,
+    max_size: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda label, done, total: None,
+    started: Watcher = lambda report: None,
+) -> Result:
+    """Compiles a model into a folder that stock ONNX Runtime loads.
+
+    Args:
+        model: an ONNX file, a ModelProto, or an artifact folder (which is placed anew on this machine).
+        output: the folder to write; default `<model>-spa` in the current folder, or the artifact itself.
+        target: `cpu`, `cpu:x86-64-v4`, `cuda`, ...
+        recipe: passes to run; None: exact rewrites only, and zeros that are already there become time.
+        shapes: as `--shape`, e.g. `["input_ids=1,128", "attention_mask=1,128"]`.
+        samples: DATA to time and verify with, see docs/recipes.md.
+        threads: intra-op threads to measure with; default: physical cores.
+        records: SQLite file of earlier measurements, whole-model races included, to replay and to extend.
+        max_size: the most bytes that model.onnx and kernels.so may take.
+        force: replace a folder that this tool did not write.
+        dry_run: stop before anything is timed, linked or written.
+        progress: called with (what, done, total).
+        started: called with the report when its header is known.
+
+    Raises:
+        UsageError, ModelError, VerificationError, BudgetError, EnvironmentFault: see `errors`.
+    """
+    goal, recipe = targets.parse(target), recipe or Recipe()
+    threads = threads or targets.host().cores_physical
+    origin = _Origin.of(model, recipe, output)
+    report = assemble.new(
+        spa_compiler.__version__,
+        source=origin.name,
+        target=str(goal),
+        threads=threads,
+        seed=seed,
+        recipe=msgspec.to_builtins(recipe),
+        options={"shapes": list(shapes), "samples": samples, "max_size": max_size},
+        isa=goal.arch,
+    )
+    stages = _Stages(report)
+    rng = np.random.default_rng(seed)
+    passes = recipe.build()  # options are checked before any work
+
+    with stages("load"):
+        loaded = load_model(origin.model)
+        report.notes += loaded.source.notes
+        bindings = parse_shapes(shapes, loaded) if shapes else [default_shapes(loaded)]
+        feeds = _feeds(loaded, bindings, samples if samples else None, rng)
+        report.shapes = [assemble.shape_of(f) for f in feeds]
+    started(report)
+
+    with stages("canonicalize"):
+        canonical = canonicalize(loaded, feeds)
+        report.notes += canonical.notes
+        current = canonical.model
+        graph_shapes.infer(current)
+    with stages("analyze"):
+        groups = analysis.analyze(current)
+        _require_weights(current)
+    with stages("passes"):
+        context = Context(goal, rng, groups, None, progress)
+        for each in passes:
+            change = each.run(current, context)
+            report.passes.append(assemble.pass_change(change))
+            graph_shapes.infer(current)
+    if dry_run:
+        assemble.plan(report, current)
+        return Result(None, report)
+
+    odd = _odd_feeds(current, feeds[0], rng)
+    with (
+        _report_of_failure(report, origin.output),
+        write.staging(origin.output, force, inputs=origin.files) as folder,
+        _scratch(folder) as workspace,
+    ):
+        with stages("place"), timing_lock():
+            source = origin.path or save(loaded, workspace / "source.onnx")[0]
+            book = Records(Path(records) if records else cache_dir() / "records.sqlite", assemble.machine_key(report))
+            placed = place(
+                current,
+                source,
+                feeds,
+                goal,
+                threads,
+                book,
+                workspace,
+                progress,
+                rng,
+                odd=odd,
+                replay=records is not None,
+                original=None if passes else loaded,
+            )
+            book.close()
+        assemble.placed(report, placed)
+        with stages("generate, link"):
+            _collect(placed, workspace, folder)
+            if not (folder / "kernels.so").exists():  # it is always there, and loads, even when no site gained
+                link([], goal.mcpu, folder / "kernels.so")
+            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        with stages("verify"):
+            _verify(report, folder, source, [*feeds, *odd], exact=not passes, runs=goal.kind == "cpu")
+        assemble.sizes(report, origin.bytes or loaded.source.bytes, folder)
+        if max_size is not None and (report.sizes.model + report.sizes.kernels) > max_size:  # type: ignore[union-attr]
+            raise BudgetError(
+                f"the artifact takes {console.bytes_text(report.sizes.model + report.sizes.kernels)}, "  # type: ignore[union-attr]
+                f"more than the {console.bytes_text(max_size)} of --max-size",
+                fix="Ask for more zeros, or for a larger size; nothing was written",
+            )
+        assemble.hints(report, placed, bool(passes))
+        report.write(folder)
+        manifest.seal(
+            folder,
+            version=spa_compiler.__version__,
+            target=str(goal),
+            isa=goal.arch if placed.plan.regions else "x86-64",
+            source=manifest.Source(origin.name, origin.digest),
+        )
+    return Result(origin.output, report)
+
+
+def analyze(model: str | Path | onnx.ModelProto) -> analysis.Analysis:
+    """Groups of coupled channels, and what pins the rest. Pure: nothing is written."""
+    loaded = load_model(model)
+    graph_shapes.infer(loaded)
+    return analysis.analyze(loaded)
+
+
+def load(folder: str | Path, *, threads: int = 0, check: bool = True) -> ort.InferenceSession:
+    """An artifact as an ONNX Runtime session.
+
+    Args:
+        threads: intra-op threads; 0 leaves the number to ONNX Runtime.
+        check: compare every file with its SHA-256 in the manifest first.
+
+    Raises:
+        ModelError: the folder is no artifact, or damaged.
+    """
+    folder = Path(folder).resolve()
+    if check:
+        manifest.check(folder)
+    else:
+        manifest.read(folder)
+    return open_session(folder / "model.onnx", threads=threads, library=folder / "kernels.so")
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where the model comes from, and where the result goes."""
+
+    model: Path | onnx.ModelProto
+    path: Path | None
+    name: str
+    output: Path
+    digest: str
+    files: tuple[Path, ...]
+    bytes: int | None  # None: what loading counts
+
+    @staticmethod
+    def of(model: str | Path | onnx.ModelProto, recipe: Recipe, output: str | Path | None) -> _Origin:
+        if isinstance(model, onnx.ModelProto):
+            import hashlib
+
+            name = model.graph.name or "model"
+            digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+            return _Origin(model, None, name, Path(output or f"{name}-spa").resolve(), digest, (), None)
+        path = Path(model)
+        if path.is_dir():
+            manifest.check(path)
+            if recipe.passes:
+                raise UsageError(
+                    "an artifact is placed anew as it is, no passes can run on it",
+                    where=str(path),
+                    fix="Give the original model to compile it with another recipe",
+                )
+            file = path.resolve() / "portable.onnx"
+            return _Origin(file, file, file.name, Path(output or path).resolve(), manifest.digest(file), (), None)
+        target = Path(output) if output else Path.cwd() / f"{path.stem}-spa"
+        digest = manifest.digest(path) if path.is_file() else ""
+        return _Origin(path, path.resolve(), path.name, target.resolve(), digest, (path,), None)
+
+
+class _Stages:
+    """Times the stages, for the report; names the stage in which an error arose."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        _log.info("%s", name)
+        yield
+        self._report.stages.append(assemble.stage(name, time.perf_counter() - begin))
+
+
+@contextmanager
+def _report_of_failure(report: Report, output: Path) -> Iterator[None]:
+    """After a failed verification nothing is written but the report, beside the folder: an older result stays whole."""
+    try:
+        yield
+    except VerificationError as error:
+        path = output.with_name(f"{output.name}.failed-report.json")
+        path.parent.mkdir(parents=True, exist_ok=True)  # `staging` has removed what it made
+        path.write_bytes(report.to_json())
+        raise VerificationError(error.what, where=error.where, fix=f"{error.fix or ''} ({path})".strip()) from error
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for plans, beside the one being filled: on the same disk, and removed with it when a run is killed."""
+    with tempfile.TemporaryDirectory(prefix="plans-", dir=folder.parent) as path:
+        yield Path(path)
+
+
+def _feeds(
+    model: Model, bindings: Sequence[dict[str, tuple[int, ...]]], samples: str | None, rng: np.random.Generator
+) -> list[Feeds]:
+    """One feed for each shape: the user's samples where one has that shape, else drawn within the graph's bounds."""
+    feeds = [examples.example_feeds(model, shapes, rng) for shapes in bindings]
+    if samples is None:
+        return feeds
+    wanted = [{n: a.shape for n, a in f.items()} for f in feeds]
+    for sample in data.read(samples, model)():
+        shape = {n: a.shape for n, a in sample.items()}
+        for i, want in enumerate(wanted):
+            stacked = _stack(sample, want)
+            if stacked is not None and (shape == want or stacked is not sample):
+                feeds[i] = stacked
+    return feeds
+
+
+def _stack(sample: Feeds, want: dict[str, tuple[int, ...]]) -> Feeds | None:
+    """A sample repeated along the first axis to the shape wanted, if all else agrees."""
+    if all(sample[n].shape == s for n, s in want.items() if n in sample) and set(sample) == set(want):
+        return sample
+    if set(sample) != set(want) or any(not sample[n].shape or sample[n].shape[1:] != s[1:] for n, s in want.items()):
+        return None
+    return {n: np.resize(sample[n], s) for n, s in want.items()}
+
+
+def _odd_feeds(model: Model, feed: Feeds, rng: np.random.Generator) -> list[Feeds]:
+    """A shape that was not asked for: every symbolic dimension another odd number, if the model runs so."""
+    sizes: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for value in model.signature.inputs:
+        own = []
+        for axis, dim in enumerate(value.shape):
+            now = feed[value.name].shape[axis]
+            if isinstance(dim, int):
+                own.append(dim)
+            else:
+                own.append(sizes.setdefault(dim or f"{value.name}.{axis}", 3 if now == 1 else max(1, now // 4) | 1))
+        shapes[value.name] = tuple(own)
+    if all(feed[n].shape == s for n, s in shapes.items()):
+        return []
+    odd = examples.example_feeds(model, shapes, rng)
+    try:
+        run(open_model(model, optimize="basic"), odd)
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root
+        _log.info("not verified at %s, the model does not run there: %s", shapes, str(error).splitlines()[0])
+        return []
+    return [odd]
+
+
+def _require_weights(model: Model) -> None:
+    from spa_compiler.graph.model import constants
+
+    if not any(np.prod(c.shape) > 1 for c in constants(model.graph)):
+        raise ModelError(
+            "the model has no constant weights",
+            where=model.source.name,
+            fix="Export it with its parameters stored in the file (as initializers), not as inputs",
+        )
+
+
+def _collect(placed: Placed, workspace: Path, folder: Path) -> None:
+    """The winner becomes model.onnx and kernels.so, the dense plan portable.onnx."""
+    portable, winner = workspace / "portable", placed.plan.folder
+    for file in winner.iterdir():
+        (shutil.copyfile if winner == portable else shutil.move)(file, folder / file.name)
+    _rename(portable, folder)
+
+
+def _rename(portable: Path, folder: Path) -> None:
+    """Moves the portable model beside model.onnx. Its external data, if any, has the new name inside as well."""
+    if not (portable / "model.onnx.data").exists():
+        shutil.move(portable / "model.onnx", folder / "portable.onnx")
+        return
+    proto = onnx.load(str(portable / "model.onnx"), load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "portable.onnx.data"
+    onnx.save(proto, str(folder / "portable.onnx"))
+    shutil.move(portable / "model.onnx.data", folder / "portable.onnx.data")
+
+
+def _verify(report: Report, folder: Path, source: Path, feeds: Sequence[Feeds], *, exact: bool, runs: bool) -> None:
+    """The artifact against portable.onnx; that against the source when nothing lossy was asked for."""
+    try:
+        if runs:
+            report.checks += verify.compare(
+                folder / "portable.onnx", folder / "model.onnx", folder / "kernels.so", feeds
+            )
+        if exact:
+            verify.compare(source, folder / "portable.onnx", None, feeds, threads=(1,))
+    except VerificationError as error:
+        report.checks += getattr(error, "checks", [])
+        report.failure = str(error)
+        raise
+
+
+__all__ = ["Result", "SpaError", "analyze", "compile", "load"]

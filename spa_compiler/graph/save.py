@@ -1,0 +1,258 @@
+"""A `Model` back to ONNX: in memory below 2 GB, on disk with external data at any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from spa_compiler.errors import ModelError, UsageError
+from spa_compiler.graph import metadata, weights
+from spa_compiler.graph.model import Model, constants
+
+OLDEST_IR, NEWEST_IR = 4, 10
+"""IR versions we write: initializers need not be inputs from 4 on; ONNX Runtime 1.18 reads nothing above 10."""
+
+EXTERNAL_ABOVE = 1 << 30
+"""Weights of more than this many bytes go into `<name>.data` beside the model."""
+
+_PROTOBUF_LIMIT = (1 << 31) - (1 << 20)
+_PAGE = 4096  # ONNX Runtime maps external tensors into memory by pages
+_MARK = "spa-stub"  # location of a tensor whose data was left out of an exported graph
+
+
+def weight_bytes(model: Model) -> int:
+    """Size of all constants of the graph, in bytes, each once."""
+    return sum(weights.nbytes(constant) for constant in constants(model.graph))
+
+
+def to_proto(model: Model, *, extra_outputs: Sequence[str] = ()) -> onnx.ModelProto:
+    """The model as one valid ModelProto: metadata put back, IR version 4 to 10, the source's signature byte for byte.
+
+    Args:
+        extra_outputs: names of tensors of the outermost graph to add as outputs, for looking inside.
+
+    Raises:
+        ModelError: it is above protobuf's 2 GB (`save` writes any size), or the graph is not valid ONNX.
+    """
+    size = weight_bytes(model)
+    if size > _PROTOBUF_LIMIT:
+        raise ModelError(
+            f"the model has {size / 2**30:.1f} GiB of weights, more than one protobuf message holds",
+            where=model.source.name,
+            fix="Save it to a file instead: weights then go into a data file beside it",
+        )
+    proto, left_out = _export(model, extra_outputs)
+    for tensor in _stubs(proto.graph):
+        constant = left_out[_index(tensor)]
+        filled = weights.proto_of(constant)
+        if filled.raw_data:
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+            tensor.raw_data = filled.raw_data
+        else:
+            doc, props = tensor.doc_string, list(tensor.metadata_props)
+            tensor.CopyFrom(filled)
+            tensor.doc_string = doc
+            del tensor.metadata_props[:]
+            tensor.metadata_props.extend(props)
+    return proto
+
+
+def save(model: Model, path: Path, *, threshold: int = EXTERNAL_ABOVE, extra_outputs: Sequence[str] = ()) -> list[Path]:
+    """Writes the model, and its weights into `<file name>.data` beside it when they exceed `threshold` bytes.
+
+    Returns:
+        The files written, the model first.
+
+    Raises:
+        UsageError: the data file would overwrite weights that the model still reads from there.
+        ModelError: the graph is not valid ONNX.
+        OSError: the disk is full or the folder not writable.
+    """
+    if weight_bytes(model) <= min(threshold, _PROTOBUF_LIMIT):
+        path.write_bytes(to_proto(model, extra_outputs=extra_outputs).SerializeToString(deterministic=True))
+        return [path]
+    proto, left_out = _export(model, extra_outputs)
+    data = path.with_name(path.name + ".data")
+    _refuse_own_weights(left_out, data)
+    with data.open("wb") as file:
+        for tensor in _stubs(proto.graph):
+            place = _append(file, left_out[_index(tensor)])
+            del tensor.external_data[:]
+            for key, value in (("location", data.name), ("offset", str(place[0])), ("length", str(place[1]))):
+                tensor.external_data.add(key=key, value=value)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    return [path, data]
+
+
+def skeleton(model: Model) -> onnx.ModelProto:
+    """The model without its large constants, which become inputs after its own: small, and valid by itself.
+
+    Right for checkers, shape inference and structural rewriting of models of any size.
+    """
+    proto, _ = _export(model, (), check=False)
+    _strip(proto)
+    return proto
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Turns the data-less initializers of an exported graph into inputs of the outermost graph, in place."""
+    declared = {value.name for value in proto.graph.input}
+    for graph in _graphs(proto.graph):
+        kept = [tensor for tensor in graph.initializer if not _is_stub(tensor)]
+        if len(kept) == len(graph.initializer):
+            continue
+        for tensor in graph.initializer:
+            if _is_stub(tensor) and tensor.name not in declared:
+                declared.add(tensor.name)
+                proto.graph.input.append(
+                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                )
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+
+def _export(
+    model: Model, extra_outputs: Sequence[str], *, check: bool = True
+) -> tuple[onnx.ModelProto, list[gs.Constant]]:
+    """The exported graph with marked, data-less stubs for the large constants, and those constants by mark."""
+    left_out: list[gs.Constant] = []
+    with _stubbed(model.graph, left_out):
+        try:
+            proto = gs.export_onnx(model.graph)
+        except Exception as error:  # graphsurgeon raises several kinds for one cause
+            raise ModelError(f"the graph cannot be exported: {error}", where=model.source.name) from error
+    copied = onnx.ModelProto()  # small constants' protos are the source's own, and names are set below
+    copied.CopyFrom(proto)
+    proto = copied
+    proto.ir_version = min(max(model.source.ir_version, OLDEST_IR), NEWEST_IR)
+    _own_branches(proto, model)
+    metadata.put_back(model.metadata, proto)
+    _add_outputs(proto, extra_outputs)
+    if check:
+        _check(proto, model)
+    return proto, left_out
+
+
+@contextmanager
+def _stubbed(graph: gs.Graph, left_out: list[gs.Constant]) -> Iterator[None]:
+    """While it lasts, large constants are stubs and small ones self-contained protos; arrays are put back after."""
+    held: list[tuple[gs.Constant, Any]] = []
+    try:
+        for constant in constants(graph):
+            values = constant._values
+            if isinstance(values, LazyValues) and isinstance(values.tensor, onnx.SparseTensorProto):
+                continue
+            held.append((constant, values))
+            if weights.nbytes(constant) > weights.LARGE_BYTES or _is_external(values):
+                tensor = weights.stub_of(constant)
+                tensor.data_location = TensorProto.EXTERNAL
+                tensor.external_data.add(key="location", value=f"{_MARK}:{len(left_out)}")
+                left_out.append(constant)
+            else:
+                tensor = weights.proto_of(constant)
+            constant._values = LazyValues(tensor)
+        yield
+    finally:
+        for constant, values in held:
+            constant._values = values
+
+
+def _is_external(values: Any) -> bool:
+    return isinstance(values, LazyValues) and values.tensor.data_location == TensorProto.EXTERNAL
+
+
+def _is_stub(tensor: TensorProto) -> bool:
+    return any(entry.value.startswith(_MARK) for entry in tensor.external_data)
+
+
+def _index(tensor: TensorProto) -> int:
+    return int(tensor.external_data[0].value.removeprefix(_MARK + ":"))
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+
+
+def _stubs(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    for inner in _graphs(graph):
+        yield from (tensor for tensor in inner.initializer if _is_stub(tensor))
+
+
+def _own_branches(proto: onnx.ModelProto, model: Model) -> None:
+    """Branches keep only what is theirs: graphsurgeon copies outer initializers and value_info into each branch."""
+    top = proto.graph
+    present = {tensor.name for tensor in top.initializer}
+    outer = present | model.source.outer_constants
+    for branch in list(_graphs(top))[1:]:
+        kept = []
+        for tensor in branch.initializer:
+            if tensor.name not in outer:
+                kept.append(tensor)
+            elif tensor.name not in present:
+                present.add(tensor.name)
+                top.initializer.append(tensor)
+        del branch.initializer[:]
+        branch.initializer.extend(kept)
+        made = {name for node in branch.node for name in node.output}
+        infos = [value for value in branch.value_info if value.name in made]
+        del branch.value_info[:]
+        branch.value_info.extend(infos)
+
+
+def _add_outputs(proto: onnx.ModelProto, names: Sequence[str]) -> None:
+    declared = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in declared)
+
+
+def _check(proto: onnx.ModelProto, model: Model) -> None:
+    """onnx's checker on the graph, data-less constants standing as inputs, so that it works at any size."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    _strip(bare)
+    for value in [*bare.graph.input, *bare.graph.output]:
+        if not value.HasField("type"):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT  # extra outputs have no type; any one satisfies
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()  # the checker wants a rank, ONNX Runtime and we do not
+    try:
+        onnx.checker.check_model(bare)
+    except onnx.checker.ValidationError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"the graph is not valid ONNX: {first}", where=model.source.name) from error
+
+
+def _append(file: IO[bytes], constant: gs.Constant) -> tuple[int, int]:
+    """Writes one constant at the next page border; returns offset and length."""
+    array = np.asarray(weights.array_of(constant))
+    raw = array.data if array.dtype.isbuiltin == 1 and array.flags.c_contiguous and array.dtype.kind in "fiub" else None
+    payload = raw.cast("B") if raw is not None and array.size else numpy_helper.from_array(array).raw_data
+    file.seek(-(-file.tell() // _PAGE) * _PAGE)
+    offset = file.tell()
+    file.write(payload)
+    return offset, file.tell() - offset
+
+
+def _refuse_own_weights(left_out: Sequence[gs.Constant], data: Path) -> None:
+    for constant in left_out:
+        values = constant._values
+        if isinstance(values, weights.Weight) and values.is_external and values.folder is not None:
+            location = next((e.value for e in values.tensor.external_data if e.key == "location"), "")
+            if data.exists() and (values.folder / location).exists() and data.samefile(values.folder / location):
+                raise UsageError(
+                    "saving here would overwrite weights that the model still reads",
+                    where=str(data),
+                    fix="Save elsewhere",
+                )

@@ -1,0 +1,82 @@
+"""Activations that a linear kernel applies in its epilogue.
+
+    none        x
+    relu        max(x, 0)
+    clip        min(max(x, low), high)
+    gelu_erf    x/2 (1 + erf(x / sqrt 2))
+    gelu_tanh   x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+    silu        x sigmoid(x)
+
+Absolute errors against float64 stay below 1e-6 of max(1, |x|); `tests/kernels/test_activation.py` measures them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import scipy.special
+from numpy.typing import NDArray
+from tvm.script import tirx as T
+
+from spa_compiler.kernels.vector import LOG2_E, const, exp2, horner, reciprocal, spread
+
+NAMES = ("none", "relu", "clip", "gelu_erf", "gelu_tanh", "silu")
+
+# erf(x) ~ x P(x^2) / Q(x^2) on [-4, 4]: Eigen's rational approximation, also in tvm.topi.fast_erf (Apache-2.0).
+_ERF_P = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
+_ERF_Q = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
+
+
+def reference(x: NDArray[np.float64], name: str, low: float = 0.0, high: float = 0.0) -> NDArray[np.float64]:
+    """What `emit` computes, in float64."""
+    if name == "relu":
+        return np.maximum(x, 0.0)
+    if name == "clip":
+        return np.minimum(np.maximum(x, low), high)
+    if name == "gelu_erf":
+        return np.asarray(0.5 * x * (1.0 + scipy.special.erf(x / math.sqrt(2.0))))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "silu":
+        return np.asarray(x * scipy.special.expit(x))
+    return x
+
+
+def emit(x, name, low, high, width):
+    """The activation of `width` lanes as an expression; `low` and `high` are scalar expressions (clip alone)."""
+    if name == "none":
+        return x
+    x = T.bind(x)
+    # max(a, b) is `a > b ? a : b`: x comes second, so that NaN stays NaN, as in ONNX Runtime
+    if name == "relu":
+        return T.max(const(0.0, width), x)
+    if name == "clip":
+        return T.min(spread(high, width), T.max(spread(low, width), x))
+    # Below these bounds the results are 0, but a large x times the last bit of the other factor would not be.
+    x = T.bind(T.max(const(-4 * 2**0.5 if name == "gelu_erf" else -100.0, width), x))
+    if name == "gelu_erf":
+        z = T.bind(T.min(x * const(0.5**0.5, width), const(4.0, width)))
+        zz = T.bind(z * z)
+        # Q is negative all over the interval
+        erf = z * horner(zz, _ERF_P, width) * reciprocal(horner(zz, _ERF_Q, width), width)
+        return x * const(0.5, width) * (const(1.0, width) + erf)
+    # x sigmoid(y) in both: gelu_tanh has 1 + tanh(u) = 2 sigmoid(2 u)
+    y = x
+    if name == "gelu_tanh":
+        y = x * (const(2 * math.sqrt(2 / math.pi), width) + const(2 * math.sqrt(2 / math.pi) * 0.044715, width) * x * x)
+    return x * reciprocal(const(1.0, width) + exp2(y * const(-LOG2_E, width), width), width)

@@ -1,0 +1,65 @@
+"""TVMScript -> object code with a plain C ABI, cached by content.
+
+MakePackedAPI is left out, so that functions keep the signature they were written with: no argument checks, no
+TVM symbols in the object. LowerTVMBuiltin is left out too: it would turn local buffers above 1 KiB into calls of
+TVMBackendAllocWorkspace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import tvm
+from tvm import tirx
+from tvm.target import Target
+
+
+def lower(functions: Sequence[tirx.PrimFunc], target: Target) -> tvm.IRModule:
+    """The passes of TVM's default pipeline that a hand-written kernel needs."""
+    module = tvm.IRModule({f.attrs["global_symbol"]: f for f in functions})
+    passes = tirx.transform
+    return tvm.ir.transform.Sequential(
+        [
+            passes.BindTarget(target),
+            passes.StmtSimplify(),
+            passes.FlattenBuffer(),
+            passes.NarrowDataType(32),
+            passes.VectorizeLoop(True),
+            passes.UnrollLoop(),
+            passes.StmtSimplify(),
+            passes.CommonSubexprElim(),
+            passes.LowerIntrin(),
+        ]
+    )(module)
+
+
+def llvm_target(mcpu: str) -> Target:
+    """An LLVM target; `mcpu` is LLVM's name of the instruction set, e.g. `x86-64-v4`."""
+    return Target({"kind": "llvm", "mcpu": mcpu, "opt-level": 3})
+
+
+def compile_module(functions: Sequence[tirx.PrimFunc], mcpu: str) -> tvm.runtime.Module:
+    """An in-memory LLVM module, for `inspect_source("asm")` and for `build_object`."""
+    target = llvm_target(mcpu)
+    return tvm.get_global_func("target.build.llvm")(lower(functions, target), target)
+
+
+def build_object(function: tirx.PrimFunc, mcpu: str, cache: Path) -> Path:
+    """Compiles one kernel; returns the object file in `cache` (made on the first call for this script).
+
+    The key is the script after parsing, so that an edited kernel never meets a stale object.
+    """
+    text = f"{tvm.__version__}\n{mcpu}\n{function.script()}"
+    path = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.o"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        module = compile_module([function], mcpu)
+        handle, partial = tempfile.mkstemp(suffix=".o", dir=cache)
+        os.close(handle)
+        module.write_to_file(partial, "o")
+        Path(partial).replace(path)
+    return path

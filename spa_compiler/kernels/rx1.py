@@ -1,0 +1,373 @@
+"""R x 1 blocks: R consecutive output rows share their input columns. R = 1 is unstructured sparsity.
+
+    W [n, k]        rows 0..R-1     . a . . b .       one group: columns [1, 4]
+                                    . c . . d .                  values  [[a, c, ..], [b, d, ..]]   (column-major)
+                    rows R..2R-1    e . . . . .       next group ...
+
+    chunk           consecutive rows, computed as one work item; its accumulators stay in L2
+    k_block         consecutive columns, so that the panel's part stays in L1 (R = 1 alone needs it)
+    tile            chunk x k_block. Tiles are stored chunk by chunk, within a chunk block by block
+
+    indptr  int32  [groups of all tiles + 1]   where a group's entries begin; increasing over all tiles
+    order   int32  [groups of all tiles]       a group's place in its chunk; groups of a tile are sorted by their number
+                                               of entries, so that trip counts are predictable
+    columns uint16 [entries]                   column within its k_block
+    values  f32    [entries, R]
+    bias    f32    [groups x R]
+
+n is padded with zero rows to a multiple of R; the last chunk and the last block may be short. R x V accumulators (V
+registers of tokens) stay in registers for the whole group. References: 1x1 SpMM of arXiv 1911.09723; 4 x 1 blocks of
+arXiv 2306.16601.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import tirx
+from tvm.script import tirx as T
+
+from spa_compiler.kernels import activation
+from spa_compiler.kernels.vector import ANY, at, const, prefetch, spread, store, widths
+
+F32 = NDArray[np.float32]
+
+BLOCK_ROWS = (1, 4, 8)
+MAX_CHUNK = 256  # rows; with 64 lanes its accumulators are 64 KiB, the most a pool thread's stack is asked for
+AHEAD = 2048  # floats of values to prefetch ahead, 8 KiB: 4 to 16 KiB measured alike, 1 KiB is too little
+
+CHUNK_STEP = 16  # a multiple of every R, and a whole cache line of outputs
+SMALL = 64  # fewer rows are one chunk
+L1_COLUMNS, L2_COLUMNS = 128, 768  # x 64 lanes: 32 KiB and 192 KiB
+
+# how a group's accumulators begin
+ACCUMULATE, BIAS, RESIDUAL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [n, k] in this format. `entries` counts stored blocks, `fill` the share of non-zeros in them."""
+
+    n: int
+    k: int
+    rows: int  # R
+    chunk: int
+    k_block: int
+    indptr: NDArray[np.int32]
+    order: NDArray[np.int32]
+    columns: NDArray[np.uint16]
+    values: F32
+    bias: F32
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """In the order in which a node takes them."""
+        return self.indptr, self.order, self.columns, self.values, self.bias
+
+    @property
+    def fill(self) -> float:
+        return float(np.count_nonzero(self.values) / self.values.size) if self.values.size else 1.0
+
+
+def default_blocking(n: int, k: int, rows: int) -> tuple[int, int]:
+    """(chunk, k_block) for 64 lanes.
+
+    R = 1 does one panel load per multiply-add, so a block of the panel must stay in L1; larger R read it from L2. An
+    even number of equal chunks lets two threads share a single tile of tokens.
+    """
+    chunks = 2 * -(-n // (2 * MAX_CHUNK)) if n >= SMALL else 1
+    chunk = -(-n // (chunks * CHUNK_STEP)) * CHUNK_STEP
+    return min(chunk, -(-n // rows) * rows), min(k, L1_COLUMNS if rows == 1 else L2_COLUMNS)
+
+
+def pack(weight: F32, bias: F32 | None, rows: int, chunk: int | None = None, k_block: int | None = None) -> Packed:
+    """`weight` [n, k] and `bias` [n] (or None) -> Packed. Exact: nothing but zeros is left out."""
+    n, k = weight.shape
+    default = default_blocking(n, k, rows)
+    chunk, k_block = chunk or default[0], k_block or default[1]
+    groups = -(-n // rows)
+    padded = np.zeros((groups * rows, k), np.float32)
+    padded[:n] = weight
+    blocks = padded.reshape(groups, rows, k).transpose(0, 2, 1)  # [group, k, R]
+    mask = (blocks != 0).any(axis=2)
+    counts, order, columns, values, per_chunk = [], [], [], [], chunk // rows
+    for first in range(0, groups, per_chunk):
+        for k0 in range(0, k, k_block):
+            tile = mask[first : first + per_chunk, k0 : k0 + k_block]
+            places = np.argsort(tile.sum(axis=1), kind="stable")
+            group, column = np.nonzero(tile[places])
+            counts.append(np.bincount(group, minlength=len(places)))
+            order.append(places)
+            columns.append(column)
+            values.append(blocks[first + places[group], k0 + column])
+    padded_bias = np.zeros(groups * rows, np.float32)
+    if bias is not None:
+        padded_bias[:n] = bias
+    return Packed(
+        n,
+        k,
+        rows,
+        chunk,
+        k_block,
+        np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32),
+        np.concatenate(order).astype(np.int32),
+        np.concatenate(columns).astype(np.uint16),
+        np.ascontiguousarray(np.concatenate(values), np.float32),
+        padded_bias,
+    )
+
+
+def unpack(packed: Packed) -> F32:
+    """The dense weight [n, k]."""
+    dense = np.zeros((len(packed.bias), packed.k), np.float32)
+    per_chunk, entry = packed.chunk // packed.rows, 0
+    groups = len(packed.bias) // packed.rows
+    for first in range(0, groups, per_chunk):
+        for k0 in range(0, packed.k, packed.k_block):
+            for _ in range(min(per_chunk, groups - first)):
+                row = (first + int(packed.order[entry])) * packed.rows
+                for j in range(packed.indptr[entry], packed.indptr[entry + 1]):
+                    dense[row : row + packed.rows, k0 + int(packed.columns[j])] = packed.values[j]
+                entry += 1
+    return dense[: packed.n]
+
+
+def stored_entries(weight: F32, rows: int) -> int:
+    """Floats that `pack` would store, without packing: what the time depends on."""
+    n, k = weight.shape
+    padded = np.zeros((-(-n // rows) * rows, k), bool)
+    padded[:n] = weight != 0
+    return int(padded.reshape(-1, rows, k).any(axis=1).sum()) * rows
+
+
+def reference(
+    panel: F32, packed: Packed, residual: F32 | None = None, act: str = "none", low: float = 0.0, high: float = 0.0
+) -> F32:
+    """What the kernel computes on a panel tile [k, lanes], in float64: [n, lanes]."""
+    y = unpack(packed).astype(np.float64) @ panel.astype(np.float64) + packed.bias[: packed.n, None]
+    if residual is not None:
+        y = y + residual
+    return activation.reference(y, act, low, high).astype(np.float32)
+
+
+def name(rows: int, lanes: int, act: str) -> str:
+    return f"spa_rx1_{rows}_{lanes}_{act}"
+
+
+def kernel(rows: int, lanes: int, act: str) -> tirx.PrimFunc:
+    """void spa_rx1_<R>_<lanes>_<act>(panel, indptr, order, columns, values, bias, base, out, groups, mode, last, low, high)
+
+    One tile on one panel tile. `panel` points at the k_block's first feature, `indptr` and `order` at the tile's
+    first group, `bias`, `base` (the residual) and `out` at the chunk's first row. mode: ACCUMULATE, BIAS or RESIDUAL;
+    the activation is applied when `last` is not 0.
+    """
+    return _one_lane(rows, act) if lanes == 1 else _many_lanes(rows, lanes, act)
+
+
+def _accumulator_sets(rows: int, vectors: int) -> int:
+    """Independent multiply-add chains hide the latency of 4 cycles at 2 a cycle: at least 8 are wanted, but for
+    R = 1 more than two sets lose at the short groups that K blocks leave."""
+    if rows == 1:
+        return {1: 4, 2: 2}.get(vectors, 1)
+    return 2 if rows * vectors < 8 else 1
+
+
+def _start(regs, index, mode, bias, row, base, out, position, width):
+    """Emits the first value of one accumulator."""
+    if mode == ACCUMULATE:
+        store(regs, out[at(position, width)], index, width)
+    elif mode == RESIDUAL:
+        store(regs, base[at(position, width)] + spread(bias[row], width), index, width)
+    else:
+        store(regs, spread(bias[row], width), index, width)
+
+
+def _fma(regs, index, value, x, width):
+    store(regs, regs[at(index, width)] + value * x, index, width)
+
+
+def _add(regs, index, other, width):
+    store(regs, regs[at(index, width)] + regs[at(other, width)], index, width)
+
+
+def _activate_in_place(out, position, act, low, high, width):
+    store(out, activation.emit(out[at(position, width)], act, low, high, width), position, width)
+
+
+def _many_lanes(R, lanes, act):
+    W, V = widths(lanes)
+    U = _accumulator_sets(R, V)
+    inline_prefetch = R > 1
+    epilogue = act != "none"
+
+    @T.prim_func(s_tir=True)
+    def rx1(
+        p_: T.handle("float32"),
+        indptr_: T.handle("int32"),
+        order_: T.handle("int32"),
+        columns_: T.handle("uint16"),
+        values_: T.handle("float32"),
+        bias_: T.handle("float32"),
+        base_: T.handle("float32"),
+        out_: T.handle("float32"),
+        groups: T.int32,
+        mode: T.int32,
+        last: T.int32,
+        low: T.float32,
+        high: T.float32,
+    ):
+        T.func_attr({"global_symbol": name(R, lanes, act), "tirx.noalias": True})
+        P = T.decl_buffer((ANY,), "float32", data=p_)
+        indptr = T.decl_buffer((ANY,), "int32", data=indptr_)
+        order = T.decl_buffer((ANY,), "int32", data=order_)
+        columns = T.decl_buffer((ANY,), "uint16", data=columns_)
+        values = T.decl_buffer((ANY,), "float32", data=values_)
+        bias = T.decl_buffer((ANY,), "float32", data=bias_)
+        base = T.decl_buffer((ANY,), "float32", data=base_)
+        out = T.decl_buffer((ANY,), "float32", data=out_)
+        for g in T.serial(groups):
+            # only constant indices after unrolling: LLVM keeps `regs` in registers
+            regs = T.alloc_buffer((U * R * V * W,), "float32", scope="local")
+            row: T.let[T.int32] = order[g] * R
+            begin: T.let[T.int32] = indptr[g]
+            count: T.let[T.int32] = indptr[g + 1] - begin
+            if mode == ACCUMULATE:
+                for r in T.unroll(R):
+                    for v in T.unroll(V):
+                        _start(
+                            regs,
+                            (r * V + v) * W,
+                            ACCUMULATE,
+                            bias,
+                            row + r,
+                            base,
+                            out,
+                            (row + r) * lanes + v * W,
+                            W,
+                        )
+            elif mode == RESIDUAL:
+                for r in T.unroll(R):
+                    for v in T.unroll(V):
+                        _start(regs, (r * V + v) * W, RESIDUAL, bias, row + r, base, out, (row + r) * lanes + v * W, W)
+            else:
+                for r in T.unroll(R):
+                    for v in T.unroll(V):
+                        _start(regs, (r * V + v) * W, BIAS, bias, row + r, base, out, 0, W)
+            for i in T.unroll((U - 1) * R * V):
+                store(regs, const(0.0, W), (R * V + i) * W, W)
+            if not inline_prefetch:
+                for i in T.serial(T.truncdiv(count + 15, 16)):
+                    prefetch(values, begin + i * 16 + AHEAD)
+                for i in T.serial(T.truncdiv(count + 31, 32)):
+                    prefetch(columns, begin + i * 32 + AHEAD)
+            for j in T.serial(T.truncdiv(count, U)):
+                if inline_prefetch:
+                    prefetch(values, (begin + j * U) * R + AHEAD)
+                    prefetch(columns, begin + j * U + AHEAD // R)
+                for u in T.unroll(U):
+                    for v in T.unroll(V):
+                        for r in T.unroll(R):
+                            _fma(
+                                regs,
+                                ((u * R + r) * V + v) * W,
+                                spread(values[(begin + j * U + u) * R + r], W),
+                                P[at(T.Cast("int32", columns[begin + j * U + u]) * lanes + v * W, W)],
+                                W,
+                            )
+            if U > 1:
+                for j in T.serial(T.truncmod(count, U)):
+                    for v in T.unroll(V):
+                        for r in T.unroll(R):
+                            _fma(
+                                regs,
+                                (r * V + v) * W,
+                                spread(values[(begin + count - 1 - j) * R + r], W),
+                                P[at(T.Cast("int32", columns[begin + count - 1 - j]) * lanes + v * W, W)],
+                                W,
+                            )
+                for u in T.unroll(U - 1):
+                    for i in T.unroll(R * V):
+                        _add(regs, i * W, ((u + 1) * R * V + i) * W, W)
+            for i in T.unroll(R * V):
+                store(out, regs[at(i * W, W)], row * lanes + i * W, W)
+            if epilogue:  # known while the script is parsed; `last` is not
+                # a loop over what was just stored, not over registers: one copy of the polynomial's code
+                if last != 0:
+                    for i in T.serial(R * V):
+                        _activate_in_place(out, row * lanes + i * W, act, low, high, W)
+
+    return rx1
+
+
+def _one_lane(R, act):
+    """One token: the R rows of a group fill the register instead, four columns at a time."""
+    U = 4
+    epilogue = act != "none"
+
+    @T.prim_func(s_tir=True)
+    def rx1(
+        p_: T.handle("float32"),
+        indptr_: T.handle("int32"),
+        order_: T.handle("int32"),
+        columns_: T.handle("uint16"),
+        values_: T.handle("float32"),
+        bias_: T.handle("float32"),
+        base_: T.handle("float32"),
+        out_: T.handle("float32"),
+        groups: T.int32,
+        mode: T.int32,
+        last: T.int32,
+        low: T.float32,
+        high: T.float32,
+    ):
+        T.func_attr({"global_symbol": name(R, 1, act), "tirx.noalias": True})
+        P = T.decl_buffer((ANY,), "float32", data=p_)
+        indptr = T.decl_buffer((ANY,), "int32", data=indptr_)
+        order = T.decl_buffer((ANY,), "int32", data=order_)
+        columns = T.decl_buffer((ANY,), "uint16", data=columns_)
+        values = T.decl_buffer((ANY,), "float32", data=values_)
+        bias = T.decl_buffer((ANY,), "float32", data=bias_)
+        base = T.decl_buffer((ANY,), "float32", data=base_)
+        out = T.decl_buffer((ANY,), "float32", data=out_)
+        for g in T.serial(groups):
+            regs = T.alloc_buffer((U * R,), "float32", scope="local")
+            row: T.let[T.int32] = order[g] * R
+            begin: T.let[T.int32] = indptr[g]
+            count: T.let[T.int32] = indptr[g + 1] - begin
+            if mode == ACCUMULATE:
+                store(regs, out[at(row, R)], 0, R)
+            elif mode == RESIDUAL:
+                store(regs, base[at(row, R)] + bias[at(row, R)], 0, R)
+            else:
+                store(regs, bias[at(row, R)], 0, R)
+            for u in T.unroll(U - 1):
+                store(regs, const(0.0, R), (u + 1) * R, R)
+            for j in T.serial(T.truncdiv(count, U)):
+                prefetch(values, (begin + j * U) * R + AHEAD)
+                prefetch(columns, begin + j * U + AHEAD // R)
+                for u in T.unroll(U):
+                    _fma(
+                        regs,
+                        u * R,
+                        values[at((begin + j * U + u) * R, R)],
+                        spread(P[T.Cast("int32", columns[begin + j * U + u])], R),
+                        R,
+                    )
+            for j in T.serial(T.truncmod(count, U)):
+                _fma(
+                    regs,
+                    0,
+                    values[at((begin + count - 1 - j) * R, R)],
+                    spread(P[T.Cast("int32", columns[begin + count - 1 - j])], R),
+                    R,
+                )
+            for u in T.unroll(U - 1):
+                _add(regs, 0, (u + 1) * R, R)
+            store(out, regs[at(0, R)], row, R)
+            if epilogue:
+                if last != 0:
+                    _activate_in_place(out, row, act, low, high, R)
+
+    return rx1

@@ -1,0 +1,103 @@
+"""Vocabulary of the TVMScript kernels: constants, polynomials, register transposes, prefetches.
+
+Functions here are called while TVM parses a script. Some return expressions, some emit statements; `T.bind`
+emits an SSA value.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+ZMM = 16  # float32 lanes of a 512-bit register
+ANY = 1 << 20  # extent of a flat buffer: extents are not checked at run time, pointers come from C
+
+# 2^f on [-1/2, 1/2]: Chebyshev nodes, least squares, relative error 8e-8
+EXP2 = (0.00132669704, 0.00967545975, 0.0555074262, 0.240221218, 0.693146949, 1.00000007)
+LOG2_E = 1.4426950408889634
+
+
+def widths(lanes: int) -> tuple[int, int]:
+    """(lanes of one register, registers) that hold `lanes` floats: full zmm registers, or one narrower one."""
+    return (ZMM, lanes // ZMM) if lanes >= ZMM else (lanes, 1)
+
+
+def const(value, width):
+    return T.float32(value) if width == 1 else T.Broadcast(T.float32(value), width)
+
+
+def spread(value, width):
+    """A scalar expression in every lane."""
+    return value if width == 1 else T.Broadcast(value, width)
+
+
+def at(index, width):
+    """Index of `width` consecutive elements."""
+    return index if width == 1 else T.Ramp(index, 1, width)
+
+
+def store(buffer, value, index, width):
+    T.buffer_store(buffer, value, [at(index, width)])
+
+
+def horner(x, coefficients, width):
+    result = const(coefficients[0], width)
+    for c in coefficients[1:]:
+        result = result * x + const(c, width)
+    return result
+
+
+def exp2(x, width):
+    """2^x for |x| <= 126, relative error below 2e-7; the bounds' values beyond, and for NaN. (TVM's simplifier folds
+    the usual rounding by adding and subtracting a magic number, hence the floor.)"""
+    x = T.bind(T.max(T.min(x, const(126.0, width)), const(-126.0, width)))
+    whole = T.bind(T.floor(x + const(0.5, width)))
+    fraction = T.bind(x - whole)
+    kind = "int32" if width == 1 else f"int32x{width}"
+    bias = T.int32(127) if width == 1 else T.Broadcast(T.int32(127), width)
+    mantissa = T.int32(23) if width == 1 else T.Broadcast(T.int32(23), width)
+    bits = T.shift_left(T.Cast(kind, whole) + bias, mantissa)
+    power = T.reinterpret("float32" if width == 1 else f"float32x{width}", bits)
+    return T.bind(horner(fraction, EXP2, width) * power)
+
+
+def reciprocal(x, width):
+    """1 / x for normal x, to the last bit or two: 14 bits from the instruction, the rest from one Newton step.
+
+    A division of a 512-bit register takes 16 cycles on Intel, this takes 4. Scalars and narrow targets divide.
+    """
+    if width < 4:
+        return const(1.0, width) / x
+    x, bits = T.bind(x), 32 * width
+    mask = T.int16(-1) if width == 16 else T.int8(-1)
+    intrinsic = f"llvm.x86.avx512.rcp14.ps.{bits}"
+    guess = T.bind(T.call_llvm_pure_intrin(f"float32x{width}", intrinsic, x, const(0.0, width), mask))
+    return guess * (const(2.0, width) - x * guess)
+
+
+def prefetch(buffer, index):
+    """Weights come from memory once per run, and hardware prefetchers stop at the end of a page."""
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[index]), 0, 3, 1))
+
+
+def transpose16(rows):
+    """16 vectors of 16 lanes, transposed in four butterfly steps; becomes shuffles of registers."""
+    step = 1
+    while step < ZMM:
+        low = [i if not i & step else ZMM + i - step for i in range(ZMM)]
+        high = [i + step if not i & step else ZMM + i for i in range(ZMM)]
+        out = list(rows)
+        for i in range(ZMM):
+            if not i & step:
+                pair = [rows[i], rows[i + step]]
+                for row, lanes in ((i, low), (i + step, high)):
+                    out[row] = T.bind(tirx.Shuffle(pair, [tirx.IntImm("int32", n) for n in lanes]))
+        rows, step = out, step * 2
+    return rows
+
+
+def emit_transpose(source, source_row, target, target_row):
+    """Transposes a 16 x 16 tile from memory to memory; the arguments map a row number to its first element."""
+    rows = [T.bind(source[T.Ramp(source_row(i), 1, ZMM)]) for i in range(ZMM)]
+    for i, row in enumerate(transpose16(rows)):
+        T.buffer_store(target, row, [T.Ramp(target_row(i), 1, ZMM)])

@@ -1,0 +1,98 @@
+"""What a pass is: one rewrite of a model, its options, and what it says about what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import msgspec
+import numpy as np
+
+from spa_compiler.errors import UsageError
+from spa_compiler.graph.model import Model
+from spa_compiler.graph.session import Feeds
+from spa_compiler.targets import Target
+
+if TYPE_CHECKING:
+    from spa_compiler.analysis import Analysis
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The progress of a run that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may look at besides the model."""
+
+    target: Target
+    rng: np.random.Generator
+    """The only source of chance: a pass gives the same model for the same seed."""
+    analysis: Analysis | None = None
+    calibration: Callable[[], Iterator[Feeds]] | None = None
+    """Each call goes through the user's samples from the start; None without `--calib`."""
+    progress: Callable[[str, int, int], None] = no_progress
+    """Called with what is being worked on, how many are done, and how many there are."""
+
+
+class SiteChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pass did to one weight."""
+
+    node: str
+    op: str
+    weight: str
+    """The initializer's name in the source file."""
+    pattern: str
+    n: int
+    k: int
+    density_before: float
+    """Share of nonzeros, 0 to 1."""
+    density_after: float
+    error: float
+    """Relative error of the layer's output where there was calibration data, else of its weight, ||W' - W|| / ||W||."""
+
+
+class SkippedSite(msgspec.Struct, frozen=True):
+    """A weight that a pass left alone, and why."""
+
+    node: str
+    reason: str
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pass did."""
+
+    pass_name: str
+    summary: str
+    """One sentence for the console."""
+    sites: tuple[SiteChange, ...] = ()
+    skipped: tuple[SkippedSite, ...] = ()
+
+
+class Pass(Protocol):
+    """One rewrite. The class's docstring opens with before -> after; `passes/registry.py` lists the classes."""
+
+    name: ClassVar[str]
+    """Kebab-case: how recipes and the command line call it."""
+    Options: ClassVar[type[Any]]
+    """A frozen dataclass; every field is `Annotated[type, msgspec.Meta(description=...)]` with its bounds."""
+
+    def __init__(self, options: Any) -> None:
+        """Takes its own `Options`, and refuses with UsageError what their types cannot say."""
+
+    def run(self, model: Model, context: Context) -> Change:
+        """Edits `model` in place and leaves it valid."""
+
+
+def check_options(options: Any) -> None:
+    """Holds options that were built in Python to the same types and bounds as those that were read from a recipe.
+
+    Raises:
+        UsageError: a value is outside of its bounds or of another type.
+    """
+    try:
+        msgspec.convert(dataclasses.asdict(options), type(options))
+    except msgspec.ValidationError as error:
+        raise UsageError(str(error), where=type(options).__name__) from error

@@ -1,0 +1,1 @@
+"""Which form every site gets, decided by measurement, and the graph rewritten accordingly."""

@@ -1,0 +1,133 @@
+"""Groups of sites -> `ai.spa` nodes in the graph, and the regions that kernels.so must hold for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from spa_compiler.graph.model import Model
+from spa_compiler.kernels import rx1
+from spa_compiler.placement.attention import AttentionSite
+from spa_compiler.placement.norms import NormSite
+from spa_compiler.placement.regions import Group, inputs_of
+from spa_compiler.placement.sites import Site
+from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec
+
+DOMAIN = "ai.spa"
+DOMAIN_VERSION = 1
+ARRAYS = ("indptr", "order", "columns", "values", "bias")
+
+
+class Packer:
+    """Packs weights, each once for every R; plans and trials share the arrays."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[str, int], rx1.Packed] = {}
+
+    def __call__(self, site: Site, rows: int) -> rx1.Packed:
+        key = (site.name, rows)
+        if key not in self._packed:
+            self._packed[key] = rx1.pack(site.weight, site.bias, rows)
+        return self._packed[key]
+
+
+def linear_spec(site: Site, packed: rx1.Packed) -> LinearSpec:
+    """What the C side must know of a packed weight."""
+    return LinearSpec(packed.n, packed.k, packed.rows, packed.chunk, packed.k_block, site.act, site.low, site.high)
+
+
+def insert(model: Model, groups: Sequence[Group], rows: dict[str, int], packer: Packer) -> list[RegionSpec]:
+    """Replaces every group's nodes by one node, in place.
+
+    Args:
+        groups: found in this very model; disjoint.
+        rows: R of every site, by name.
+
+    Returns:
+        The region of each group.
+    """
+    specs = [_insert(model, group, rows, packer) for group in groups]
+    if specs:
+        domains = [d for d in model.graph.import_domains or [] if d.domain != DOMAIN]
+        model.graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+        model.graph.cleanup().toposort()
+    return specs
+
+
+def _insert(model: Model, group: Group, rows: dict[str, int], packer: Packer) -> RegionSpec:
+    graph = model.graph
+    results = group.results(graph.outputs)
+    inside = {id(t) for e in group.elements for t in inputs_of(e)}
+    builder = RegionBuilder(group.layout)
+    panels: dict[int, Panel] = {}
+    inputs: list[gs.Tensor] = []
+    arrays: list[gs.Tensor] = []
+    norm_arrays: list[gs.Tensor] = []
+    order: list[gs.Variable] = []
+    masks = group.masks()
+    mask_numbers = {id(m): builder.mask() for m in masks}
+
+    def panel(tensor: gs.Variable, features: int) -> Panel:
+        if id(tensor) not in panels:
+            panels[id(tensor)] = builder.pack(features)
+            inputs.append(tensor)
+        return panels[id(tensor)]
+
+    for element in group.elements:
+        output, wanted = element.output, any(element.output is r for r in results)
+        if isinstance(element, NormSite):
+            made = builder.norm(panel(element.source, element.features), NormSpec(element.features, element.epsilon))
+            norm_arrays += [
+                gs.Constant(f"{output.name}.{what}", np.ascontiguousarray(values))
+                for what, values in (("gamma", element.gamma), ("beta", element.beta))
+            ]
+        elif isinstance(element, AttentionSite):
+            width = element.heads * element.depth
+            made = builder.attention(
+                *(panel(t, width) for t in inputs_of(element)),
+                AttentionSpec(element.heads, element.depth, element.scale),
+                None if element.mask is None else mask_numbers[id(element.mask)],
+            )
+        else:
+            packed = packer(element, rows[element.name])
+            arrays += [gs.Constant(f"{output.name}.{what}", a) for what, a in zip(ARRAYS, packed.arrays, strict=True)]
+            source = panel(element.source, element.k)
+            residual = None if element.residual is None else panel(element.residual, element.n)
+            if wanted and id(output) not in inside:
+                builder.linear_out(source, linear_spec(element, packed), residual)
+                order.append(output)
+                continue
+            made = builder.linear(source, linear_spec(element, packed), residual)
+        panels[id(output)] = made
+        if wanted:
+            builder.unpack(made)
+            order.append(output)
+    spec = builder.finish()
+    for node in group.nodes:
+        node.outputs.clear()
+        node.inputs.clear()
+    dead = {id(n) for n in group.nodes}
+    graph.nodes = [n for n in graph.nodes if id(n) not in dead]
+    names = [e.name for e in group.elements]
+    node = gs.Node(
+        spec.op_type,
+        name=f"ai.spa/{names[0]}",
+        attrs={"site": "+".join(names).encode()[:200].decode(errors="ignore")},
+        inputs=[*inputs, *masks, *arrays, *norm_arrays],
+        outputs=order,
+        domain=DOMAIN,
+    )
+    graph.nodes.append(node)
+    sites = [e for e in group.elements if isinstance(e, Site)]
+    model.metadata.annotate(
+        node,
+        {
+            "spa.source": ",".join(names),
+            "spa.form": ",".join(f"block:{rows[s.name]}x1" for s in sites),
+            "spa.density": ",".join(f"{s.density:.4f}" for s in sites),
+        },
+    )
+    return spec

@@ -1,0 +1,203 @@
+"""Placement: list the sites, time their forms, join neighbours, race whole models, keep the fastest."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from spa_compiler.graph import shapes as graph_shapes
+from spa_compiler.graph.model import Model
+from spa_compiler.graph.save import save
+from spa_compiler.graph.session import Feeds, open_session
+from spa_compiler.placement.attention import find_attention
+from spa_compiler.placement.candidates import classes
+from spa_compiler.placement.choose import Choice, Progress, choose
+from spa_compiler.placement.measure import CLOSE, Timing, interleave
+from spa_compiler.placement.nodes import Packer, insert
+from spa_compiler.placement.norms import find_norms
+from spa_compiler.placement.records import Records
+from spa_compiler.placement.regions import Shapes, join, single
+from spa_compiler.placement.sites import Refusal, Site, find_sites
+from spa_compiler.runtime.link import link
+from spa_compiler.runtime.region import RegionSpec
+from spa_compiler.targets import Target
+
+PORTABLE, SINGLE, REGIONS, WHOLE = "portable", "single sites", "regions", "regions with attention"
+SOURCE = "source"
+_RACE_S = 2.0  # of the whole-model race, at one shape
+_RACE_ROUNDS = 12
+
+
+@dataclass(eq=False)
+class Plan:
+    """One way to run the whole model: a folder with model.onnx, and kernels.so where it has regions."""
+
+    name: str
+    folder: Path
+    regions: list[RegionSpec]
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "model.onnx"
+
+    @property
+    def library(self) -> Path | None:
+        return self.folder / "kernels.so" if self.regions else None
+
+
+@dataclass
+class Placed:
+    """The winner, why every site got its form, and the race: runtime -> timing, for each shape."""
+
+    plan: Plan
+    choices: list[Choice] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    race: list[dict[str, Timing]] = field(default_factory=list)
+    reason: str = ""
+
+
+def place(
+    model: Model,
+    source: Path,
+    feeds: Sequence[Feeds],
+    target: Target,
+    threads: int,
+    records: Records,
+    workspace: Path,
+    progress: Progress,
+    rng: np.random.Generator,
+    *,
+    odd: Sequence[Feeds] = (),
+    replay: bool = False,
+    original: Model | None = None,
+) -> Placed:
+    """Decides every site's form.
+
+    Args:
+        model: after the passes; not changed.
+        source: the file that the user gave, the reference of the race.
+        feeds: one entry for each shape to measure.
+        workspace: an empty folder for the plans; the winner's stays.
+        odd: feeds of further shapes that the result must run at, for what holds at some shapes only.
+        replay: take whole-model races from the records too, and keep them there.
+        original: the model as it was loaded, if it may stand in for a `model` that came out slower.
+
+    Returns:
+        The winning plan. It is never slower than `model` in ONNX Runtime at the measured shapes taken together.
+    """
+    portable = _write(Plan(PORTABLE, workspace / "portable", []), model, target)
+    sites, refusals = find_sites(model)
+    placed = Placed(portable, refusals=refusals)
+    plans = [portable]
+    if target.kind != "cpu":
+        reason = "there are no kernels for CUDA yet, every site stays dense"
+    elif target.mcpu != "x86-64-v4":
+        reason = f"sparse kernels need x86-64-v4 (AVX-512), the target is {target.arch}: every site stays dense"
+    elif not target.host_runs:
+        reason = f"this machine does not run {target.arch} and so cannot time its kernels: every site stays dense"
+    else:
+        reason = ""
+    if reason:
+        placed.choices = [Choice(s, None, reason) for s in sites]
+    else:
+        known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
+        packer = Packer()
+        placed.choices = choose(
+            classes(sites, known[: len(feeds)]), target.mcpu, threads, records, packer, workspace, progress, rng
+        )
+        rows = {c.site.name: c.rows for c in placed.choices if c.rows is not None}
+        if rows:
+            plans += _sparse_plans(model, rows, known, packer, target, workspace)
+    if not target.host_runs:
+        placed.reason = reason
+        return placed
+    progress("racing whole models", 0, len(feeds))
+    for index, feed in enumerate(feeds):
+        question = _question(source, plans, feed, threads) if replay else {}
+        timings = records.get(question) if replay else None
+        if timings is None:
+            timings = _race(source, plans, feed, threads)
+            if replay:
+                records.put(question, timings)
+        placed.race.append(timings)
+        progress("racing whole models", index + 1, len(feeds))
+    placed.plan, placed.reason = _winner(plans, placed.race, reason)
+    if placed.plan is portable and original is not None and _worse_than_source(placed.race):
+        placed.plan = _write(Plan(SOURCE, workspace / "as-given", []), original, target)
+        placed.reason = "the model as it was given: rewriting it made it no faster"
+    for plan in plans:
+        if plan is not placed.plan and plan is not portable:
+            shutil.rmtree(plan.folder)
+    return placed
+
+
+def _sparse_plans(
+    model: Model, rows: dict[str, int], known: Shapes, packer: Packer, target: Target, workspace: Path
+) -> list[Plan]:
+    plans = []
+    for name in (SINGLE, REGIONS, WHOLE):
+        twin = model.copy()
+        sites = [s for s in find_sites(twin)[0] if s.name in rows]
+        attentions = find_attention(twin, known) if name == WHOLE else []
+        if name == WHOLE and not attentions:
+            continue
+        groups = single(sites) if name == SINGLE else join(twin, sites, find_norms(twin), attentions, known)
+        regions = insert(twin, groups, rows, packer)
+        plans.append(_write(Plan(name, workspace / name.replace(" ", "-"), regions), twin, target))
+    return plans
+
+
+def _write(plan: Plan, model: Model, target: Target) -> Plan:
+    plan.folder.mkdir(parents=True)
+    save(model, plan.file)
+    if plan.regions:
+        link(plan.regions, target.mcpu, plan.folder / "kernels.so")
+    return plan
+
+
+def _race(source: Path, plans: Sequence[Plan], feed: Feeds, threads: int) -> dict[str, Timing]:
+    sessions = {SOURCE: open_session(source, threads=threads)}
+    sessions |= {p.name: open_session(p.file, threads=threads, library=p.library) for p in plans}
+    calls: dict[str, Callable[[], object]] = {n: partial(s.run, None, feed) for n, s in sessions.items()}
+    return interleave(calls, _RACE_S, _RACE_ROUNDS)
+
+
+def _question(source: Path, plans: Sequence[Plan], feed: Feeds, threads: int) -> dict[str, object]:
+    """The key of a whole-model race: every contender's bytes."""
+    files = {SOURCE: _digest(source)} | {p.name: _digest(p.file) for p in plans}
+    return {"race": files, "threads": threads, "shapes": {n: list(a.shape) for n, a in feed.items()}}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _worse_than_source(race: Sequence[dict[str, Timing]]) -> bool:
+    return any(t[SOURCE].median_us < t[PORTABLE].median_us * (1 - CLOSE) for t in race)
+
+
+def _winner(plans: Sequence[Plan], race: Sequence[dict[str, Timing]], reason: str) -> tuple[Plan, str]:
+    """The plan with the best geometric mean over shapes among those that lose at no shape; dense wins ties."""
+    portable = plans[0]
+    best, best_ratio = portable, 1 + CLOSE
+    for plan in plans[1:]:
+        ratios = [t[PORTABLE].median_us / t[plan.name].median_us for t in race]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        if min(ratios) >= 1 - CLOSE and mean > best_ratio:
+            best, best_ratio = plan, mean
+    if best is not portable:
+        return best, f"{best.name}: {best_ratio:.2f}x over the same model in standard ops"
+    if reason or len(plans) == 1:
+        return best, reason or "no site gains from a sparse kernel"
+    return best, "as a whole model no sparse plan was faster than ONNX Runtime's dense ops"
+
+
+__all__ = ["PORTABLE", "REGIONS", "SINGLE", "SOURCE", "Placed", "Plan", "Site", "place"]

@@ -1,0 +1,235 @@
+"""Neighbouring sites, residual Adds and norms joined into regions, so that activations stay in panels in between.
+
+A region must be *convex*: no path may leave it and come back, or the one node that it becomes would wait for itself.
+Everything in it must see the same tokens, so tensors agree in all axes but their features at every measured shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import onnx_graphsurgeon as gs
+
+from spa_compiler.graph.model import Model
+from spa_compiler.placement.attention import AttentionSite, Shapes
+from spa_compiler.placement.norms import NormSite
+from spa_compiler.placement.sites import Site, only_reader
+from spa_compiler.runtime.region import MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS
+
+Element = Site | NormSite | AttentionSite
+
+
+@dataclass(eq=False)
+class Group:
+    """Elements that become one node. `sites` are copies of what was found, with residual Adds taken in."""
+
+    elements: list[Element]
+    layout: str
+
+    @property
+    def nodes(self) -> list[gs.Node]:
+        return [n for e in self.elements for n in e.nodes]
+
+    def external(self) -> list[gs.Variable]:
+        """Activations that come from outside, in order of use."""
+        made = {id(e.output) for e in self.elements}
+        seen: dict[int, gs.Variable] = {}
+        for e in self.elements:
+            for t in inputs_of(e):
+                if id(t) not in made:
+                    seen.setdefault(id(t), t)
+        return list(seen.values())
+
+    def masks(self) -> list[gs.Variable]:
+        """Attention masks, each once, in order of use."""
+        found = {id(e.mask): e.mask for e in self.elements if isinstance(e, AttentionSite) and e.mask is not None}
+        return list(found.values())
+
+    def results(self, outputs: Sequence[gs.Variable]) -> list[gs.Variable]:
+        """Tensors that are read outside or are graph outputs."""
+        inside = {id(n) for n in self.nodes}
+        return [
+            e.output
+            for e in self.elements
+            if any(e.output is o for o in outputs) or any(id(n) not in inside for n in e.output.outputs)
+        ]
+
+
+def inputs_of(element: Element) -> Iterator[gs.Variable]:
+    """The tensors that an element reads as panels."""
+    if isinstance(element, AttentionSite):
+        yield from (element.query, element.key, element.value)
+        return
+    yield element.source
+    if isinstance(element, Site) and element.residual is not None:
+        yield element.residual
+
+
+def single(sites: Sequence[Site]) -> list[Group]:
+    """Every site by itself."""
+    return [Group([site], site.layout) for site in sites]
+
+
+def join(
+    model: Model,
+    sites: Sequence[Site],
+    norms: Sequence[NormSite],
+    attentions: Sequence[AttentionSite],
+    shapes: Shapes,
+) -> list[Group]:
+    """Sites joined with their neighbours as far as that is legal; takes residual Adds into the sites (in place).
+
+    Args:
+        sites: the sites that become kernels; others stay outside.
+    """
+    outputs = model.graph.outputs
+    for site in sites:
+        _take_residual(site, outputs, shapes)
+    made = {id(site.output) for site in sites}
+    elements: list[Element] = [*sites, *(n for n in norms if id(n.source) in made)]
+    elements += [a for a in attentions if all(id(t) in made for t in inputs_of(a))]
+    groups = [Group([e], e.layout if isinstance(e, Site) else "rows") for e in elements]
+    graph = _Contracted(model, groups)
+
+    while _merge_one(graph, _neighbours(graph.groups), outputs, shapes):
+        pass
+    while _merge_one(graph, _siblings(graph.groups), outputs, shapes):
+        pass
+    # a norm alone is ONNX Runtime's
+    kept = [g for g in graph.groups if any(isinstance(e, Site) for e in g.elements)]
+    position = {id(n): i for i, n in enumerate(model.graph.nodes)}
+    for group in kept:
+        group.elements.sort(key=lambda e: max(position[id(n)] for n in e.nodes))
+    return sorted(kept, key=lambda g: position[id(g.nodes[0])])
+
+
+def _neighbours(groups: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
+    """Pairs of which one reads what the other makes."""
+    owner = {id(e.output): g for g in groups for e in g.elements}
+    for group in groups:
+        for tensor in group.external():
+            other = owner.get(id(tensor))
+            if other is not None and other is not group:
+                yield other, group
+
+
+def _siblings(groups: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
+    """Pairs that read one tensor, which a region packs once."""
+    readers: dict[int, list[Group]] = {}
+    for group in groups:
+        for tensor in group.external():
+            for other in readers.setdefault(id(tensor), []):
+                yield other, group
+            readers[id(tensor)].append(group)
+
+
+def _merge_one(
+    graph: _Contracted, pairs: Iterator[tuple[Group, Group]], outputs: Sequence[gs.Variable], shapes: Shapes
+) -> bool:
+    """Merges the first pair that may be merged."""
+    return any(_same_tokens(pair, shapes) and graph.merge(*pair, outputs) for pair in pairs)
+
+
+def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes) -> None:
+    """W x + b + other: the Add right behind a site without activation, if both operands have one shape."""
+    if site.act != "none" or site.residual is not None:
+        return
+    add = only_reader(site.output, outputs)
+    if add is None or add.op != "Add" or add.domain:
+        return
+    other = next((i for i in add.inputs if i is not site.output), None)
+    if not isinstance(other, gs.Variable) or not all(
+        s.get(other.name) is not None and s.get(other.name) == s.get(site.output.name) for s in shapes
+    ):
+        return
+    site.residual, site.output = other, add.outputs[0]
+    site.nodes = [*site.nodes, add]
+
+
+def _same_tokens(groups: Sequence[Group], shapes: Shapes) -> bool:
+    if len({g.layout for g in groups}) != 1:
+        return False
+    tensors = [t for g in groups for e in g.elements for t in (*inputs_of(e), e.output)]
+    for known in shapes:
+        leading = set()
+        for t in tensors:
+            shape = known.get(t.name)
+            if shape is None:
+                return False
+            leading.add(shape[:1] + shape[2:] if groups[0].layout == "planes" else shape[:-1])
+        if len(leading) != 1:
+            return False
+    return True
+
+
+class _Contracted:
+    """The graph's nodes with every group drawn together to one, for the question whether a merge stays acyclic."""
+
+    def __init__(self, model: Model, groups: list[Group]) -> None:
+        self.groups = groups
+        self._refused: set[tuple[int, int]] = set()  # a path that forbids a merge outlives every other merge
+        self._alive: list[Group] = list(groups)  # ids are keys, so no group may be freed
+        self._home: dict[int, int] = {}
+        for group in groups:
+            for node in group.nodes:
+                self._home[id(node)] = id(group)
+        self._graph: nx.DiGraph[int] = nx.DiGraph()
+        for node in model.graph.nodes:
+            if id(node) not in self._home:
+                self._connect(id(node), [*node.inputs, *_captured(node)])
+        for group in groups:
+            # What an element really reads: the shape computations of the nodes it replaces go with them.
+            self._connect(id(group), [*group.external(), *group.masks()])
+
+    def _connect(self, to: int, tensors: Sequence[gs.Tensor]) -> None:
+        self._graph.add_node(to)
+        for tensor in tensors:
+            self._graph.add_edges_from((self._at(p), to) for p in tensor.inputs if self._at(p) != to)
+
+    def _at(self, node: gs.Node) -> int:
+        return self._home.get(id(node), id(node))
+
+    def merge(self, first: Group, second: Group, outputs: Sequence[gs.Variable]) -> bool:
+        """Joins two groups unless a path through other nodes leads from one to the other."""
+        if (id(first), id(second)) in self._refused:
+            return False
+        self._refused.add((id(first), id(second)))
+        union = Group([*first.elements, *second.elements], first.layout)
+        self._alive.append(union)
+        if len(union.external()) > MAX_INPUTS or len(union.masks()) > MAX_MASKS:
+            return False
+        if len({e.heads for e in union.elements if isinstance(e, AttentionSite)}) > 1:  # masks are checked against one
+            return False
+        if len(union.results(outputs)) > MAX_OUTPUTS:
+            return False
+        a, b = id(first), id(second)
+        if self._detour(a, b) or self._detour(b, a):
+            return False
+        new = id(union)
+        before = {p for p in (*self._graph.predecessors(a), *self._graph.predecessors(b)) if p not in (a, b)}
+        after = {s for s in (*self._graph.successors(a), *self._graph.successors(b)) if s not in (a, b)}
+        self._graph.remove_nodes_from((a, b))
+        self._graph.add_node(new)
+        self._graph.add_edges_from((p, new) for p in before)
+        self._graph.add_edges_from((new, s) for s in after)
+        self.groups = [g for g in self.groups if g is not first and g is not second]
+        self.groups.append(union)
+        return True
+
+    def _detour(self, a: int, b: int) -> bool:
+        """Whether a path of two or more edges leads from a to b."""
+        if a not in self._graph or b not in self._graph:
+            return False
+        ancestors = nx.ancestors(self._graph, b)
+        return any(s != b and s in ancestors for s in self._graph.successors(a))
+
+
+def _captured(node: gs.Node) -> Iterator[gs.Tensor]:
+    """Outer tensors that a node's subgraphs read."""
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            for inner in value.nodes:
+                yield from inner.inputs
+                yield from _captured(inner)

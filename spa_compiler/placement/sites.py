@@ -1,0 +1,163 @@
+"""Sites: constant weights that meet activations, with the bias and the activation that a kernel takes along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from spa_compiler.errors import ModelError
+from spa_compiler.graph.model import Model, scopes
+from spa_compiler.graph.operators import WeightedOp, weighted_ops
+from spa_compiler.graph.weights import array_of
+from spa_compiler.placement import epilogue
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(eq=False)
+class Site:
+    """act(W x + b) at one place of the graph.
+
+    `source` is x, `output` the result, `nodes` what computes it now. `layout` is that of `kernels/panel.py`.
+    `add` and `residual` are set when a residual Add right behind the site may be taken in.
+    """
+
+    op: WeightedOp
+    layout: str
+    source: gs.Variable
+    output: gs.Variable
+    nodes: list[gs.Node]
+    bias: F32 | None
+    act: str = "none"
+    low: float = 0.0
+    high: float = 0.0
+    residual: gs.Variable | None = None
+    _weight: F32 | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
+    def n(self) -> int:
+        return self.op.n
+
+    @property
+    def k(self) -> int:
+        return self.op.k
+
+    @property
+    def weight(self) -> F32:
+        """[n, k]."""
+        if self._weight is None:
+            self._weight = np.ascontiguousarray(self.op.rows(), np.float32)
+        return self._weight
+
+    @property
+    def density(self) -> float:
+        """Share of the weight's elements that are not zero."""
+        return float(np.count_nonzero(self.weight) / self.weight.size)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A weighted operator that is no site, and why."""
+
+    op: WeightedOp
+    reason: str
+
+
+def find_sites(model: Model) -> tuple[list[Site], list[Refusal]]:
+    """Every MatMul, Gemm and 1x1 Conv with a constant float32 weight, in topological order; the others with reasons.
+
+    A Gemm with alpha, beta or transA is neither (`graph/operators.py`).
+
+    Raises:
+        ModelError: the weight of any of them, site or not, holds NaN or Inf.
+    """
+    sites, refusals = [], []
+    outputs = held(model.graph)
+    for op in weighted_ops(model.graph):
+        if not np.isfinite(op.rows()).all():
+            raise ModelError(
+                f"the weight {op.weight.name!r} holds NaN or Inf",
+                where=op.name,
+                fix="Export the model again; a model that was trained to this point computes nothing useful",
+            )
+        reason = _unfit(op)
+        if reason:
+            refusals.append(Refusal(op, reason))
+        else:
+            sites.append(_site(op, outputs))
+    return sites, refusals
+
+
+def _unfit(op: WeightedOp) -> str:
+    if not op.pointwise:
+        return "a convolution with a window, stride, padding or groups has no sparse kernel yet"
+    if op.weight.dtype != np.float32:
+        return f"its weight is {np.dtype(op.weight.dtype).name}, kernels are float32"
+    if op.kind == "Gemm" and len(op.node.inputs) > 2 and op.bias is None:
+        return "its C is not a constant vector of outputs"
+    if not isinstance(op.node.inputs[0], gs.Variable):
+        return "its activations are constant"
+    if op.kind == "Conv" and len(op.node.inputs) > 2 and op.bias is None:
+        return "its bias is not constant"
+    if op.k > 1 << 22 or op.n > 1 << 22:
+        return "it is larger than kernels index"
+    return ""
+
+
+def _site(op: WeightedOp, outputs: Sequence[gs.Variable]) -> Site:
+    layout = "planes" if op.kind == "Conv" else "rows"
+    bias = None if op.bias is None else np.asarray(op.bias, np.float32)
+    site = Site(op, layout, op.node.inputs[0], op.node.outputs[0], [op.node], bias)
+    if site.bias is None and (added := _bias_add(site, outputs)) is not None:
+        site.nodes.append(added[0])
+        site.output, site.bias = added[0].outputs[0], added[1]
+    found = epilogue.find(site.output, outputs)
+    if found is not None:
+        site.nodes += found.nodes
+        site.act, site.low, site.high, site.output = found.act, found.low, found.high, found.output
+    return site
+
+
+def _bias_add(site: Site, outputs: Sequence[gs.Variable]) -> tuple[gs.Node, F32] | None:
+    """The Add of a constant vector of outputs that is the only reader of the product."""
+    node = only_reader(site.output, outputs)
+    if node is None or node.op != "Add" or node.domain:
+        return None
+    other = next((i for i in node.inputs if i is not site.output), None)
+    if not isinstance(other, gs.Constant) or other.dtype != np.float32:
+        return None
+    values = array_of(other)
+    # Aligned from the right: features are the last axis of rows; of planes the second, with all pixels behind it.
+    if site.layout == "rows":
+        fits = values.ndim >= 1 and values.size == values.shape[-1] == site.n and _rank(site.source) >= values.ndim
+    else:
+        rank = _rank(site.source)
+        fits = values.ndim in (rank, rank - 1) and values.size == site.n == values.shape[1 - (rank - values.ndim)]
+    return (node, values.reshape(site.n).astype(np.float32)) if fits else None
+
+
+def _rank(tensor: gs.Variable) -> int:
+    return len(tensor.shape) if tensor.shape is not None else 1
+
+
+def held(graph: gs.Graph) -> list[gs.Variable]:
+    """Tensors that must stay as they are: graph outputs, and what branches of control flow read from outside."""
+    outer = {id(node) for node in graph.nodes}
+    inner = [scope for scope in scopes(graph) if scope is not graph]
+    read = [t for scope in inner for t in (*scope.outputs, *(t for node in scope.nodes for t in node.inputs))]
+    return [*graph.outputs, *(t for t in read if any(id(node) in outer for node in t.inputs))]
+
+
+def only_reader(tensor: gs.Variable, outputs: Sequence[gs.Variable]) -> gs.Node | None:
+    """The one node that reads `tensor`, if nothing else does and it is no graph output."""
+    if any(tensor is o for o in outputs) or len(tensor.outputs) != 1:
+        return None
+    return tensor.outputs[0]

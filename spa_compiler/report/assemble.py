@@ -1,0 +1,242 @@
+"""What the stages of a compilation found, turned into the report's structures."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spa_compiler.graph.model import Model
+from spa_compiler.graph.session import Feeds, onnxruntime_version, runtime
+from spa_compiler.passes.pass_ import Change
+from spa_compiler.placement.candidates import DENSE, candidate_name, forms
+from spa_compiler.placement.choose import Choice
+from spa_compiler.placement.place import SOURCE, Placed
+from spa_compiler.placement.sites import find_sites
+from spa_compiler.report.report import (
+    Asked,
+    Candidate,
+    Machine,
+    PassChange,
+    Placement,
+    RaceRow,
+    Ratio,
+    Report,
+    SiteChange,
+    Sizes,
+    Stage,
+    Versions,
+    shape_text,
+)
+from spa_compiler.targets import host
+
+BASELINE = "onnxruntime"
+
+
+def new(
+    version: str,
+    *,
+    source: str,
+    target: str,
+    threads: int,
+    seed: int,
+    recipe: Any,
+    options: Mapping[str, Any],
+    isa: str,
+) -> Report:
+    """A report with what is known before any work."""
+    cpu = host()
+    return Report(
+        spa_compiler=version,
+        asked=Asked(
+            source=source,
+            target=target,
+            seed=seed,
+            recipe=recipe,
+            options={name: value for name, value in options.items() if value},
+        ),
+        versions=Versions(
+            spa_compiler=version,
+            python=platform.python_version(),
+            onnx=importlib.metadata.version("onnx"),
+            onnxruntime=onnxruntime_version(),
+            tvm=importlib.metadata.version("apache-tvm"),
+            numpy=importlib.metadata.version("numpy"),
+        ),
+        machine=Machine(
+            cpu=f"{cpu.model} ({cpu.name})" if cpu.model else cpu.name,
+            isa=cpu.level,
+            cores=cpu.cores_physical,
+            threads=threads,
+            platform=platform.platform(),
+            providers=tuple(runtime().get_available_providers()),
+        ),
+        isa=isa,
+    )
+
+
+def machine_key(report: Report) -> dict[str, str]:
+    """What a record of times depends on besides the question."""
+    return {
+        "cpu": report.machine.cpu,
+        "onnxruntime": report.versions.onnxruntime,
+        "spa_compiler": report.versions.spa_compiler,
+        "isa": report.isa,
+    }
+
+
+def stage(name: str, seconds: float) -> Stage:
+    return Stage(name=name, seconds=round(seconds, 3))
+
+
+def shape_of(feeds: Feeds) -> str:
+    """A feed's shapes as one word."""
+    return shape_text({name: value.shape for name, value in feeds.items()})
+
+
+def pass_change(change: Change) -> PassChange:
+    """A pass's own words, as the report keeps them."""
+    return PassChange(
+        name=change.pass_name,
+        summary=change.summary,
+        sites=tuple(
+            SiteChange(
+                node=s.node,
+                weight=s.weight,
+                pattern=s.pattern,
+                density_before=float(s.density_before),
+                density_after=float(s.density_after),
+                error=float(s.error),
+            )
+            for s in change.sites
+        ),
+    )
+
+
+def plan(report: Report, model: Model) -> None:
+    """A dry run's view: every site with the forms that would be timed."""
+    sites, refusals = find_sites(model)
+    for site in sites:
+        stored = forms(site)
+        names = ", ".join(f"{s.name} ({s.share:.0%} stored)" for s in stored)
+        reason = f"would be timed dense and as {names}" if stored else "would stay dense: no block can be left out"
+        report.placements.append(_row(site.name, site.op.kind, site.n, site.k, 0, site.density, reason))
+    for refusal in refusals:
+        op = refusal.op
+        report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, f"stays dense: {refusal.reason}"))
+
+
+def placed(report: Report, result: Placed) -> None:
+    """Placements, the race and its ratios."""
+    sparse = bool(result.plan.regions)
+    for choice in result.choices:
+        report.placements += _placements(choice, sparse, result.reason)
+    for refusal in result.refusals:
+        op = refusal.op
+        report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, refusal.reason))
+    name = report.asked.source
+    for shape, timings in zip(report.shapes, result.race, strict=False):
+        for runtime_name, timing in timings.items():
+            shown = [BASELINE] if runtime_name == SOURCE else []
+            if runtime_name == result.plan.name:  # both, when the model as it was given is what came out
+                shown.append("spa")
+            report.race += [
+                RaceRow(
+                    model=name,
+                    runtime=each,
+                    shape=shape,
+                    median_ms=timing.median_us / 1e3,
+                    p10_ms=timing.p10_us / 1e3,
+                    p90_ms=timing.p90_us / 1e3,
+                )
+                for each in shown or [runtime_name]
+            ]
+        ratio = timings[SOURCE].median_us / timings[result.plan.name].median_us
+        report.ratios.append(Ratio(model=name, over=BASELINE, shape=shape, ratio=ratio))
+    report.notes.append(f"placement: {result.reason}")
+
+
+def sizes(report: Report, source: int, folder: Path) -> None:
+    """Bytes of what came in and what goes out; external data counts."""
+
+    def of(stem: str) -> int:
+        return sum(p.stat().st_size for p in folder.glob(f"{stem}*"))
+
+    report.sizes = Sizes(
+        source=source,
+        model=of("model.onnx"),
+        portable=of("portable.onnx"),
+        kernels=(folder / "kernels.so").stat().st_size,
+    )
+
+
+def hints(report: Report, result: Placed, asked: bool) -> None:
+    """What the user could ask for, when what came out gained nothing."""
+    if result.plan.regions:
+        return
+    if not asked and all(c.site.density > 0.9 for c in result.choices):
+        report.hints.append(
+            "the model has next to no zeros, so there was nothing to turn into time. Ask for some: "
+            "--sparsity 0.8 --pattern block:4x1 (measure the accuracy: this recipe does not train)"
+        )
+    helpful = {c.would_help for c in result.choices if c.would_help and c.timings}
+    report.hints += sorted(helpful)[:2]
+
+
+def _placements(choice: Choice, sparse: bool, plan_reason: str) -> list[Placement]:
+    site = choice.site
+    rows = choice.rows if sparse else None
+    reason = choice.reason if sparse or choice.rows is None else f"{choice.reason}; but {plan_reason}"
+    if not choice.timings:
+        tokens = choice.tokens[0] if choice.tokens else 0
+        return [_row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason, choice.would_help)]
+    out = []
+    for tokens, timings in zip(choice.tokens, choice.timings, strict=True):
+        chosen = DENSE if rows is None else candidate_name(rows)
+        candidates = tuple(
+            Candidate(name=n, median_us=t.median_us, p10_us=t.p10_us, p90_us=t.p90_us, chosen=n == chosen)
+            for n, t in timings.items()
+        )
+        out.append(
+            Placement(
+                node=site.name,
+                op=site.op.kind,
+                n=site.n,
+                k=site.k,
+                tokens=tokens,
+                form="dense" if rows is None else "sparse",
+                pattern=_pattern(site.density, choice.rows),
+                density=site.density,
+                candidates=candidates,
+                reason=reason,
+                would_help=choice.would_help,
+            )
+        )
+    return out
+
+
+def _row(
+    node: str, op: str, n: int, k: int, tokens: int, density: float, reason: str, would_help: str = ""
+) -> Placement:
+    return Placement(
+        node=node,
+        op=op,
+        n=n,
+        k=k,
+        tokens=tokens,
+        form="dense",
+        pattern=_pattern(density, None),
+        density=density if density >= 0 else math.nan,
+        candidates=(),
+        reason=reason,
+        would_help=would_help,
+    )
+
+
+def _pattern(density: float, rows: int | None) -> str:
+    if density < 0 or density == 1:
+        return DENSE
+    return "unstructured" if rows in (None, 1) else f"block:{rows}x1"

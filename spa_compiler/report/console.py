@@ -1,0 +1,148 @@
+"""The report as tables and lines for a terminal. rich is imported when something is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spa_compiler.report.report import Placement, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def header(report: Report, console: Console) -> None:
+    """The first lines: versions, target, ISA, threads, ONNX Runtime and its providers."""
+    versions, machine = report.versions, report.machine
+    isa = f" ({report.isa})" if report.isa else ""
+    providers = ", ".join(machine.providers)
+    _line(console, f"spa-compiler {report.spa_compiler} | {report.asked.source} -> {report.asked.target}{isa}")
+    _line(console, f"{machine.cpu}, {machine.isa}, {machine.cores} cores | {_plural(machine.threads, 'thread')}")
+    _line(
+        console,
+        f"ONNX Runtime {versions.onnxruntime} ({providers}) | onnx {versions.onnx} | TVM {versions.tvm} | "
+        f"Python {versions.python}",
+    )
+
+
+def changes(report: Report, console: Console) -> None:
+    """What the canonicalization noted and what each pass did, one line each."""
+    for note in report.notes:
+        _line(console, f"note: {note}")
+    for change in report.passes:
+        _line(console, f"{change.name}: {change.summary}")
+
+
+def sites(report: Report, console: Console) -> None:
+    """The table of `--explain`: which form each site got, what was measured, and why."""
+    from rich.table import Table
+
+    if not report.placements:
+        _line(console, "no sites: no MatMul, Gemm or Conv with a constant weight")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("site", "op", "n x k"):
+        table.add_column(name, overflow="fold")
+    table.add_column("tokens", justify="right")
+    table.add_column("zeros", justify="right")
+    for name in ("pattern", "measured, us (p10-p90)", "form", "why"):
+        table.add_column(name, overflow="fold")
+    for place in report.placements:
+        zeros = f"{1 - place.density:.0%}"
+        row = (place.node, place.op, f"{place.n} x {place.k}", str(place.tokens), zeros, place.pattern)
+        table.add_row(*map(_text, (*row, _candidates(place), place.form, _why(place))))
+    console.print(table)
+
+
+def race(report: Report, console: Console) -> None:
+    """The whole model in each runtime, at each shape."""
+    from rich.table import Table
+
+    if not report.race:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("shape", "model", "runtime"):
+        table.add_column(name, overflow="fold")
+    for name in ("median ms", "p10", "p90"):
+        table.add_column(name, justify="right")
+    for row in report.race:
+        times = (f"{value:.3f}" for value in (row.median_ms, row.p10_ms, row.p90_ms))
+        table.add_row(_text(row.shape), _text(row.model), _text(row.runtime), *times)
+    console.print(table)
+
+
+def summary(report: Report, folder: Path | None, console: Console) -> None:
+    """The last lines: ratio, size, error, path, and how to load the result.
+
+    Args:
+        folder: where the artifact lies; None in a dry run.
+    """
+    for hint in report.hints:
+        _line(console, f"hint: {hint}")
+    for ratio in report.ratios:
+        _line(console, f"{ratio.ratio:.2f}x as fast as {ratio.over} at {ratio.shape}", style="bold")
+    if report.sizes:
+        sizes = report.sizes
+        now = sizes.model + sizes.kernels
+        share = f" ({now / sizes.source:.0%})" if sizes.source else ""
+        _line(console, f"size: {bytes_text(sizes.source)} -> {bytes_text(now)}{share}")
+    worst = report.worst_check()
+    if worst:
+        error = "not comparable" if worst.error is None else f"{worst.error:.1e}"
+        _line(
+            console,
+            f"error: {error} of the largest output, {worst.tolerance:.0e} allowed "
+            f"({_plural(len(report.checks), 'check')} against portable.onnx)",
+        )
+    if report.failure:
+        _line(console, f"failed: {report.failure}", style="bold red")
+    elif folder:
+        _line(console, f"wrote {folder}")
+        console.print()
+        console.print(snippet(folder), markup=False, highlight=False, soft_wrap=True)
+
+
+def snippet(folder: Path) -> str:
+    """Python that runs the artifact in stock ONNX Runtime."""
+    return (
+        "import onnxruntime as ort\n"
+        "options = ort.SessionOptions()\n"
+        f"options.register_custom_ops_library({str(folder / 'kernels.so')!r})\n"
+        f"session = ort.InferenceSession({str(folder / 'model.onnx')!r}, options)"
+    )
+
+
+def bytes_text(count: int) -> str:
+    """A size as people write it: "90.4 MB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("the loop returns at its last unit")
+
+
+def _candidates(place: Placement) -> str:
+    ranked = sorted(place.candidates, key=lambda c: c.median_us)
+    return "\n".join(
+        f"{'*' if c.chosen else ' '} {c.name} {c.median_us:.1f} ({c.p10_us:.1f}-{c.p90_us:.1f})" for c in ranked
+    )
+
+
+def _why(place: Placement) -> str:
+    return f"{place.reason}\nwould help: {place.would_help}" if place.would_help else place.reason
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _text(value: str) -> str:
+    """Names from a model are text, never markup."""
+    from rich.markup import escape
+
+    return escape(value)
+
+
+def _line(console: Console, text: str, *, style: str | None = None) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=style)

@@ -1,0 +1,211 @@
+"""report.json: what was asked, what came out, why each site got its form, and what was measured where.
+
+Times are in milliseconds or microseconds as the field's name says, errors relative to the reference's largest
+magnitude, ratios above 1 when the compiled model is better (faster, smaller).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from spa_compiler.errors import ModelError
+
+REPORT = "report.json"
+#: equals the manifest's, so that a folder with nothing but a report (after a failed verification) is known as ours
+ARTIFACT_VERSION = 1
+
+
+class Versions(msgspec.Struct, frozen=True, kw_only=True):
+    """Of what took part."""
+
+    spa_compiler: str
+    python: str
+    onnx: str
+    onnxruntime: str
+    tvm: str
+    numpy: str
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the times were taken."""
+
+    cpu: str
+    isa: str  # the machine's own level; the artifact's is `Report.isa`
+    cores: int  # physical
+    threads: int  # used
+    platform: str
+    providers: tuple[str, ...]  # of ONNX Runtime
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """The request: enough to run it again."""
+
+    source: str
+    target: str
+    seed: int
+    recipe: Any  # as in recipe.yaml
+    options: dict[str, Any]  # the other options by their names, those that were given
+
+
+class SiteChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pass did to one weight."""
+
+    node: str
+    weight: str
+    pattern: str
+    density_before: float
+    density_after: float
+    error: float  # relative output error; ||dW|| / ||W|| without data
+
+
+class PassChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pass did."""
+
+    name: str
+    summary: str
+    sites: tuple[SiteChange, ...] = ()
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One form of a site, timed beside the others."""
+
+    name: str  # "dense" is ONNX Runtime's own op
+    median_us: float
+    p10_us: float
+    p90_us: float
+    chosen: bool
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Which form a site got, for one number of tokens."""
+
+    node: str
+    op: str
+    n: int  # outputs
+    k: int  # inputs per output
+    tokens: int
+    form: str  # "dense", "sparse"
+    pattern: str  # of the zeros: "dense", "unstructured", "block:4x1"
+    density: float
+    candidates: tuple[Candidate, ...]
+    reason: str
+    would_help: str = ""  # what one could ask for to make it faster
+
+
+class RaceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole model in one runtime at one shape."""
+
+    shape: str  # as `shape_text` writes it
+    runtime: str  # "spa" is the artifact, "onnxruntime" the source or portable model
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    model: str = ""
+
+
+class Ratio(msgspec.Struct, frozen=True, kw_only=True):
+    """How many times as fast `model` is as `over`."""
+
+    model: str
+    over: str
+    shape: str
+    ratio: float
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One output of the artifact against the same output of portable.onnx."""
+
+    output: str
+    shape: str  # of the inputs
+    threads: int
+    error: float | None  # None: another shape or type, or NaN or Inf in other places: nothing to measure
+    tolerance: float
+    noise: float  # the portable graph at two of ONNX Runtime's optimization levels
+
+    @property
+    def passed(self) -> bool:
+        return self.error is not None and self.error <= self.tolerance
+
+    def badness(self) -> float:
+        """The error in tolerances: above 1 the check failed."""
+        if self.error is None:
+            return math.inf
+        return self.error / self.tolerance if self.tolerance else math.inf if self.error else 0.0
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes."""
+
+    source: int
+    model: int
+    portable: int
+    kernels: int
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a stage of the compilation took."""
+
+    name: str
+    seconds: float
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """The content of report.json. Filled stage by stage, so that a run that fails can say how far it came."""
+
+    artifact_version: int = ARTIFACT_VERSION
+    spa_compiler: str
+    asked: Asked
+    versions: Versions
+    machine: Machine
+    isa: str = ""  # that kernels.so needs
+    shapes: list[str] = msgspec.field(default_factory=list)
+    notes: list[str] = msgspec.field(default_factory=list)  # canonicalization's, and what the run chose or gave up
+    passes: list[PassChange] = msgspec.field(default_factory=list)
+    placements: list[Placement] = msgspec.field(default_factory=list)
+    race: list[RaceRow] = msgspec.field(default_factory=list)
+    ratios: list[Ratio] = msgspec.field(default_factory=list)
+    checks: list[Check] = msgspec.field(default_factory=list)
+    hints: list[str] = msgspec.field(default_factory=list)  # what one could ask for
+    sizes: Sizes | None = None
+    stages: list[Stage] = msgspec.field(default_factory=list)
+    failure: str = ""  # why the run failed, if it did
+
+    def write(self, folder: Path) -> Path:
+        """Writes report.json into `folder`."""
+        path = folder / REPORT
+        path.write_bytes(self.to_json())
+        return path
+
+    def to_json(self) -> bytes:
+        """The file's content, a line end last."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    def worst_check(self) -> Check | None:
+        """The check that comes closest to its tolerance, or lies furthest beyond it."""
+        return max(self.checks, key=Check.badness, default=None)
+
+
+def read(folder: Path) -> Report:
+    """The report of an artifact.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    path = folder / REPORT
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Report)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelError(f"the report cannot be read: {error}", where=str(path)) from error
+
+
+def shape_text(shapes: Mapping[str, Sequence[int]]) -> str:
+    """One word for the shapes of all inputs: "1x128" when they agree, else "ids=1x128 image=1x3x32x32"."""
+    texts = {name: "x".join(map(str, shape)) or "scalar" for name, shape in shapes.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return " ".join(f"{name}={text}" for name, text in texts.items())

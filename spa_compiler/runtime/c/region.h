@@ -1,0 +1,118 @@
+/* A region: neighbouring operators that run as one node, activations kept in panels in between.
+ *
+ * The compiler writes one function per region, a straight line of the steps below, and one table of all regions.
+ * A panel of `features` rows is its tiles one after the other, each [spa_rows(features), lanes] floats; places in
+ * scratch are given in rows, so that a plan made at compile time holds for any number of tokens.
+ */
+#ifndef SPA_REGION_H
+#define SPA_REGION_H
+#include <stdint.h>
+
+#include "ort_abi.h"
+
+enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8 };
+enum { LAYOUT_ROWS, LAYOUT_PLANES };  /* [..., tokens, features]; [images, features, pixels...] */
+enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2 };
+enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
+
+typedef void Rx1(const float* panel, const int32_t* indptr, const int32_t* order, const uint16_t* columns,
+                 const float* values, const float* bias, const float* base, float* out, int32_t groups, int32_t mode,
+                 int32_t last, float low, float high);
+typedef void Pack(const float* x, float* panel, int32_t tokens, int32_t features, int32_t stride);
+typedef void Unpack(const float* panel, float* y, int32_t tokens, int32_t features, int32_t stride);
+typedef void Attend(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
+                    float* out, int32_t depth, int32_t keys, int32_t part, float scale);
+typedef void Norm(const float* x, const float* gamma, const float* beta, float* out, int32_t features, float epsilon);
+
+typedef struct { /* an R x 1 weight: spa_compiler/kernels/rx1.py has the format */
+  int64_t n, k, rows, chunk, k_block;
+  float low, high;
+  Rx1* const* kernels; /* one per lane count */
+} LinearInfo;
+
+typedef struct {
+  int64_t features;
+  float epsilon;
+  Norm* const* kernels;
+} NormInfo;
+
+typedef struct { /* softmax(scale Q^T K + mask) V, head by head; scale in units of log2 */
+  int64_t heads, depth;
+  float scale;
+  Attend* const* kernels;
+} AttentionInfo;
+
+typedef struct Run Run;
+typedef struct {
+  CustomOp op; /* first: ONNX Runtime hands its address back */
+  const char* name;
+  Status* (*run)(const Run*);
+  Pack* const* pack;
+  Unpack* const* unpack;
+  const LinearInfo* linears;
+  const NormInfo* norms;
+  const AttentionInfo* attentions;
+  int64_t scratch_rows;
+  int64_t input_features[MAX_INPUTS], output_features[MAX_OUTPUTS];
+  int layout, inputs, masks, outputs, linear_count, norm_count;
+  int whole_sequences; /* rows are [batch, tokens, features] and tiles never cross a sequence */
+} Region;
+
+/* Written by the compiler, per artifact. */
+extern const Region spa_regions[];
+extern const int spa_region_count, spa_required_isa_level;
+
+/* The callbacks that all regions share. */
+extern const char* spa_name(const CustomOp*);
+extern const char* spa_provider(const CustomOp*);
+extern int spa_input_type(const CustomOp*, size_t), spa_output_type(const CustomOp*, size_t);
+extern size_t spa_input_count(const CustomOp*), spa_output_count(const CustomOp*);
+extern int spa_zero(const CustomOp*, size_t), spa_one(const CustomOp*);
+extern Status *spa_create(const CustomOp*, Api, const void*, void**), *spa_compute(void*, void*);
+extern Status* spa_infer_shape(const CustomOp*, void*);
+extern void spa_destroy(void*);
+#define SPA_CUSTOM_OP                                                                                          \
+  {                                                                                                            \
+    .version = SPA_API_VERSION, .GetName = spa_name, .GetExecutionProviderType = spa_provider,                 \
+    .GetInputType = spa_input_type, .GetInputTypeCount = spa_input_count, .GetOutputType = spa_output_type,    \
+    .GetOutputTypeCount = spa_output_count, .KernelDestroy = spa_destroy, .GetInputCharacteristic = spa_zero,  \
+    .GetOutputCharacteristic = spa_zero, .GetInputMemoryType = spa_zero, .GetVariadicInputMinArity = spa_one,  \
+    .GetVariadicInputHomogeneity = spa_one, .GetVariadicOutputMinArity = spa_one,                              \
+    .GetVariadicOutputHomogeneity = spa_one, .CreateKernelV2 = spa_create, .KernelComputeV2 = spa_compute,     \
+    .InferOutputShape = spa_infer_shape, .GetStartVersion = spa_one, .GetEndVersion = spa_one                  \
+  }
+
+typedef const void* Arrays[LINEAR_ARRAYS];
+typedef struct { /* a node: initializers validated once, then read in place; nothing changes after creation */
+  const Region* region;
+  Arrays* linears;
+  Arrays* norms;
+  Allocator* allocator; /* the session's arena: a malloc of this size would fault its pages in every call */
+  char site[256];
+} Node;
+
+struct Run { /* one call */
+  const Node* node;
+  void* context;
+  const float* input[MAX_INPUTS];
+  const float* mask[MAX_MASKS];      /* additive, [batch or 1, heads or 1, tokens or 1, tokens] */
+  int64_t mask_stride[MAX_MASKS][3]; /* of the first three axes; 0 where the size is 1 */
+  float* output[MAX_OUTPUTS];
+  int64_t sequences, tokens; /* tokens of each sequence: 1 sequence in rows, images and pixels in planes */
+  int64_t tiles_per_sequence, tiles, lanes;
+  int lane_index;
+  float* scratch;
+};
+
+static inline int64_t spa_rows(int64_t features) { return (features + 7) / 8 * 8; }
+
+/* The steps. Panels are named by their place in scratch; `residual` < 0: none. */
+Status* spa_pack(const Run*, int input, int64_t to);
+Status* spa_linear(const Run*, int linear, int64_t from, int64_t residual, int64_t to);
+Status* spa_linear_out(const Run*, int linear, int64_t from, int64_t residual, int output); /* unpacks chunk by chunk */
+Status* spa_norm(const Run*, int norm, int64_t from, int64_t to);
+/* `mask` < 0: none. q, k, v and `to` are panels of heads x depth features. */
+Status* spa_attention(const Run*, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to);
+Status* spa_unpack(const Run*, int output, int64_t from);
+
+#endif

@@ -1,0 +1,183 @@
+/* The steps of a region: each is one ParallelFor on ONNX Runtime's own threads. No two items write one cache line. */
+#include "region.h"
+
+enum { FEATURE_BLOCK = 256 }; /* features of one pack or unpack item */
+enum { ACCUMULATE, START_BIAS, START_RESIDUAL };
+
+enum { FIRST = 1, LAST = 2 }; /* bits of an attention kernel's `part` */
+static const float LOWEST = -1e30f; /* a mask value that means never */
+
+typedef struct {
+  const Run* run;
+  const LinearInfo* linear;
+  const NormInfo* norm;
+  const void* const* arrays;
+  const float *from, *residual;
+  float* to;
+  int64_t features;
+  const AttentionInfo* attention;
+  const float *k, *v, *mask;
+  const int64_t* mask_stride;
+  int edge; /* the input or output of the region; < 0: a panel */
+} Step;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t blocks_of(int64_t total, int64_t size) { return (total + size - 1) / size; }
+
+static float* panel_at(const Run* r, int64_t place) { return r->scratch + place * r->tiles * r->lanes; }
+
+static int64_t tokens_in(const Run* r, int64_t tile) {
+  return least(r->tokens - tile % r->tiles_per_sequence * r->lanes, r->lanes);
+}
+
+/* Where feature `first` of a tile's first token lies in a tensor outside, and the stride that pack and unpack need. */
+static int64_t outside(const Run* r, int64_t tile, int64_t features, int64_t first, int32_t* stride) {
+  int64_t sequence = tile / r->tiles_per_sequence, token = tile % r->tiles_per_sequence * r->lanes;
+  if (r->node->region->layout == LAYOUT_PLANES) {
+    *stride = (int32_t)r->tokens;
+    return (sequence * features + first) * r->tokens + token;
+  }
+  *stride = (int32_t)features;
+  return (sequence * r->tokens + token) * features + first;
+}
+
+static void pack_item(void* user, size_t item) {
+  const Step* s = user;
+  const Run* r = s->run;
+  int64_t tile = (int64_t)item % r->tiles, first = (int64_t)item / r->tiles * FEATURE_BLOCK;
+  int32_t stride;
+  int64_t at = outside(r, tile, s->features, first, &stride);
+  r->node->region->pack[r->lane_index](s->from + at, s->to + (tile * spa_rows(s->features) + first) * r->lanes,
+                                       (int32_t)tokens_in(r, tile), (int32_t)least(s->features - first, FEATURE_BLOCK),
+                                       stride);
+}
+
+static void unpack_item(void* user, size_t item) {
+  const Step* s = user;
+  const Run* r = s->run;
+  int64_t tile = (int64_t)item % r->tiles, first = (int64_t)item / r->tiles * FEATURE_BLOCK;
+  int32_t stride;
+  int64_t at = outside(r, tile, s->features, first, &stride);
+  r->node->region->unpack[r->lane_index](s->from + (tile * spa_rows(s->features) + first) * r->lanes, s->to + at,
+                                         (int32_t)tokens_in(r, tile), (int32_t)least(s->features - first, FEATURE_BLOCK),
+                                         stride);
+}
+
+static void norm_item(void* user, size_t tile) {
+  const Step* s = user;
+  int64_t at = (int64_t)tile * spa_rows(s->features) * s->run->lanes;
+  s->norm->kernels[s->run->lane_index](s->from + at, s->arrays[0], s->arrays[1], s->to + at, (int32_t)s->features,
+                                       s->norm->epsilon);
+}
+
+/* One chunk of output rows of one tile. Items go chunk by chunk, so that a chunk's weights stay in L2 for all tiles. */
+static void linear_item(void* user, size_t item) {
+  const Step* s = user;
+  const Run* r = s->run;
+  const LinearInfo* w = s->linear;
+  int64_t tile = (int64_t)item % r->tiles, chunk = (int64_t)item / r->tiles, row = chunk * w->chunk, lanes = r->lanes;
+  int64_t blocks = blocks_of(w->k, w->k_block), per_chunk = w->chunk / w->rows;
+  int64_t groups = least(blocks_of(w->n, w->rows) - chunk * per_chunk, per_chunk);
+  const int32_t *indptr = s->arrays[INDPTR], *order = s->arrays[ORDER];
+  const float* from = s->from + tile * spa_rows(w->k) * lanes;
+  int64_t in_panel = (tile * spa_rows(w->n) + row) * lanes;
+  _Alignas(64) float accumulators[MAX_CHUNK * MAX_LANES];
+  float* out = s->edge < 0 ? s->to + in_panel : accumulators;
+  for (int64_t b = 0; b < blocks; ++b) {
+    int64_t group = chunk * per_chunk * blocks + b * groups;
+    w->kernels[r->lane_index](from + b * w->k_block * lanes, indptr + group, order + group, s->arrays[COLUMNS],
+                              s->arrays[VALUES], (const float*)s->arrays[BIAS] + row,
+                              s->residual ? s->residual + in_panel : out, out, (int32_t)groups,
+                              b ? ACCUMULATE : s->residual ? START_RESIDUAL : START_BIAS, b == blocks - 1, w->low,
+                              w->high);
+  }
+  if (s->edge >= 0) {
+    int32_t stride;
+    int64_t at = outside(r, tile, w->n, row, &stride);
+    r->node->region->unpack[r->lane_index](accumulators, s->to + at, (int32_t)tokens_in(r, tile),
+                                           (int32_t)least(w->n - row, w->chunk), stride);
+  }
+}
+
+/* The mask of one tile of queries and one of keys as [lanes, lanes], a row for each key; rows past the last key say
+ * never. */
+static void mask_tile(const Step* s, int64_t head, int64_t tile, int64_t key_tile, float* mask) {
+  const Run* r = s->run;
+  int64_t lanes = r->lanes, keys = tokens_in(r, key_tile), first_key = key_tile % r->tiles_per_sequence * lanes;
+  if (s->mask) {
+    const float* from = s->mask + tile / r->tiles_per_sequence * s->mask_stride[0] + head * s->mask_stride[1] + first_key;
+    if (s->mask_stride[2])
+      r->node->region->pack[r->lane_index](from + tile % r->tiles_per_sequence * lanes * s->mask_stride[2], mask,
+                                           (int32_t)tokens_in(r, tile), (int32_t)keys, (int32_t)s->mask_stride[2]);
+    else
+      for (int64_t key = 0; key < keys; ++key)
+        for (int64_t i = 0; i < lanes; ++i) mask[key * lanes + i] = from[key];
+  } else {
+    for (int64_t i = 0; i < keys * lanes; ++i) mask[i] = 0.0f;
+  }
+  for (int64_t i = keys * lanes; i < lanes * lanes; ++i) mask[i] = LOWEST;
+}
+
+/* One head of one tile of queries: over all key tiles of its sequence. */
+static void attention_item(void* user, size_t item) {
+  const Step* s = user;
+  const Run* r = s->run;
+  const AttentionInfo* a = s->attention;
+  int64_t lanes = r->lanes, tile = (int64_t)item % r->tiles, head = (int64_t)item / r->tiles;
+  int64_t first = tile / r->tiles_per_sequence * r->tiles_per_sequence, stride = spa_rows(s->features) * lanes;
+  int64_t in_tile = head * a->depth * lanes;
+  _Alignas(64) float scores[MAX_LANES * MAX_LANES], mask[MAX_LANES * MAX_LANES], state[2 * MAX_LANES];
+  for (int64_t t = 0; t < r->tiles_per_sequence; ++t) {
+    int64_t at = (first + t) * stride + in_tile;
+    mask_tile(s, head, tile, first + t, mask);
+    a->kernels[r->lane_index](s->from + tile * stride + in_tile, s->k + at, s->v + at, mask, scores, state,
+                              s->to + tile * stride + in_tile, (int32_t)a->depth, (int32_t)tokens_in(r, first + t),
+                              (t == 0 ? FIRST : 0) | (t + 1 == r->tiles_per_sequence ? LAST : 0), a->scale);
+  }
+}
+
+static Status* in_parallel(void (*function)(void*, size_t), int64_t items, Step* s) {
+  return KernelContext_ParallelFor(s->run->context, function, (size_t)items, 0, s);
+}
+
+Status* spa_pack(const Run* r, int input, int64_t to) {
+  int64_t features = r->node->region->input_features[input];
+  Step s = {.run = r, .from = r->input[input], .to = panel_at(r, to), .features = features};
+  return in_parallel(pack_item, r->tiles * blocks_of(features, FEATURE_BLOCK), &s);
+}
+
+Status* spa_unpack(const Run* r, int output, int64_t from) {
+  int64_t features = r->node->region->output_features[output];
+  Step s = {.run = r, .from = panel_at(r, from), .to = r->output[output], .features = features};
+  return in_parallel(unpack_item, r->tiles * blocks_of(features, FEATURE_BLOCK), &s);
+}
+
+static Status* linear_step(const Run* r, int linear, int64_t from, int64_t residual, float* to, int edge) {
+  const LinearInfo* w = &r->node->region->linears[linear];
+  Step s = {.run = r, .linear = w, .arrays = r->node->linears[linear], .from = panel_at(r, from),
+            .residual = residual < 0 ? NULL : panel_at(r, residual), .to = to, .edge = edge};
+  return in_parallel(linear_item, r->tiles * blocks_of(w->n, w->chunk), &s);
+}
+
+Status* spa_linear(const Run* r, int linear, int64_t from, int64_t residual, int64_t to) {
+  return linear_step(r, linear, from, residual, panel_at(r, to), -1);
+}
+
+Status* spa_linear_out(const Run* r, int linear, int64_t from, int64_t residual, int output) {
+  return linear_step(r, linear, from, residual, r->output[output], output);
+}
+
+Status* spa_attention(const Run* r, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to) {
+  const AttentionInfo* info = &r->node->region->attentions[attention];
+  Step s = {.run = r, .attention = info, .features = info->heads * info->depth, .from = panel_at(r, q),
+            .k = panel_at(r, k), .v = panel_at(r, v), .to = panel_at(r, to),
+            .mask = mask < 0 ? NULL : r->mask[mask], .mask_stride = mask < 0 ? NULL : r->mask_stride[mask]};
+  return in_parallel(attention_item, r->tiles * info->heads, &s);
+}
+
+Status* spa_norm(const Run* r, int norm, int64_t from, int64_t to) {
+  const NormInfo* info = &r->node->region->norms[norm];
+  Step s = {.run = r, .norm = info, .arrays = r->node->norms[norm], .from = panel_at(r, from), .to = panel_at(r, to),
+            .features = info->features};
+  return in_parallel(norm_item, r->tiles, &s);
+}

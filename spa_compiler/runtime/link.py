@@ -1,0 +1,114 @@
+"""Kernels, the C side and the generated regions -> one kernels.so that needs libc alone.
+
+The linker is `python -m ziglang cc` against glibc 2.28 (ONNX Runtime's own floor), so that no compiler has to be
+installed and the result runs on older machines than this one; `SPA_CC` names another one.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from spa_compiler.errors import EnvironmentFault
+from spa_compiler.kernels import attention, layernorm, panel, rx1
+from spa_compiler.kernels.lower import build_object
+from spa_compiler.runtime.region import RegionSpec, kernels_of, write_c
+from spa_compiler.targets.machine import cache_dir
+
+GLIBC = "2.28"
+C_FOLDER = Path(__file__).parent / "c"
+SOURCES = ("register.c", "node.c", "steps.c", "isa.c")
+FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
+ISA_LEVELS = {"x86-64": 1, "x86-64-v2": 2, "x86-64-v3": 3, "x86-64-v4": 4}
+
+
+def link(regions: Sequence[RegionSpec], mcpu: str, output: Path) -> None:
+    """Writes kernels.so.
+
+    Args:
+        regions: what the model's nodes need; may be empty, the library then loads and registers nothing.
+        mcpu: x86-64 level of the kernels, as LLVM spells it.
+        output: the file to write.
+
+    Raises:
+        EnvironmentFault: the linker cannot be run or fails.
+    """
+    wanted = list(dict.fromkeys(regions))
+    objects = [build_object(kernel(name), mcpu, cache_dir() / "objects") for name in _functions(wanted)]
+    level = ISA_LEVELS[mcpu] if wanted else 1
+    # Beside the output, which a run that is killed leaves in a place that the next one tidies up.
+    with tempfile.TemporaryDirectory(prefix="spa-link-", dir=output.parent) as folder:
+        generated = Path(folder) / "regions.c"
+        generated.write_text(write_c(wanted, level))
+        run_linker(
+            [
+                *FLAGS,
+                f"-I{C_FOLDER}",
+                f"-Wl,--version-script={C_FOLDER / 'exports.map'}",
+                "-Wl,-z,noexecstack",
+                "-Wl,-z,relro",
+                "-Wl,--no-undefined",
+                *(str(C_FOLDER / s) for s in SOURCES),
+                str(generated),
+                *map(str, objects),
+                "-o",
+                str(output),
+            ]
+        )
+
+
+def kernel(name: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, which has no types
+    """The kernel that `kernels_of` names."""
+    parts = name.removeprefix("spa_").split("_", 3)
+    if parts[0] == "pack":
+        return panel.pack_kernel(parts[1], int(parts[2]))
+    if parts[0] == "unpack":
+        return panel.unpack_kernel(parts[1], int(parts[2]))
+    if parts[0] == "attention":
+        return attention.kernel(int(parts[1]))
+    if parts[0] == "layernorm":
+        return layernorm.kernel(int(parts[1]))
+    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3])
+
+
+def linker() -> list[str]:
+    """The command that compiles and links C: SPA_CC, else zig."""
+    chosen = os.environ.get("SPA_CC", "").strip()
+    try:
+        return shlex.split(chosen) if chosen else [sys.executable, "-m", "ziglang", "cc", "-target", _zig_target()]
+    except ValueError as error:
+        raise EnvironmentFault(
+            f"the linker cannot be run: {error}", where=f"SPA_CC={chosen}", fix="Close the quotes, as a shell wants it"
+        ) from error
+
+
+def run_linker(arguments: Sequence[str]) -> None:
+    """Runs the linker; EnvironmentFault with its own words when it fails."""
+    command = linker()
+    zig_cache = str(cache_dir() / "zig")  # zig has no cache without HOME, and fails then
+    environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": zig_cache, "ZIG_LOCAL_CACHE_DIR": zig_cache}
+    fix = (
+        "SPA_CC must name a C compiler, for instance SPA_CC=gcc; without SPA_CC, zig is used"
+        if os.environ.get("SPA_CC")
+        else "Install it again with `pip install --force-reinstall ziglang`, or set SPA_CC to a C compiler"
+    )
+    try:
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise EnvironmentFault(f"the linker cannot be run: {error}", where=command[0], fix=fix) from error
+    if done.returncode != 0:
+        words = "\n".join(done.stderr.strip().splitlines()[-12:])
+        raise EnvironmentFault(f"linking kernels.so failed: {words}", where=shlex.join(command), fix=fix)
+
+
+def _zig_target() -> str:
+    return f"x86_64-linux-gnu.{GLIBC}"
+
+
+def _functions(regions: list[RegionSpec]) -> list[str]:
+    return [name for functions in kernels_of(regions).values() for name in functions]

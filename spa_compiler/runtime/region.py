@@ -1,0 +1,272 @@
+"""A region as data: which steps run on which panels, where the panels lie in scratch, and the C that does it.
+
+    b = RegionBuilder("rows")
+    x = b.pack(768)
+    h = b.linear(x, LinearSpec(...gelu...))
+    y = b.linear(h, LinearSpec(...), residual=x)
+    b.unpack(b.norm(y, NormSpec(768, 1e-12)))
+    spec = b.finish()
+
+Scratch: a panel lives from the step that writes it to the last one that reads it; places are first fit, in panel rows,
+so that one plan holds for every number of tokens. Equal regions, weights aside, are equal specs, and hence one op.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from spa_compiler.kernels import attention, layernorm, panel, rx1
+
+MAX_INPUTS = 8  # of the C side: region.h
+MAX_OUTPUTS = 8
+MAX_MASKS = 4
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """y = act(W x + b): W [n, k] as R x 1 blocks (`kernels/rx1.py`)."""
+
+    n: int
+    k: int
+    rows: int
+    chunk: int
+    k_block: int
+    act: str = "none"
+    low: float = 0.0
+    high: float = 0.0
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """LayerNormalization over `features`."""
+
+    features: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """softmax(scale Q K^T + mask) V over `heads` heads of `depth` features; `scale` in natural units."""
+
+    heads: int
+    depth: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class RegionSpec:
+    """Everything about a region but its weights. `lines` are the C calls, in order."""
+
+    layout: str
+    input_features: tuple[int, ...]
+    output_features: tuple[int, ...]
+    linears: tuple[LinearSpec, ...]
+    norms: tuple[NormSpec, ...]
+    attentions: tuple[AttentionSpec, ...]
+    masks: int
+    lines: tuple[str, ...]
+    scratch_rows: int
+
+    @property
+    def op_type(self) -> str:
+        """`Region_<hash>`: the name of the op in the domain ai.spa."""
+        return f"Region_{hashlib.sha256(repr(self).encode()).hexdigest()[:10]}"
+
+
+@dataclass(eq=False)
+class Panel:
+    """[features, tokens] somewhere in scratch, alive from step `born` to step `dies`."""
+
+    features: int
+    born: int
+    dies: int
+    place: int = -1
+
+    @property
+    def rows(self) -> int:
+        """Rows in scratch: kernels write whole blocks of up to 8 rows (`spa_rows` of region.h)."""
+        return -(-self.features // 8) * 8
+
+
+@dataclass
+class _Step:
+    text: str  # with {0}, {1}, ... for the places of `panels`
+    panels: tuple[Panel, ...]
+
+
+@dataclass
+class RegionBuilder:
+    """Collects the steps of one region; `layout` is one of `panel.LAYOUTS`."""
+
+    layout: str
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    linears: list[LinearSpec] = field(default_factory=list)
+    norms: list[NormSpec] = field(default_factory=list)
+    attentions: list[AttentionSpec] = field(default_factory=list)
+    masks: int = 0
+    _panels: list[Panel] = field(default_factory=list)
+    _steps: list[_Step] = field(default_factory=list)
+
+    def pack(self, features: int) -> Panel:
+        """The next input of the node, as a panel."""
+        self.inputs.append(features)
+        to = self._new(features)
+        self._add(f"spa_pack(r, {len(self.inputs) - 1}, {{0}})", to)
+        return to
+
+    def linear(self, source: Panel, spec: LinearSpec, residual: Panel | None = None) -> Panel:
+        """act(W source + b + residual) as a panel; the activation is that of `spec`."""
+        to = self._new(spec.n)
+        self._linear("spa_linear", source, spec, residual, "{1}", to)
+        return to
+
+    def linear_out(self, source: Panel, spec: LinearSpec, residual: Panel | None = None) -> None:
+        """The same, straight into the next output of the node: the panel exists chunk by chunk only."""
+        self.outputs.append(spec.n)
+        self._linear("spa_linear_out", source, spec, residual, str(len(self.outputs) - 1), None)
+
+    def norm(self, source: Panel, spec: NormSpec) -> Panel:
+        """LayerNormalization, into a panel of its own (the source may be a residual that is still needed)."""
+        self.norms.append(spec)
+        to = self._new(spec.features)
+        self._add(f"spa_norm(r, {len(self.norms) - 1}, {{0}}, {{1}})", source, to)
+        return to
+
+    def mask(self) -> int:
+        """The next mask input of the node: additive, [batch or 1, heads or 1, tokens or 1, tokens]."""
+        self.masks += 1
+        return self.masks - 1
+
+    def attention(self, q: Panel, k: Panel, v: Panel, spec: AttentionSpec, mask: int | None = None) -> Panel:
+        """The attention core; `mask` is what `mask` returned. Tiles then never cross a sequence."""
+        self.attentions.append(spec)
+        to = self._new(spec.heads * spec.depth)
+        number, which = len(self.attentions) - 1, -1 if mask is None else mask
+        self._add(f"spa_attention(r, {number}, {{0}}, {{1}}, {{2}}, {which}, {{3}})", q, k, v, to)
+        return to
+
+    def unpack(self, source: Panel) -> None:
+        """A panel as the next output of the node."""
+        self.outputs.append(source.features)
+        self._add(f"spa_unpack(r, {len(self.outputs) - 1}, {{0}})", source)
+
+    def finish(self) -> RegionSpec:
+        """Plans scratch."""
+        placed: list[Panel] = []
+        for p in self._panels:
+            at = 0
+            for low, high in sorted((q.place, q.place + q.rows) for q in placed if q.dies >= p.born):
+                if at + p.rows <= low:
+                    break
+                at = max(at, high)
+            p.place = at
+            placed.append(p)
+        return RegionSpec(
+            self.layout,
+            tuple(self.inputs),
+            tuple(self.outputs),
+            tuple(self.linears),
+            tuple(self.norms),
+            tuple(self.attentions),
+            self.masks,
+            tuple(s.text.format(*(p.place for p in s.panels)) for s in self._steps),
+            max((p.place + p.rows for p in placed), default=0),
+        )
+
+    def _linear(
+        self, call: str, source: Panel, spec: LinearSpec, residual: Panel | None, target: str, to: Panel | None
+    ) -> None:
+        self.linears.append(spec)
+        panels = [source, *([to] if to else []), *([residual] if residual else [])]
+        base = f"{{{len(panels) - 1}}}" if residual else "-1"
+        self._add(f"{call}(r, {len(self.linears) - 1}, {{0}}, {base}, {target})", *panels)
+
+    def _new(self, features: int) -> Panel:
+        self._panels.append(Panel(features, len(self._steps), len(self._steps)))
+        return self._panels[-1]
+
+    def _add(self, text: str, *panels: Panel) -> None:
+        for p in panels:
+            p.dies = len(self._steps)
+        self._steps.append(_Step(text, panels))
+
+
+def kernels_of(regions: list[RegionSpec]) -> dict[str, tuple[str, ...]]:
+    """C array name -> the functions in it (one per lane count), for everything that the regions call."""
+    arrays: dict[str, tuple[str, ...]] = {}
+    for region in regions:
+        for way in ("pack", "unpack"):
+            arrays[f"{way}_{region.layout}"] = tuple(f"spa_{way}_{region.layout}_{n}" for n in panel.LANE_COUNTS)
+        for linear in region.linears:
+            arrays[f"rx1_{linear.rows}_{linear.act}"] = tuple(
+                rx1.name(linear.rows, lanes, linear.act) for lanes in panel.LANE_COUNTS
+            )
+        if region.attentions:
+            arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
+        if region.norms:
+            arrays["layernorm"] = tuple(layernorm.name(lanes) for lanes in panel.LANE_COUNTS)
+    return dict(sorted(arrays.items()))
+
+
+LOG2_E = 1.4426950408889634
+_C_TYPES = {"pack": "Pack", "unpack": "Unpack", "rx1": "Rx1", "layernorm": "Norm", "attention": "Attend"}
+
+
+def _c_float(value: float) -> str:
+    return "-3.4028235e38f" if value < -3.4e38 else "3.4028235e38f" if value > 3.4e38 else f"{float(value).hex()}f"
+
+
+def write_c(regions: list[RegionSpec], isa_level: int) -> str:
+    """regions.c of an artifact: the kernels it links, a function per region, the table that region.h declares.
+
+    Args:
+        regions: distinct regions; equal ones are written once.
+        isa_level: x86-64 level that the kernels need (1: none).
+    """
+    regions = sorted(set(regions), key=lambda r: r.op_type)
+    out = ['/* Written by spa-compiler. */\n#include "region.h"\n']
+    for array, functions in kernels_of(regions).items():
+        kind = _C_TYPES[array.split("_")[0]]
+        out.append(f"extern {kind} {', '.join(functions)};")
+        out.append(f"static {kind}* const {array}[LANE_COUNTS] = {{{', '.join(functions)}}};\n")
+    rows = []
+    for region in regions:
+        op, layout = region.op_type, f"LAYOUT_{region.layout.upper()}"
+        if region.linears:
+            items = ",\n  ".join(
+                f"{{.n = {s.n}, .k = {s.k}, .rows = {s.rows}, .chunk = {s.chunk}, .k_block = {s.k_block}, "
+                f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = rx1_{s.rows}_{s.act}}}"
+                for s in region.linears
+            )
+            out.append(f"static const LinearInfo {op}_linears[] = {{\n  {items}}};")
+        if region.norms:
+            items = ", ".join(
+                f"{{.features = {s.features}, .epsilon = {_c_float(s.epsilon)}, .kernels = layernorm}}"
+                for s in region.norms
+            )
+            out.append(f"static const NormInfo {op}_norms[] = {{{items}}};")
+        if region.attentions:
+            items = ", ".join(
+                f"{{.heads = {s.heads}, .depth = {s.depth}, .scale = {_c_float(s.scale * LOG2_E)}, "
+                f".kernels = attention}}"
+                for s in region.attentions
+            )
+            out.append(f"static const AttentionInfo {op}_attentions[] = {{{items}}};")
+        body = "".join(f"  TRY({line});\n" for line in region.lines)
+        out.append(f"static Status* {op}(const Run* r) {{\n{body}  return NULL;\n}}\n")
+        rows.append(
+            f'  {{.op = SPA_CUSTOM_OP, .name = "{op}", .run = {op}, .pack = pack_{region.layout}, '
+            f".unpack = unpack_{region.layout}, .linears = {f'{op}_linears' if region.linears else 'NULL'}, "
+            f".norms = {f'{op}_norms' if region.norms else 'NULL'}, "
+            f".attentions = {f'{op}_attentions' if region.attentions else 'NULL'}, .masks = {region.masks}, "
+            f".whole_sequences = {int(bool(region.attentions))}, .scratch_rows = {region.scratch_rows}, "
+            f".input_features = {{{', '.join(map(str, region.input_features))}}}, "
+            f".output_features = {{{', '.join(map(str, region.output_features))}}}, .layout = {layout}, "
+            f".inputs = {len(region.input_features)}, .outputs = {len(region.output_features)}, "
+            f".linear_count = {len(region.linears)}, .norm_count = {len(region.norms)}}},"
+        )
+    out.append("const Region spa_regions[] = {\n" + ("\n".join(rows) or "  {.name = 0}") + "\n};")
+    out.append(f"const int spa_region_count = {len(regions)}, spa_required_isa_level = {isa_level};\n")
+    return "\n".join(out)

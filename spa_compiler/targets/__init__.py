@@ -1,0 +1,8 @@
+"""What a machine can run: `parse` names a target, `host` says what this machine is."""
+
+from __future__ import annotations
+
+from spa_compiler.targets.cpu import LEVELS, HostCpu, check_platform, host
+from spa_compiler.targets.target import SPELLINGS, Target, parse
+
+__all__ = ["LEVELS", "SPELLINGS", "HostCpu", "Target", "check_platform", "host", "parse"]

@@ -1,0 +1,62 @@
+"""`Target`: what a model is compiled for, and how it is written."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from spa_compiler.errors import UsageError
+from spa_compiler.targets.cpu import check_platform, host
+from spa_compiler.targets.cuda import NATIVE, driver_present, parse_architectures
+
+_CPU_SPELLINGS = {
+    "x86-64-v4": "x86-64-v4",
+    "x86-64-v3": "x86-64-v3",
+    "x86-64": "x86-64",
+    "avx512": "x86-64-v4",
+    "avx2": "x86-64-v3",
+}
+SPELLINGS = ("cpu", *(f"cpu:{name}" for name in _CPU_SPELLINGS), "cuda", "cuda:sm_90")
+"""What `parse` takes; `cuda:` takes other architectures too, and lists of them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model is compiled for."""
+
+    kind: Literal["cpu", "cuda"]
+    arch: str
+    """`x86-64-v4`; for CUDA `sm_90`, a list `sm_80,sm_90`, or `native` (the GPU at hand)."""
+    mcpu: str
+    """LLVM's name of the CPU that host code is generated for: the level itself, or the host's level for CUDA."""
+    host_runs: bool
+    """Whether this machine runs the result, so that it can be measured and verified here."""
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        """`arch` as a list: more than one makes a fat CUDA artifact."""
+        return tuple(self.arch.split(","))
+
+    def __str__(self) -> str:
+        """The spelling that `parse` turns into this target again."""
+        return self.kind if self.arch == NATIVE else f"{self.kind}:{self.arch}"
+
+
+def parse(text: str) -> Target:
+    """The target that `text` names: `cpu` is what this machine has, `cpu:avx512` is `cpu:x86-64-v4`.
+
+    Raises:
+        UsageError: there is no such target.
+        EnvironmentFault: this machine is not Linux on x86-64.
+    """
+    check_platform()
+    kind, colon, arch = text.strip().lower().partition(":")
+    if kind == "cpu" and (not colon or arch in _CPU_SPELLINGS):
+        level = _CPU_SPELLINGS[arch] if colon else host().level
+        return Target("cpu", level, level, host().runs(level))
+    if kind == "cuda":
+        return Target("cuda", parse_architectures(arch) if colon else NATIVE, host().level, driver_present())
+    close = difflib.get_close_matches(text.lower(), SPELLINGS, n=1)
+    meant = f"Did you mean {close[0]}? " if close else ""
+    raise UsageError(f"there is no target {text!r}", fix=f"{meant}There are: {', '.join(SPELLINGS)}")

@@ -1,0 +1,103 @@
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spa_compiler.bench.engines import ENGINES
+from spa_compiler.bench.race import Contender, Times, race
+from spa_compiler.errors import EnvironmentFault, ModelError
+
+FEEDS = {"x": np.ones((4, 64), np.float32)}
+ORT = ENGINES["onnxruntime"]
+
+
+def test_every_contender_is_timed_as_often_as_asked(linear: Callable[..., Path]) -> None:
+    path, said = linear(), []
+    contenders = [Contender("a", ORT, path, FEEDS), Contender("b", ENGINES["onnxruntime-best"], path, FEEDS)]
+    for runs, rounds in ((23, 10), (3, 3)):
+        times = race(contenders, threads=1, runs=runs, progress=lambda *args: said.append(args))
+        for taken in times:
+            assert taken is not None
+            assert len(taken.bursts) == rounds
+            assert sum(map(len, taken.bursts)) == runs
+            assert 0 < taken.percentile(10) <= taken.percentile(50) <= taken.percentile(90)
+    assert {what for what, _, _ in said} == {"loading", "timing"}
+
+
+def test_twice_the_work_is_the_slower(linear: Callable[..., Path]) -> None:
+    contenders = [Contender(str(n), ORT, linear(f"{n}.onnx", n), FEEDS) for n in (2, 200)]
+    short, long = race(contenders, threads=1, runs=20)
+    assert short is not None
+    assert long is not None
+    assert short.ratio(long) > 5
+    assert long.ratio(short) < 0.2
+
+
+def test_a_ratio_pairs_the_bursts_of_a_round() -> None:
+    # The machine was three times as slow in the last round, for both.
+    slow = Times(((2.0, 2.0), (2.0, 2.0), (6.0, 6.0)), "")
+    fast = Times(((1.0, 1.0), (1.0, 9.0, 1.0), (3.0, 3.0)), "")
+    assert fast.ratio(slow) == 2.0
+
+
+def test_what_need_not_run_is_left_out(linear: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    wrong = {"z": np.ones(1, np.float32)}
+    contenders = [Contender("a", ORT, linear(), wrong, required=False), Contender("b", ORT, linear(), FEEDS)]
+    first, second = race(contenders, threads=1, runs=2)
+    assert first is None
+    assert second is not None
+    assert "left out: a in onnxruntime" in caplog.text
+
+
+def test_what_must_run_is_an_error_in_words(linear: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match=r"a in onnxruntime: does not run: .*z"):
+        race([Contender("a", ORT, linear(), {"z": np.ones(1, np.float32)})], threads=1, runs=2)
+
+
+def test_an_interpreter_that_is_none(linear: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="--python"):
+        race([Contender("a", ORT, linear(), FEEDS, python=str(tmp_path / "none"))], threads=1, runs=2)
+
+
+def test_a_worker_that_dies_is_quoted(linear: Callable[..., Path], tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho the last words >&2\nexit 3\n")
+    python.chmod(0o755)
+    with pytest.raises(ModelError, match="status 3 the last words"):
+        race([Contender("a", ORT, linear(), FEEDS, python=str(python))], threads=1, runs=2)
+
+
+def test_a_worker_that_dies_while_it_is_timed(linear: Callable[..., Path], tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"version": "1"}'\nread line\nexit 4\n""")
+    python.chmod(0o755)
+    with pytest.raises(ModelError, match=r"stopped while it was timed: .*status 4"):
+        race([Contender("a", ORT, linear(), FEEDS, python=str(python))], threads=1, runs=2)
+
+
+def test_no_process_outlives_the_race(linear: Callable[..., Path]) -> None:
+    def interrupt(what: str, *_: int) -> None:
+        if what == "timing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        race([Contender("a", ORT, linear(), FEEDS)], threads=1, runs=2, progress=interrupt)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    assert not [c for c in children if "worker.py" in Path(f"/proc/{c}/cmdline").read_text()]
+
+
+def test_the_worker_needs_nothing_of_this_package(linear: Callable[..., Path], tmp_path: Path) -> None:
+    """As in the interpreter of another environment: the package cannot be imported."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh\ncd / && exec {sys.executable} -c 'import runpy, sys
+sys.modules["spa_compiler"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")' "$@"\n"""
+    )
+    python.chmod(0o755)
+    (times,) = race([Contender("a", ORT, linear(), FEEDS, python=str(python))], threads=1, runs=2)
+    assert times is not None

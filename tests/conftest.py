@@ -1,0 +1,19 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.register_assert_rewrite("tests.onnx_text", "tests.networks")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def spa_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of the test run's own; what depends on nothing but its content is kept from run to run."""
+    folder = tmp_path_factory.mktemp("spa-cache")
+    cache = request.config.cache
+    assert cache is not None
+    for name in ("objects", "zig"):
+        (folder / name).symlink_to(cache.mkdir(f"spa-{name}"), target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPA_CACHE_DIR", str(folder))
+        yield folder

@@ -1,0 +1,86 @@
+"""The models that races use: three from the folder `shared` beside the repository, and the repository's own.
+
+Large ones are built on first use and kept in the cache folder (`SPA_CACHE_DIR`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from spa_compiler.targets.machine import cache_dir
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+DIGITS = ("digits_transformer", "digits_cnn")
+
+
+def have_shared() -> bool:
+    """Whether the folder with the benchmark models is there."""
+    return (SHARED / "bench" / "graphs.py").exists()
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 with its own weights; batch and length dynamic."""
+    os.environ.setdefault("SPA_MODELS_DIR", str(_folder()))
+    return Path(_module(SHARED / "models" / "fetch_models.py").path("minilm_l6_v2"))
+
+
+def bert_base(layers: int = 12) -> Path:
+    """BERT-base with random weights; batch and length dynamic."""
+    name = "bert_base" if layers == 12 else f"bert_base_{layers}_layers"
+    return _built(name, lambda graphs: graphs.bert_base(layers=layers))
+
+
+def bert_base_with_zeros(sparsity: float, pattern: str) -> Path:
+    """The same model as it would come from a pruner: the zeros are in the file."""
+    name = f"bert_base_{round(sparsity * 100)}_{pattern.replace(':', '_')}"
+    return _built(name, lambda graphs: graphs.sparsify(graphs.bert_base(), sparsity, pattern))
+
+
+def mobilenet_v2() -> Path:
+    """MobileNetV2 with random weights, BatchNormalization folded."""
+    return _built("mobilenet_v2", lambda graphs: graphs.mobilenet_v2())
+
+
+def digits(name: str) -> dict[str, Any]:
+    """One of the repository's models as its manifest has it, `file` made absolute.
+
+    Raises:
+        FileNotFoundError, KeyError: it is not there.
+    """
+    entry = dict(json.loads((ROOT / "models" / "manifest.json").read_text())["models"][name])
+    return entry | {"file": ROOT / "models" / entry["file"]}
+
+
+def _folder() -> Path:
+    folder = cache_dir() / "peers"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _built(name: str, build: Callable[[ModuleType], onnx.ModelProto]) -> Path:
+    target = _folder() / f"{name}.onnx"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.part")
+        onnx.save(build(_module(SHARED / "bench" / "graphs.py")), str(partial))
+        partial.rename(target)
+    return target
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"shared_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,264 @@
+"""Regions with their weights and a numpy evaluation, ONNX models around them, sessions on a library linked once."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from spa_compiler.kernels import activation, rx1
+from spa_compiler.runtime import link
+from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec
+from spa_compiler.targets import host
+from tests.kernel_harness import sparse
+
+F64 = NDArray[np.float64]
+Evaluate = Callable[[Sequence[F64]], F64]  # inputs [tokens, features] -> [tokens, features]
+
+MCPU = "x86-64-v4"
+EPSILON = 1e-5
+ARRAY_NAMES = ("indptr", "order", "columns", "values", "bias")
+needs_avx512 = pytest.mark.skipif(not host().runs(MCPU), reason="the kernels need AVX-512")
+
+
+@dataclass
+class Value:
+    """A panel, and how numpy computes it."""
+
+    panel: Panel
+    evaluate: Evaluate
+
+
+@dataclass
+class Recorder:
+    """`RegionBuilder` that draws the weights too and remembers what numpy has to do."""
+
+    layout: str
+    rng: np.random.Generator
+    builder: RegionBuilder = field(init=False)
+    linears: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    norms: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    outputs: list[Evaluate] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.builder = RegionBuilder(self.layout)
+
+    def pack(self, features: int) -> Value:
+        index = len(self.builder.inputs)
+        return Value(self.builder.pack(features), lambda inputs: inputs[index])
+
+    def _weight(
+        self, source: Value, n: int, rows: int, act: str, residual: Value | None, options: dict[str, Any]
+    ) -> tuple[LinearSpec, Evaluate]:
+        k = source.panel.features
+        weight = sparse(self.rng, n, k, rows, options.pop("density", 0.3)) / np.float32(k**0.5)
+        bias = self.rng.standard_normal(n).astype(np.float32)
+        low, high = options.pop("low", 0.0), options.pop("high", 0.0)
+        packed = rx1.pack(weight, bias, rows, **options)
+        number = len(self.builder.linears)
+        self.linears += [(f"{a}{number}", v) for a, v in zip(ARRAY_NAMES, packed.arrays, strict=True)]
+
+        def evaluate(inputs: Sequence[F64]) -> F64:
+            y = source.evaluate(inputs) @ weight.T.astype(np.float64) + bias
+            return activation.reference(y + residual.evaluate(inputs) if residual else y, act, low, high)
+
+        return LinearSpec(n, k, rows, packed.chunk, packed.k_block, act, low, high), evaluate
+
+    def linear(
+        self, source: Value, n: int, rows: int, act: str = "none", residual: Value | None = None, **options: Any
+    ) -> Value:
+        spec, evaluate = self._weight(source, n, rows, act, residual, options)
+        return Value(self.builder.linear(source.panel, spec, residual.panel if residual else None), evaluate)
+
+    def linear_out(
+        self, source: Value, n: int, rows: int, act: str = "none", residual: Value | None = None, **options: Any
+    ) -> None:
+        spec, evaluate = self._weight(source, n, rows, act, residual, options)
+        self.builder.linear_out(source.panel, spec, residual.panel if residual else None)
+        self.outputs.append(evaluate)
+
+    def norm(self, source: Value) -> Value:
+        features, number = source.panel.features, len(self.builder.norms)
+        gamma, beta = self.rng.standard_normal((2, features)).astype(np.float32)
+        self.norms += [(f"gamma{number}", gamma), (f"beta{number}", beta)]
+
+        def evaluate(inputs: Sequence[F64]) -> F64:
+            x = source.evaluate(inputs)
+            centred = x - x.mean(axis=1, keepdims=True)
+            return centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPSILON) * gamma + beta
+
+        return Value(self.builder.norm(source.panel, NormSpec(features, EPSILON)), evaluate)
+
+    def unpack(self, source: Value) -> None:
+        self.builder.unpack(source.panel)
+        self.outputs.append(source.evaluate)
+
+    def finish(self) -> Case:
+        return Case(self.builder.finish(), dict(self.linears + self.norms), tuple(self.outputs))
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A region, its initializers in the order of the node's inputs, and what each output is."""
+
+    spec: RegionSpec
+    arrays: dict[str, np.ndarray]
+    outputs: tuple[Evaluate, ...]
+
+    @property
+    def axis(self) -> int:
+        return 1 if self.spec.layout == "planes" else -1
+
+    def feeds(self, dims: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
+        """Random inputs; `dims` without the features: [batch, tokens] or [images, height, width]."""
+        rng, axis = np.random.default_rng(seed), 1 if self.axis == 1 else len(dims)
+        shapes = [(*dims[:axis], f, *dims[axis:]) for f in self.spec.input_features]
+        return {f"x{i}": rng.standard_normal(s).astype(np.float32) for i, s in enumerate(shapes)}
+
+    def expected(self, feeds: dict[str, np.ndarray]) -> list[F64]:
+        moved = [np.moveaxis(x, self.axis, -1) for x in feeds.values()]
+        flat = [x.reshape(-1, x.shape[-1]).astype(np.float64) for x in moved]
+        found = [output(flat) for output in self.outputs]
+        return [np.moveaxis(y.reshape(*moved[0].shape[:-1], y.shape[-1]), -1, self.axis) for y in found]
+
+    def model(
+        self,
+        dims: Sequence[int | str | None] | None = ("batch", "tokens"),
+        replace: dict[str, np.ndarray | None] | None = None,
+        attributes: dict[str, Any] | None = None,
+        extra_nodes: Sequence[Any] = (),
+        outputs: Sequence[str] | None = None,
+    ) -> bytes:
+        """An ONNX model of one node.
+
+        Args:
+            dims: of the inputs, without the features; None leaves the shape out, and hence unknown.
+            replace: other arrays for some initializers; None makes one an input of the graph.
+            attributes: of the node; the default is its site.
+            extra_nodes: nodes after the region.
+            outputs: names of the node's outputs instead of y0, y1, ...
+        """
+        arrays: dict[str, np.ndarray | None] = {**self.arrays, **(replace or {})}
+        xs = [f"x{i}" for i in range(len(self.spec.input_features))]
+        ys = list(outputs or [f"y{i}" for i in range(len(self.spec.output_features))])
+        node = helper.make_node(
+            self.spec.op_type,
+            [*xs, *arrays],
+            ys,
+            domain="ai.spa",
+            **({"site": "encoder/dense"} if attributes is None else attributes),
+        )
+
+        def info(name: str, features: int, dims: Sequence[int | str | None] | None) -> Any:
+            if dims is None:
+                return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+            at = 1 if self.axis == 1 else len(dims)
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, [*dims[:at], features, *dims[at:]])
+
+        given = [info(x, f, dims) for x, f in zip(xs, self.spec.input_features, strict=True)]
+        for name, array in arrays.items():
+            if array is None:
+                kind = helper.np_dtype_to_tensor_dtype(self.arrays[name].dtype)
+                given.append(helper.make_tensor_value_info(name, kind, self.arrays[name].shape))
+        results = [y for n in extra_nodes for y in n.output] or [y for y in ys if y]
+        graph = helper.make_graph(
+            [node, *extra_nodes],
+            "region",
+            given,
+            [helper.make_tensor_value_info(y, TensorProto.FLOAT, None) for y in results],
+            [numpy_helper.from_array(a, name) for name, a in arrays.items() if a is not None],
+        )
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ai.spa", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+
+
+def _mlp() -> Case:
+    """A transformer's feed-forward part, with a projection of its result straight to an output."""
+    r = Recorder("rows", np.random.default_rng(1))
+    x = r.pack(100)
+    hidden = r.linear(x, 388, 4, "gelu_erf")
+    y = r.norm(r.linear(hidden, 100, 4, residual=x))
+    r.unpack(y)
+    r.linear_out(y, 50, 1, k_block=48)
+    return r.finish()
+
+
+def _single() -> Case:
+    """One unstructured layer."""
+    r = Recorder("rows", np.random.default_rng(2))
+    r.linear_out(r.pack(64), 37, 1, "relu", k_block=24, chunk=16)
+    return r.finish()
+
+
+def _wide() -> Case:
+    """More than one chunk, odd sizes, both ways out; the residual is another input."""
+    r = Recorder("rows", np.random.default_rng(3))
+    x, other = r.pack(301), r.pack(600)
+    y = r.linear(x, 600, 8, "silu", residual=other, chunk=256)
+    r.unpack(y)
+    r.linear_out(y, 530, 1, "gelu_tanh", density=0.05)
+    r.linear_out(x, 600, 4, residual=y)
+    return r.finish()
+
+
+def _planes() -> Case:
+    """1 x 1 convolutions: expand, project, add."""
+    r = Recorder("planes", np.random.default_rng(4))
+    x = r.pack(24)
+    r.linear_out(r.linear(x, 144, 4, "clip", low=0.0, high=6.0), 24, 1, residual=x, k_block=64)
+    r.unpack(r.linear(x, 10, 8))
+    return r.finish()
+
+
+CASES: dict[str, Callable[[], Case]] = {"mlp": _mlp, "single": _single, "wide": _wide, "planes": _planes}
+
+
+@functools.cache
+def case(name: str) -> Case:
+    return CASES[name]()
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="spa-tests-")
+
+
+@functools.cache
+def library() -> Path:
+    """kernels.so with all of CASES, linked once per test run."""
+    path = Path(_folder().name) / "kernels.so"
+    link.link([case(name).spec for name in CASES], MCPU, path)
+    return path
+
+
+def session(model: bytes, threads: int = 1, path: Path | None = None) -> ort.InferenceSession:
+    """A quiet session with the library registered."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(path or library()))
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run(session: ort.InferenceSession, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Every run is quiet: errors come as exceptions, not on stderr too."""
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    return list(session.run(None, feeds, options))
+
+
+def assert_parity(got: Sequence[np.ndarray], want: Sequence[F64], tolerance: float = 1e-5) -> None:
+    """Same shapes, and within `tolerance` of each output's largest magnitude."""
+    assert [g.shape for g in got] == [w.shape for w in want]
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        error = np.abs(g - w).max(initial=0.0)
+        assert error <= tolerance * np.abs(w).max(initial=1e-30), f"output {i} is off by {error:.3g}"

@@ -1,0 +1,153 @@
+"""Regions as data: the plan of scratch, names, and the C that is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spa_compiler.kernels import panel, rx1
+from spa_compiler.runtime import region
+from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
+from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, kernels_of, write_c
+from tests.region_harness import CASES, case
+
+
+def linear(n: int, k: int, rows: int = 4, act: str = "none") -> LinearSpec:
+    return LinearSpec(n, k, rows, *rx1.default_blocking(n, k, rows), act)
+
+
+def chain(*features: int) -> tuple[RegionSpec, list[Panel]]:
+    b = RegionBuilder("rows")
+    panels = [b.pack(features[0])]
+    for n in features[1:]:
+        panels.append(b.linear(panels[-1], linear(n, panels[-1].features)))
+    b.unpack(panels[-1])
+    return b.finish(), panels
+
+
+def test_the_lines_are_the_steps_in_order() -> None:
+    b = RegionBuilder("rows")
+    x = b.pack(10)
+    h = b.linear(x, linear(20, 10, act="relu"))
+    y = b.norm(b.linear(h, linear(10, 20), residual=x), NormSpec(10, 1e-5))
+    b.unpack(y)
+    b.linear_out(y, linear(5, 10))
+    assert b.finish().lines == (
+        "spa_pack(r, 0, 0)",
+        "spa_linear(r, 0, 0, -1, 16)",
+        "spa_linear(r, 1, 16, 0, 40)",
+        "spa_norm(r, 0, 40, 0)",
+        "spa_unpack(r, 0, 0)",
+        "spa_linear_out(r, 2, 0, -1, 1)",
+    )
+
+
+def test_a_panel_that_is_not_needed_any_more_gives_its_place() -> None:
+    spec, _ = chain(64, 64, 64, 64, 64)
+    assert spec.scratch_rows == 128
+
+
+def test_panels_are_whole_blocks_of_eight_rows() -> None:
+    _, panels = chain(1, 9, 16)
+    assert [p.rows for p in panels] == [8, 16, 16]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_panels_that_live_at_once_do_not_overlap(data: st.DataObject) -> None:
+    b = RegionBuilder("rows")
+    live = [b.pack(data.draw(st.integers(1, 50)))]
+    for _ in range(data.draw(st.integers(1, 14))):
+        source = data.draw(st.sampled_from(live))
+        step = data.draw(st.sampled_from(["pack", "linear", "residual", "norm", "unpack", "out"]))
+        n = data.draw(st.integers(1, 50))
+        same = [p for p in live if p.features == source.features]
+        if step == "pack":
+            live.append(b.pack(n))
+        elif step == "linear":
+            live.append(b.linear(source, linear(n, source.features)))
+        elif step == "residual":
+            spec = linear(source.features, source.features)
+            live.append(b.linear(source, spec, residual=data.draw(st.sampled_from(same))))
+        elif step == "norm":
+            live.append(b.norm(source, NormSpec(source.features, 1e-5)))
+        elif step == "unpack":
+            b.unpack(source)
+        else:
+            b.linear_out(source, linear(n, source.features))
+    spec = b.finish()
+    for i, p in enumerate(live):
+        assert 0 <= p.place and p.place + p.rows <= spec.scratch_rows
+        for q in live[:i]:
+            together = p.born <= q.dies and q.born <= p.dies
+            assert not together or p.place + p.rows <= q.place or q.place + q.rows <= p.place
+    lowest = max(sum(p.rows for p in live if p.born <= s <= p.dies) for s in range(len(spec.lines)))
+    assert lowest <= spec.scratch_rows <= sum(p.rows for p in live)
+
+
+def test_equal_regions_are_one_op_and_any_difference_another() -> None:
+    one, other = chain(8, 8)[0], chain(8, 8)[0]
+    assert one == other and one.op_type == other.op_type
+    assert re.fullmatch(r"Region_[0-9a-f]{10}", one.op_type)
+    changed = [
+        dataclasses.replace(one, layout="planes"),
+        dataclasses.replace(one, scratch_rows=999),
+        dataclasses.replace(one, linears=(dataclasses.replace(one.linears[0], act="relu"),)),
+        dataclasses.replace(one, linears=(dataclasses.replace(one.linears[0], high=1.0),)),
+    ]
+    assert len({one.op_type, *(c.op_type for c in changed)}) == 5
+
+
+def test_kernels_of_names_one_function_per_lane_count() -> None:
+    found = kernels_of([case(name).spec for name in CASES])
+    assert {"pack_rows", "unpack_rows", "pack_planes", "unpack_planes", "layernorm", "rx1_4_gelu_erf"} <= set(found)
+    assert all(len(functions) == len(panel.LANE_COUNTS) for functions in found.values())
+    for function, *_ in found.values():
+        assert kernel(function).attrs["global_symbol"] == function
+
+
+def test_c_does_not_depend_on_the_order_of_the_regions() -> None:
+    specs = [case(name).spec for name in CASES]
+    assert write_c(specs, 4) == write_c([*reversed(specs), specs[0]], 4)
+
+
+def test_c_floats_are_exact() -> None:
+    low, high = float(np.float32(-0.1)), float("inf")
+    spec = chain(8, 8)[0]
+    clip = dataclasses.replace(spec.linears[0], act="clip", low=low, high=high)
+    text = write_c([dataclasses.replace(spec, linears=(clip,))], 4)
+    assert f".low = {low.hex()}f" in text and ".high = 3.4028235e38f" in text
+
+
+def test_the_c_side_and_python_agree_on_sizes() -> None:
+    header = (C_FOLDER / "region.h").read_text()
+
+    def constant(name: str) -> int:
+        return int(re.search(rf"\b{name} = (\d+)", header)[1])
+
+    assert constant("MAX_CHUNK") == rx1.MAX_CHUNK
+    assert constant("MAX_LANES") == panel.MAX_LANES
+    assert constant("LANE_COUNTS") == len(panel.LANE_COUNTS)
+    assert constant("MAX_INPUTS") == region.MAX_INPUTS and constant("MAX_OUTPUTS") == region.MAX_OUTPUTS
+    counts = re.search(r"lane_counts\[LANE_COUNTS\] = \{([\d, ]+)\}", (C_FOLDER / "node.c").read_text())[1]
+    assert tuple(map(int, counts.split(","))) == panel.LANE_COUNTS
+
+
+@pytest.mark.parametrize("names", [(), ("mlp",), tuple(CASES)])
+def test_the_c_compiles_without_a_warning(names: tuple[str, ...], tmp_path: Path) -> None:
+    source = tmp_path / "regions.c"
+    source.write_text(write_c([case(name).spec for name in names], 4))
+    flags = [f for f in FLAGS if f not in ("-shared", "-s")]
+    run_linker([*flags, "-Werror", f"-I{C_FOLDER}", "-c", str(source), "-o", str(tmp_path / "regions.o")])
+
+
+def test_the_c_side_compiles_without_a_warning(tmp_path: Path) -> None:
+    flags = [f for f in FLAGS if f not in ("-shared", "-s")]
+    for source in sorted(C_FOLDER.glob("*.c")):
+        run_linker([*flags, "-Werror", "-Wshadow", "-Wconversion", "-c", str(source), "-o", str(tmp_path / "x.o")])

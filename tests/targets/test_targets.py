@@ -1,0 +1,142 @@
+"""Targets: spellings, the host, and platforms that are refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import archspec.cpu
+import pytest
+
+from spa_compiler import targets
+from spa_compiler.errors import EnvironmentFault, UsageError
+from spa_compiler.targets import cpu, cuda
+
+
+@pytest.mark.parametrize(
+    "text, level",
+    [
+        ("cpu:x86-64-v4", "x86-64-v4"),
+        ("cpu:avx512", "x86-64-v4"),
+        ("cpu:x86-64-v3", "x86-64-v3"),
+        ("cpu:avx2", "x86-64-v3"),
+        ("cpu:x86-64", "x86-64"),
+        ("CPU:AVX2", "x86-64-v3"),
+    ],
+)
+def test_levels_and_their_other_spellings(text: str, level: str) -> None:
+    target = targets.parse(text)
+    assert (target.kind, target.arch, target.mcpu) == ("cpu", level, level)
+    assert target.host_runs == targets.host().runs(level)
+    assert targets.parse(str(target)) == target
+
+
+def test_cpu_alone_is_this_machine() -> None:
+    target = targets.parse("cpu")
+    assert target.arch == target.mcpu == targets.host().level
+    assert target.host_runs
+
+
+@pytest.mark.parametrize(
+    "text, archs",
+    [
+        ("cuda", ("native",)),
+        ("cuda:sm_90", ("sm_90",)),
+        ("cuda:sm_90,sm_80", ("sm_80", "sm_90")),
+        ("cuda:sm_120, sm_90a,sm_120", ("sm_90a", "sm_120")),
+    ],
+)
+def test_cuda_architectures(text: str, archs: tuple[str, ...]) -> None:
+    target = targets.parse(text)
+    assert (target.kind, target.archs) == ("cuda", archs)
+    assert target.mcpu == targets.host().level
+    assert targets.parse(str(target)) == target
+
+
+@pytest.mark.parametrize("text", ["", "gpu", "cpu:", "cpu:neon", "cpu:x86_64", "cpu:x86-64-v5", "cud", "tpu:v4"])
+def test_unknown_targets_list_what_exists(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        targets.parse(text)
+    assert all(spelling in str(caught.value) for spelling in targets.SPELLINGS)
+
+
+def test_a_near_miss_is_named() -> None:
+    with pytest.raises(UsageError, match="Did you mean cpu:x86-64-v4"):
+        targets.parse("cpu:x86-64-4")
+
+
+@pytest.mark.parametrize("text", ["cuda:", "cuda:90", "cuda:sm_9", "cuda:sm_35", "cuda:sm_90,", "cuda:sm_90,ampere"])
+def test_bad_cuda_architectures(text: str) -> None:
+    with pytest.raises(UsageError, match="not a CUDA architecture"):
+        targets.parse(text)
+
+
+@pytest.mark.parametrize(
+    "system, machine", [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "aarch64"), ("Darwin", "x86_64")]
+)
+def test_other_platforms_are_refused_in_words(system: str, machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with pytest.raises(EnvironmentFault) as caught:
+        targets.parse("cpu")
+    assert all(word in str(caught.value) for word in (system, machine, "Linux on x86-64 only"))
+    assert caught.value.exit_code == 6
+
+
+def test_the_host() -> None:
+    host = targets.host()
+    assert host.name
+    assert host.level in targets.LEVELS
+    assert 1 <= host.cores_physical <= len(os.sched_getaffinity(0))
+    assert host.runs("x86-64")
+
+
+@pytest.mark.parametrize(
+    "name, level",
+    [("icelake", "x86-64-v4"), ("zen4", "x86-64-v4"), ("zen2", "x86-64-v3"), ("haswell", "x86-64-v3"),
+     ("nehalem", "x86-64-v2"), ("x86_64", "x86-64")],
+)  # fmt: skip
+def test_levels_of_known_processors(name: str, level: str) -> None:
+    assert cpu._level(frozenset(archspec.cpu.TARGETS[name].features)) == level
+
+
+def test_a_hidden_instruction_set_lowers_the_level() -> None:
+    features = frozenset(archspec.cpu.TARGETS["icelake"].features)
+    assert cpu._level(features - {"avx512dq"}) == "x86-64-v3"
+    assert cpu._level(features - {"fma"}) == "x86-64-v2"
+
+
+def test_levels_are_ordered() -> None:
+    host = targets.HostCpu("haswell", "x86-64-v3", 4)
+    assert [host.runs(level) for level in targets.LEVELS] == [True, True, True, False]
+
+
+def _machine(folder: Path, siblings: list[str]) -> Path:
+    for number, text in enumerate(siblings):
+        topology = folder / f"cpu{number}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(text + "\n")
+    return folder
+
+
+def test_hyperthreads_are_not_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = _machine(tmp_path, ["0,4", "1,5", "2,6", "3,7"] * 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    none = tmp_path / "none"
+    assert cpu.physical_cores(topology, none) == 4
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {1, 5, 6})
+    assert cpu.physical_cores(topology, none) == 2
+    assert cpu.physical_cores(none, none) == 3
+
+
+@pytest.mark.parametrize("text, cores", [("max 100000", 8), ("250000 100000", 3), ("10000 100000", 1), ("junk", 8)])
+def test_a_containers_quota_counts(text: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    (tmp_path / "cpu.max").write_text(text)
+    assert cpu.physical_cores(tmp_path, tmp_path / "cpu.max") == cores
+
+
+def test_a_gpu_is_seen_by_its_driver(tmp_path: Path) -> None:
+    assert not cuda.driver_present(tmp_path / "version")
+    (tmp_path / "version").touch()
+    assert cuda.driver_present(tmp_path / "version")
