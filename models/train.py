@@ -241,11 +241,11 @@ def accuracy(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
 def kept_blocks(matrices: list[np.ndarray], block: int, sparsity: float, scope: str) -> list[np.ndarray]:
     """What stays of each `[n, k]`, by the rules of the pass `sparsify` (restated, so that training needs no compiler).
 
-    Scope `layer` takes the same share from each; `global` ranks the blocks of all together, each in units of its
-    matrix's mean square, and leaves every matrix at least `LEAST_KEPT` of the share that stays.
+    Scope `layer` takes the same share from each; `global` ranks the blocks of all together by their squares and leaves
+    every matrix at least `LEAST_KEPT` of the share that stays.
     """
     masks = []
-    scores = [block_scores(m, block) / np.square(m, dtype=np.float64).mean() for m in matrices]
+    scores = [block_scores(m, block) for m in matrices]
     if scope == "global":
         floors = [np.quantile(s, 1 - LEAST_KEPT * (1 - sparsity)) for s in scores]
         scores = [np.where(s > floor, np.inf, s) for s, floor in zip(scores, floors, strict=True)]

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.onnx_text", "tests.networks")
+pytest.register_assert_rewrite("tests.onnx_text", "tests.networks", "tests.kernel_harness", "tests.region_harness")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -300,7 +300,9 @@ class _Partition:
         ours = np.zeros(self.label.size + 1, np.bool_)
         ours[labels] = True
         total = 0
-        for place in np.unique(where[1, ours[where[0]]]).tolist():
+        low, high = (np.searchsorted(where[0], labels, side) for side in ("left", "right"))
+        runs = [where[1, start:stop] for start, stop in zip(low, high, strict=True) if start < stop]
+        for place in np.unique(np.concatenate(runs)).tolist() if runs else ():
             all_stuck, others = 1, 1
             for axis, size in enumerate(self._sizes(names[place])):
                 live = self.live.get((names[place], axis))

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 
-class Slab(msgspec.Struct, frozen=True):
+class Slab(msgspec.Struct, frozen=True, gc=False):
     """`indices` (ascending, never empty) of axis `axis` (0 is the first) of the tensor `name`."""
 
     name: str

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from spa_compiler.kernels import activation, rx1
-from tests.kernel_harness import rx1_names, run_rx1
+from tests.kernel_harness import run_rx1, rx1_names
 
 # (rows, lanes) that give every register width: rows alone for one lane
 SHAPES = {(1, 1): 1, (4, 1): 4, (8, 1): 8, (1, 4): 4, (4, 8): 8, (1, 48): 16, (4, 16): 16}
-NAMES = rx1_names({shape: activation.NAMES for shape in SHAPES})
+NAMES = rx1_names(dict.fromkeys(SHAPES, activation.NAMES))
 SMOOTH = ("gelu_erf", "gelu_tanh", "silu")
 FAR = np.array([20, 88, 100, 127, 1e3, 1e4, 1e10, 1e19, 1e30, 3e38], np.float32)
 
@@ -51,7 +51,9 @@ def test_smooth_activations_far_out(act: str, shape: tuple[int, int]) -> None:
 def test_smooth_activations_keep_zero_and_nan(act: str, shape: tuple[int, int]) -> None:
     assert apply(np.zeros(9), act, shape).tolist() == [0.0] * 9
     got = apply(np.array([np.nan, 1.0, np.inf], np.float32), act, shape)
-    assert np.isnan(got[0]) and np.isfinite(got[1]) and got[2] == np.inf
+    assert np.isnan(got[0])
+    assert np.isfinite(got[1])
+    assert got[2] == np.inf
 
 
 @pytest.mark.parametrize("shape", SHAPES)

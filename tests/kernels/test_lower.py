@@ -58,11 +58,13 @@ def test_another_kernel_or_level_is_another_object(tmp_path: Path) -> None:
 def test_objects_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     one = lower.build_object(rx1.kernel(1, 16, "relu"), "x86-64-v4", tmp_path / "a")
     other = lower.build_object(rx1.kernel(1, 16, "relu"), "x86-64-v4", tmp_path / "b")
-    assert one.name == other.name and one.read_bytes() == other.read_bytes()
+    assert one.name == other.name
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_two_builds_at_once_share_a_cache(tmp_path: Path) -> None:
     kernel = panel.unpack_kernel("planes", 4)
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(lambda _: lower.build_object(kernel, "x86-64-v4", tmp_path), range(4)))
-    assert len(paths) == 1 and len(list(tmp_path.iterdir())) == 1
+    assert len(paths) == 1
+    assert len(list(tmp_path.iterdir())) == 1

@@ -28,9 +28,9 @@ def magnitude(packed: rx1.Packed, tile: np.ndarray) -> float:
 
 
 @st.composite
-def weights(draw: st.DrawFn, rows: st.SearchStrategy[int] = st.sampled_from(rx1.BLOCK_ROWS)) -> rx1.Packed:
+def weights(draw: st.DrawFn) -> rx1.Packed:
     """A packed weight: small chunks and blocks, so that there are several, the last ones short."""
-    r = draw(rows)
+    r = draw(st.sampled_from(rx1.BLOCK_ROWS))
     n, k = draw(st.integers(1, 70)), draw(st.integers(1, 90))
     density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.7, 1.0]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -71,7 +71,8 @@ def test_many_chunks_and_blocks_with_the_default_blocking(rows: int, lanes: int)
 def test_a_weight_of_zeros_gives_the_bias_exactly(rows: int, lanes: int) -> None:
     bias = np.arange(1, 24, dtype=np.float32)
     packed = rx1.pack(np.zeros((23, 40), np.float32), bias, rows, k_block=16)
-    assert packed.values.size == 0 and packed.fill == 1.0
+    assert packed.values.size == 0
+    assert packed.fill == 1.0
     got = run_rx1(NAMES, packed, np.full((40, lanes), 1e30, np.float32))
     assert (got == bias[:, None]).all()
 
@@ -94,7 +95,8 @@ def test_unpack_undoes_pack(packed: rx1.Packed) -> None:
     again = rx1.pack(dense, packed.bias[: packed.n], packed.rows, packed.chunk, packed.k_block)
     assert dense.shape == (packed.n, packed.k)
     for one, other in zip(packed.arrays, again.arrays, strict=True):
-        assert one.dtype == other.dtype and (one == other).all()
+        assert one.dtype == other.dtype
+        assert (one == other).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,7 +123,8 @@ def test_default_blocking_fits_the_format() -> None:
     for rows in rx1.BLOCK_ROWS:
         for n, k in ((1, 1), (5, 70000), (300, 128), (4096, 200000)):
             chunk, k_block = rx1.default_blocking(n, k, rows)
-            assert chunk % rows == 0 and rows <= chunk <= rx1.MAX_CHUNK
+            assert chunk % rows == 0
+            assert rows <= chunk <= rx1.MAX_CHUNK
             assert 1 <= k_block <= 65536, "columns are 16 bits"
 
 
@@ -163,7 +166,8 @@ def test_the_inner_loop_multiplies_and_adds_in_512_bit_registers(rows: int, lane
     assembly, body = hot_loop(rows, lanes)
     assert not re.search(r"\bcall", assembly), "a call in a kernel"
     multiply_adds = [i for i in body if "vfmadd" in i]
-    assert multiply_adds and all("zmm" in i for i in multiply_adds)
+    assert multiply_adds
+    assert all("zmm" in i for i in multiply_adds)
     assert len(multiply_adds) % (rows * lanes // 16) == 0
     assert not any("vmulps" in i or "vaddps" in i for i in body), "a product and a sum apart"
 

@@ -20,7 +20,6 @@ from spa_compiler.targets.machine import cache_dir
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
-DIGITS = ("digits_transformer", "digits_cnn")
 
 
 def have_shared() -> bool:
@@ -51,14 +50,13 @@ def mobilenet_v2() -> Path:
     return _built("mobilenet_v2", lambda graphs: graphs.mobilenet_v2())
 
 
-def digits(name: str) -> dict[str, Any]:
-    """One of the repository's models as its manifest has it, `file` made absolute.
-
-    Raises:
-        FileNotFoundError, KeyError: it is not there.
-    """
-    entry = dict(json.loads((ROOT / "models" / "manifest.json").read_text())["models"][name])
-    return entry | {"file": ROOT / "models" / entry["file"]}
+def digits() -> dict[str, dict[str, Any]]:
+    """The repository's own models as their manifest has them, `file` made absolute; nothing if they are not there."""
+    manifest = ROOT / "models" / "manifest.json"
+    if not manifest.exists():
+        return {}
+    entries: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["models"]
+    return {name: entry | {"file": manifest.parent / entry["file"]} for name, entry in entries.items()}
 
 
 def _folder() -> Path:

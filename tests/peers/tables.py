@@ -12,10 +12,9 @@ made from it. Times compare within a race; a ratio is the quotient of two median
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,18 +128,13 @@ _DIGITS_BATCH = 64
 def configurations() -> list[Configuration]:
     """Everything the table shows that this machine can run."""
     found = list(_CONFIGURATIONS) if sources.have_shared() else []
-    for name in sources.DIGITS:
-        try:
-            entry = sources.digits(name)
-        except (FileNotFoundError, KeyError):
-            logging.warning("left out: models/ has no %s", name)
+    for name, entry in sources.digits().items():
+        if not entry["recipe"]:  # no share of zeros kept its accuracy
             continue
         shape = ",".join(map(str, [_DIGITS_BATCH, *entry["input"]["shape"][1:]]))
         form = Form(entry["recipe"]["sparsity"], entry["recipe"]["pattern"])
-        text, file = name.replace("_", " "), entry["file"]
-        found.append(
-            Configuration(name, text, lambda _, f=file: f, (f"{entry['input']['name']}={shape}",), (form,))  # type: ignore[misc]
-        )
+        shapes, file = (f"{entry['input']['name']}={shape}",), entry["file"]
+        found.append(Configuration(name, name.replace("_", " "), lambda _, f=file: f, shapes, (form,)))  # type: ignore[misc]
     return found
 
 
@@ -280,9 +274,8 @@ def write_readme(measured: Measured | None) -> None:
     README.write_text(f"{before}{BEGIN}\n{render(measured)}\n{END}{after}", encoding="utf-8")
 
 
-def save(measured: Measured, path: Path) -> None:
+def save(measured: Measured, path: Path, order: Sequence[str]) -> None:
     """Writes the JSON, races in the table's order."""
-    order = [c.key for c in configurations()]
     measured.races.sort(key=lambda race: order.index(race.key) if race.key in order else len(order))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(measured), indent=2) + b"\n")
@@ -290,7 +283,8 @@ def save(measured: Measured, path: Path) -> None:
 
 def main() -> int:
     """Options in, files out."""
-    keys = [c.key for c in configurations()]
+    possible = configurations()
+    keys = [c.key for c in possible]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=keys, metavar="NAME", help=f"one of {', '.join(keys)}")
     parser.add_argument("--quick", action="store_true", help="few runs, smaller models; README.md is left alone")
@@ -299,7 +293,7 @@ def main() -> int:
     options = parser.parse_args()
     path: Path = options.json or (QUICK if options.quick else MEASURED)
     if not options.render:
-        chosen = [c for c in configurations() if c.key in (options.only or keys)]
+        chosen = [c for c in possible if c.key in (options.only or keys)]
         known = read(path)
         if known is None or (known.machine, known.versions) != (machine(), versions()):
             known = Measured(machine=machine(), versions=versions())  # times of different machines share no table
@@ -311,7 +305,7 @@ def main() -> int:
                     print(f"error: {configuration.key}: {error}", file=sys.stderr)
                     return error.exit_code
                 known.races = [*(r for r in known.races if r.key != race.key), race]
-                save(known, path)  # after each, so that a long run that stops keeps what it has
+                save(known, path, keys)  # after each, so that a long run that stops keeps what it has
     measured = read(path)
     if options.quick or (options.json and options.json.resolve() != MEASURED):
         print(render(measured))

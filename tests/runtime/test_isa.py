@@ -94,8 +94,9 @@ class FakeRuntime:
 
         create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(create_status)
         get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(get_api)
-        name = ctypes.CFUNCTYPE(ctypes.c_char_p)(lambda: version)
-        self._alive = (create, get, name)
+        text = ctypes.create_string_buffer(version)
+        name = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(text))
+        self._alive = (create, get, name, text)
         self._table = (ctypes.c_void_p * 1)(ctypes.cast(create, ctypes.c_void_p))
         self.base = (ctypes.c_void_p * 2)(ctypes.cast(get, ctypes.c_void_p), ctypes.cast(name, ctypes.c_void_p))
 

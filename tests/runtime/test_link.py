@@ -58,19 +58,22 @@ def test_no_symbol_is_newer_than_the_glibc_floor(elf: ELFFile) -> None:
     versions = elf.get_section_by_name(".gnu.version_r")
     for _, needed in versions.iter_versions():
         for v in needed:
-            assert v.name.startswith("GLIBC_") and tuple(map(int, v.name[6:].split("."))) <= floor, v.name
+            assert tuple(map(int, v.name.removeprefix("GLIBC_").split("."))) <= floor, v.name
 
 
 def test_the_stack_is_not_executable_and_relocations_end_read_only(elf: ELFFile) -> None:
     segments = {s["p_type"]: s["p_flags"] for s in elf.iter_segments()}
     assert segments["PT_GNU_STACK"] & 1 == 0
     assert "PT_GNU_RELRO" in segments
-    assert all(s["p_flags"] & 3 != 3 for s in elf.iter_segments() if s["p_type"] == "PT_LOAD"), "writable and executable"
+    assert all(s["p_flags"] & 3 != 3 for s in elf.iter_segments() if s["p_type"] == "PT_LOAD"), (
+        "writable and executable"
+    )
 
 
 def test_it_is_x86_64_without_debug_information(elf: ELFFile) -> None:
-    assert elf.get_machine_arch() == "x64" and elf["e_type"] == "ET_DYN"
-    assert elf.get_section_by_name(".symtab") is None and not elf.has_dwarf_info()
+    assert elf.get_machine_arch() == "x64"
+    assert elf["e_type"] == "ET_DYN"
+    assert not {".symtab", ".debug_info", ".debug_line"} & {s.name for s in elf.iter_sections()}
 
 
 def test_an_empty_library_loads_and_does_no_harm(empty: Path) -> None:
@@ -122,9 +125,9 @@ def test_a_linker_that_cannot_be_read(command: str, tmp_path: Path, monkeypatch:
         link.link([], MCPU, tmp_path / "kernels.so")  # as good as not set
 
 
-def test_an_output_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
+def test_an_output_that_is_a_folder_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"linking kernels\.so failed"):
-        link.link([], MCPU, tmp_path / "missing" / "kernels.so")
+        link.link([], MCPU, tmp_path)
 
 
 @needs_avx512

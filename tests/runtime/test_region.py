@@ -83,7 +83,8 @@ def test_panels_that_live_at_once_do_not_overlap(data: st.DataObject) -> None:
             b.linear_out(source, linear(n, source.features))
     spec = b.finish()
     for i, p in enumerate(live):
-        assert 0 <= p.place and p.place + p.rows <= spec.scratch_rows
+        assert p.place >= 0
+        assert p.place + p.rows <= spec.scratch_rows
         for q in live[:i]:
             together = p.born <= q.dies and q.born <= p.dies
             assert not together or p.place + p.rows <= q.place or q.place + q.rows <= p.place
@@ -93,7 +94,8 @@ def test_panels_that_live_at_once_do_not_overlap(data: st.DataObject) -> None:
 
 def test_equal_regions_are_one_op_and_any_difference_another() -> None:
     one, other = chain(8, 8)[0], chain(8, 8)[0]
-    assert one == other and one.op_type == other.op_type
+    assert one == other
+    assert one.op_type == other.op_type
     assert re.fullmatch(r"Region_[0-9a-f]{10}", one.op_type)
     changed = [
         dataclasses.replace(one, layout="planes"),
@@ -122,7 +124,8 @@ def test_c_floats_are_exact() -> None:
     spec = chain(8, 8)[0]
     clip = dataclasses.replace(spec.linears[0], act="clip", low=low, high=high)
     text = write_c([dataclasses.replace(spec, linears=(clip,))], 4)
-    assert f".low = {low.hex()}f" in text and ".high = 3.4028235e38f" in text
+    assert f".low = {low.hex()}f" in text
+    assert ".high = 3.4028235e38f" in text
 
 
 def test_the_c_side_and_python_agree_on_sizes() -> None:
@@ -134,7 +137,8 @@ def test_the_c_side_and_python_agree_on_sizes() -> None:
     assert constant("MAX_CHUNK") == rx1.MAX_CHUNK
     assert constant("MAX_LANES") == panel.MAX_LANES
     assert constant("LANE_COUNTS") == len(panel.LANE_COUNTS)
-    assert constant("MAX_INPUTS") == region.MAX_INPUTS and constant("MAX_OUTPUTS") == region.MAX_OUTPUTS
+    assert constant("MAX_INPUTS") == region.MAX_INPUTS
+    assert constant("MAX_OUTPUTS") == region.MAX_OUTPUTS
     counts = re.search(r"lane_counts\[LANE_COUNTS\] = \{([\d, ]+)\}", (C_FOLDER / "node.c").read_text())[1]
     assert tuple(map(int, counts.split(","))) == panel.LANE_COUNTS
 

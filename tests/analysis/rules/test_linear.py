@@ -1,0 +1,109 @@
+"""Gemm and MatMul: which axes hang together, for every layout of the operands."""
+
+from __future__ import annotations
+
+import pytest
+
+from spa_compiler.analysis import analyze
+from spa_compiler.graph.load import load
+from tests.analysis.cutting import with_weights
+from tests.analysis.told import group_members, groups_of, pins_of
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+@pytest.mark.parametrize("bias", ["5", "1, 5"])
+def test_gemm(transposed: int, bias: str) -> None:
+    shape = "5, 4" if transposed else "4, 5"
+    members = group_members(f"""g (float[N, 4] x, float[{shape}] w, float[{bias}] b, float[5, 2] v) => (float[N, 2] y) {{
+      h = Gemm <transB = {transposed}> (x, w, b)
+      y = Gemm(h, v)
+    }}""")
+    bias_axis = len(bias.split(",")) - 1
+    assert members == [{("w", 1 - transposed), ("b", bias_axis), ("h", 1), ("v", 0)}]
+
+
+def test_gemm_transposed_left() -> None:
+    members = group_members("""g (float[4, 6] x, float[4, 5] w, float[6, 3] v) => (float[5, 3] y) {
+      h = Gemm <transA = 1> (w, x)
+      y = MatMul(h, v)
+    }""")
+    assert members == []  # 4 and 6 come from the input, 5 is the output's
+    members = group_members("""g (float[4, 6] x, float[8, 4] w, float[8, 5] v) => (float[5, 6] y) {
+      h = MatMul(w, x)
+      y = Gemm <transA = 1> (v, h)
+    }""")
+    assert members == [{("w", 0), ("h", 0), ("v", 0)}]
+
+
+def test_scalar_bias_couples_nothing() -> None:
+    members = group_members("""g (float[N, 4] x, float[4, 5] w, float[1] b, float[5, 2] v) => (float[N, 2] y) {
+      h = Gemm(x, w, b)
+      y = Gemm(h, v)
+    }""")
+    assert members == [{("w", 1), ("h", 1), ("v", 0)}]
+
+
+def test_matmul_of_two_activations_carries_the_coupling() -> None:
+    members = group_members("""g (float[N, 5, 6] x, float[6, 8] q, float[6, 8] k, float[5, 3] o) => (float[N, 5, 3] y) {
+      a = MatMul(x, q)
+      b = MatMul(x, k)
+      c = Transpose <perm = [0, 2, 1]> (b)
+      s = MatMul(a, c)
+      y = MatMul(s, o)
+    }""")
+    assert members == [{("q", 1), ("k", 1), ("a", 2), ("b", 2), ("c", 1)}]
+
+
+def test_batch_axes_are_joined() -> None:
+    members = group_members("""g (float[7, 4] x, float[6, 4, 5] w, float[6, 5, 3] v, float[2, 6] u0,
+        float[3, 1, 1] u1)
+        => (float[3, 7, 2] y) {
+      a = MatMul(x, w)
+      b = MatMul(a, v)
+      c = Transpose <perm = [2, 1, 0]> (b)
+      u = Mul(u0, u1)
+      d = Transpose <perm = [0, 2, 1]> (u)
+      y = MatMul(c, d)
+    }""")
+    assert {("w", 0), ("v", 0), ("a", 0), ("b", 0), ("c", 2), ("u0", 1), ("u", 2), ("d", 1)} in members
+    assert {("w", 2), ("v", 1), ("a", 2)} in members
+
+
+def test_vectors() -> None:
+    members = group_members("""g (float[4, 6] x, float[6, 8] w, float[8] v) => (float[4] y) {
+      h = MatMul(x, w)
+      y = MatMul(h, v)
+    }""")
+    assert members == [{("w", 1), ("h", 1), ("v", 0)}]
+
+
+def test_macs_count_one_sample() -> None:
+    text = """g (float[{batch}, 4] x, float[4, 5] w, float[5, 2] v) => (float[{batch}, 2] y) {{
+      h = MatMul(x, w)
+      y = Gemm(h, v)
+    }}"""
+    assert groups_of(text.format(batch="N"))[0].macs == 4 * 5 + 5 * 2
+    assert groups_of(text.format(batch=3))[0].macs == 3 * (4 * 5 + 5 * 2)
+
+
+def test_macs_of_an_unknown_sequence_are_unknown() -> None:
+    (group,) = groups_of("""g (float[N, S, 4] x, float[4, 5] w, float[5, 2] v) => (float[N, S, 2] y) {
+      h = MatMul(x, w)
+      y = MatMul(h, v)
+    }""")
+    assert group.macs is None
+
+
+def test_a_weight_between_input_and_output_is_pinned() -> None:
+    pins = pins_of("g (float[N, 4] x, float[4, 5] w) => (float[N, 5] y) { y = MatMul(x, w) }")
+    assert pins == {("x", 1, "graph input", "interface", 20), ("y", 1, "graph output", "interface", 20)}
+
+
+def test_unknown_inner_size_pins() -> None:
+    model = with_weights("""g (float[N, K] x, float[4, 6] w, float[6, 5] v) => (float[N, 5] y) {
+      h = MatMul(x, w)
+      y = MatMul(h, v)
+    }""")
+    analysis = analyze(load(model))
+    assert [group.size for group in analysis.groups] == [6]
+    assert any(pin.tensor == "w" and "unknown size" in pin.reason for pin in analysis.pins)

@@ -1,0 +1,206 @@
+"""The speed and exactness that the project promises on real models, measured. Needs a quiet machine with AVX-512.
+
+Ratios are quotients of medians of one interleaved race, over ONNX Runtime with default options at the same number of
+threads. Every test prints its number: `pytest -s -m peers tests/peers/test_bars.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import spa_compiler
+from spa_compiler import targets
+from spa_compiler.artifact import verify
+from spa_compiler.bench import compare, engines
+from spa_compiler.bench.race import Contender, race
+from spa_compiler.calibration.examples import example_feeds
+from spa_compiler.calibration.shapes import parse_shapes
+from spa_compiler.compiler import Result
+from spa_compiler.graph.load import load
+from spa_compiler.graph.session import Feeds, open_session, run
+from spa_compiler.passes.recipe import from_command_line
+from tests.peers import sources
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(not sources.have_shared(), reason="needs the benchmark models in ../shared"),
+    pytest.mark.skipif(not targets.host().runs("x86-64-v4"), reason="the kernels need x86-64-v4"),
+]
+
+RUNS = 60
+#: what two races of one model differ by on a quiet machine: "not slower" means not slower than this
+NOT_SLOWER = 0.97
+#: relative to the output's largest magnitude
+TOLERANCE = 1e-5
+BATCH_X_LENGTH = [(1, 1), (1, 7), (1, 128), (3, 33), (8, 64)]
+PYTHON_THREADS, CALLS = 8, 12
+IMAGE = ("input=1,3,224,224",)
+
+Compile = Callable[..., Result]
+
+
+def tokens(batch: int, length: int) -> tuple[str, ...]:
+    return tuple(f"{name}={batch},{length}" for name in ("input_ids", "attention_mask", "token_type_ids"))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Compiles a source once for each set of arguments."""
+    done: dict[object, Result] = {}
+
+    def make(
+        source: Path,
+        shapes: tuple[str, ...],
+        sparsity: float | None = None,
+        pattern: str | None = None,
+        threads: int = 1,
+    ) -> Result:
+        key = (source, shapes, sparsity, pattern, threads)
+        if key not in done:
+            recipe = from_command_line(sparsity=sparsity, pattern=pattern)
+            folder = tmp_path_factory.mktemp("bars") / "artifact"
+            done[key] = spa_compiler.compile(source, folder, recipe=recipe, shapes=shapes, threads=threads)
+        return done[key]
+
+    return make
+
+
+def folder_of(result: Result) -> Path:
+    assert result.folder is not None
+    return result.folder
+
+
+def speed(source: Path, result: Result, shapes: Sequence[str], threads: int = 1) -> float:
+    """How many times as fast the artifact is as its source in ONNX Runtime."""
+    models = compare.entries([source, folder_of(result)])
+    raced = compare.compare(models, engines.parse("onnxruntime"), machine="", threads=threads, runs=RUNS, shapes=shapes)
+    medians = {(row.model, row.runtime): row.median_ms for row in raced.rows}
+    theirs, ours = medians[source.name, "onnxruntime"], medians[folder_of(result).name, engines.ARTIFACT.name]
+    print(f"\n{source.stem} {shapes[0]}, {threads} thread(s): {theirs:.2f} / {ours:.2f} ms = {theirs / ours:.2f}x")
+    return theirs / ours
+
+
+def feeds_for(model: Path, batch: int, length: int, seed: int = 0) -> Feeds:
+    loaded = load(model)
+    return example_feeds(loaded, parse_shapes(tokens(batch, length), loaded)[0], np.random.default_rng(seed))
+
+
+# ---------------------------------------------------------------- MiniLM
+
+
+@pytest.mark.parametrize(
+    "sparsity, pattern, bar",
+    [(0.9, "block:4x1", 4.3), (0.9, "unstructured", 3.2), (0.8, "unstructured", 2.4), (0.5, "block:4x1", 1.6)],
+)
+def test_minilm_is_fast(compiled: Compile, sparsity: float, pattern: str, bar: float) -> None:
+    shapes = tokens(1, 128)
+    result = compiled(sources.minilm(), shapes, sparsity, pattern)
+    assert speed(sources.minilm(), result, shapes) >= bar
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch, length", BATCH_X_LENGTH)
+@pytest.mark.parametrize("pattern", ["block:4x1", "unstructured"])
+def test_minilm_computes_what_portable_does(
+    compiled: Compile, pattern: str, batch: int, length: int, threads: int
+) -> None:
+    folder = folder_of(compiled(sources.minilm(), tokens(1, 128), 0.9, pattern))
+    feeds = feeds_for(folder / "portable.onnx", batch, length)
+    wanted = run(open_session(folder / "portable.onnx"), feeds)
+    got = run(open_session(folder / "model.onnx", threads=threads, library=folder / "kernels.so"), feeds)
+    assert worst_difference(wanted, got) <= TOLERANCE
+
+
+def test_minilm_in_python_threads_that_share_a_session(compiled: Compile) -> None:
+    folder = folder_of(compiled(sources.minilm(), tokens(1, 128), 0.9, "block:4x1"))
+    portable = open_session(folder / "portable.onnx")
+    every = [feeds_for(folder / "portable.onnx", *size, seed=i) for i, size in enumerate(BATCH_X_LENGTH)]
+    wanted = [run(portable, feeds) for feeds in every]
+    for threads in (1, 2):
+        session = open_session(folder / "model.onnx", threads=threads, library=folder / "kernels.so")
+
+        def call(turn: int, session: object = session) -> float:
+            index = turn % len(every)
+            return worst_difference(wanted[index], run(session, every[index]))  # type: ignore[arg-type]
+
+        with ThreadPoolExecutor(PYTHON_THREADS) as pool:
+            worst = max(pool.map(call, range(PYTHON_THREADS * CALLS)))
+        print(f"\n{PYTHON_THREADS} Python threads, {threads} intra-op: largest error {worst:.1e}")
+        assert worst <= TOLERANCE
+
+
+def worst_difference(wanted: Feeds, got: Feeds) -> float:
+    errors = [verify.difference(wanted[name], got[name]) for name in wanted]
+    assert None not in errors
+    return max(error for error in errors if error is not None)
+
+
+# ---------------------------------------------------------------- BERT, MobileNetV2
+
+
+@pytest.mark.parametrize(
+    "length, sparsity, pattern, bar",
+    [
+        (128, 0.9, "block:4x1", 5.7),
+        (128, 0.9, "unstructured", 4.1),
+        (128, 0.8, "unstructured", 2.6),
+        (16, 0.9, "block:4x1", 6.0),
+    ],
+)
+def test_bert_is_fast(compiled: Compile, length: int, sparsity: float, pattern: str, bar: float) -> None:
+    shapes = tokens(1, length)
+    assert speed(sources.bert_base(), compiled(sources.bert_base(), shapes, sparsity, pattern), shapes) >= bar
+
+
+@pytest.mark.skipif(targets.host().cores_physical < 2, reason="one core")
+def test_two_threads_are_faster_than_one(compiled: Compile) -> None:
+    folder = folder_of(compiled(sources.bert_base(), tokens(1, 128), 0.9, "block:4x1", threads=2))
+    feeds = feeds_for(folder / "portable.onnx", 1, 128)
+    contender = Contender("bert", engines.ARTIFACT, folder / "model.onnx", feeds, library=folder / "kernels.so")
+    quotients = []
+    for _ in range(3):  # a race has one number of threads, so races take turns here
+        medians = []
+        for threads in (1, 2):
+            (times,) = race([contender], threads=threads, runs=RUNS)
+            assert times is not None
+            medians.append(times.percentile(50))
+        quotients.append(medians[0] / medians[1])
+    print(f"\nBERT-base 1x128 90 % 4x1, two threads over one: {[f'{q:.2f}' for q in quotients]}")
+    assert np.median(quotients) >= 1.5
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x1"])
+def test_mobilenet_is_not_slower(compiled: Compile, pattern: str) -> None:
+    source = sources.mobilenet_v2()
+    assert speed(source, compiled(source, IMAGE, 0.9, pattern), IMAGE) >= NOT_SLOWER
+
+
+# ---------------------------------------------------------------- without flags
+
+
+def test_a_model_without_zeros_comes_out_exact_and_not_slower(compiled: Compile) -> None:
+    source, shapes = sources.minilm(), tokens(1, 128)
+    result = compiled(source, shapes)
+    assert speed(source, result, shapes) >= NOT_SLOWER
+    assert any("--sparsity" in hint for hint in result.report.hints)
+    check_exact(source, folder_of(result))
+
+
+@pytest.mark.parametrize("pattern, bar", [("block:4x1", 5.7), ("unstructured", 4.1)])
+def test_zeros_that_are_there_become_time(compiled: Compile, pattern: str, bar: float) -> None:
+    source, shapes = sources.bert_base_with_zeros(0.9, pattern), tokens(1, 128)
+    result = compiled(source, shapes)
+    assert not result.report.passes
+    assert speed(source, result, shapes) >= bar
+    check_exact(source, folder_of(result))
+
+
+def check_exact(source: Path, folder: Path) -> None:
+    """No arithmetic but the order of sums may differ: within 1e-5, or four times the model's own noise."""
+    every = [feeds_for(source, *size) for size in ((1, 128), (3, 33))]
+    assert all(c.passed for c in verify.compare(source, folder / "model.onnx", folder / "kernels.so", every))

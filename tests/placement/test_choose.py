@@ -1,0 +1,139 @@
+"""Times decide, dense wins ties; here they are made up, so that the decision alone is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spa_compiler.placement import choose as choosing
+from spa_compiler.placement.candidates import DENSE, SiteClass, classes, forms
+from spa_compiler.placement.choose import Choice, choose
+from spa_compiler.placement.measure import Timing
+from spa_compiler.placement.nodes import Packer
+from spa_compiler.placement.records import Records
+from spa_compiler.placement.sites import Site, find_sites
+from spa_compiler.targets import host
+from tests.networks import F32, model_of, weight
+
+RNG = np.random.default_rng(0)
+TEXT = "g (float[N,64] x) => (float[N,64] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+pytestmark = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="kernels need x86-64-v4")
+
+
+def sites_of(w: F32, v: F32 | None = None) -> list[Site]:
+    return find_sites(model_of(TEXT, w=w, v=w if v is None else v))[0]
+
+
+def classes_of(sites: list[Site], *tokens: int) -> list[SiteClass]:
+    return classes(sites, [{s.source.name: (t, 64) for s in sites} for t in tokens or (16,)])
+
+
+class Timed:
+    """Stands in for `interleave`: `ratios` are over dense, which takes 100 us for all sites of a trial."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *ratios: Mapping[str, float]) -> None:
+        self.asked: list[set[str]] = []
+        self._ratios = ratios
+        monkeypatch.setattr(choosing, "interleave", self)
+
+    def __call__(self, calls: Mapping[str, Callable[[], object]], budget_s: float) -> dict[str, Timing]:
+        for call in calls.values():
+            call()
+        ratios = self._ratios[len(self.asked) % len(self._ratios)]
+        self.asked.append(set(calls))
+        times = {name: 100.0 / (1.0 if name == DENSE else ratios.get(name, 0.1)) for name in calls}
+        return {name: Timing(t, 0.9 * t, 1.1 * t, 7) for name, t in times.items()}
+
+
+def decide(folder: Path, found: list[SiteClass], records: str = "records.sqlite") -> list[Choice]:
+    book = Records(folder / records, {"cpu": "this one"})
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    choices = choose(found, "x86-64-v4", 1, book, Packer(), work, lambda *_: None, np.random.default_rng(0))
+    assert list(work.iterdir()) == []
+    return choices
+
+
+def test_forms_that_leave_nothing_out_are_none() -> None:
+    dense, block, scattered = weight(RNG, 64, 64), weight(RNG, 64, 64, 0.2), weight(RNG, 64, 64, 0.2, rows=1)
+    assert forms(sites_of(dense)[0]) == ()
+    assert [s.rows for s in forms(sites_of(block)[0])] == [1, 4, 8]
+    assert forms(sites_of(block)[0])[1].share == pytest.approx(0.2, abs=0.05)
+    assert [round(s.share, 1) for s in forms(sites_of(scattered)[0])][:2] == [0.2, 0.6]
+
+
+def test_a_block_is_no_higher_than_the_weight() -> None:
+    model = model_of("g (float[N,64] x) => (float[N,2] y) { y = MatMul(x, w) }", w=weight(RNG, 64, 2, 0.2, rows=1))
+    assert [s.rows for s in forms(find_sites(model)[0][0])] == [1]
+
+
+def test_like_sites_are_one_class() -> None:
+    w = weight(RNG, 64, 64, 0.2)
+    text = "g (float[N,64] x) => (float[N,64] y) { a = MatMul(x, w) t = Tanh(a) b = MatMul(t, w) s = Tanh(b) c = MatMul(s, v) y = Relu(c) }"
+    sites = find_sites(model_of(text, w=w, v=w))[0]
+    found = classes(sites, [{s.source.name: (16, 64) for s in sites}])
+    assert [[s.name for s in c.sites] for c in found] == [["a", "b"], ["c"]]
+
+
+def test_the_fastest_form_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(monkeypatch, {"block:1x1": 1.5, "block:4x1": 4.0, "block:8x1": 2.0})
+    choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.2))))
+    assert [c.rows for c in choices] == [4, 4]
+    assert choices[0].reason == "4.00x over dense as block:4x1"
+    assert choices[0].tokens == (16,)
+    assert timed.asked[0] == {DENSE, "block:1x1", "block:4x1", "block:8x1"}
+    assert choices[0].timings[0][DENSE].median_us == pytest.approx(100)
+
+
+@pytest.mark.parametrize("ratio,rows", [(0.5, None), (1.0, None), (1.03, None), (1.05, 4)])
+def test_dense_wins_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, rows: int | None) -> None:
+    Timed(monkeypatch, {"block:4x1": ratio})
+    choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.2))))
+    assert {c.rows for c in choices} == {rows}
+    if rows is None:
+        assert "dense is faster or as fast: block:4x1 reaches" in choices[0].reason
+        assert "zeros in 4x1 blocks would gain" in choices[0].would_help
+
+
+def test_shapes_are_weighed_by_their_geometric_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = classes_of(sites_of(weight(RNG, 64, 64, 0.2)), 1, 64)
+    Timed(monkeypatch, {"block:4x1": 0.5, "block:8x1": 1.2}, {"block:4x1": 8.0, "block:8x1": 1.2})
+    choice = decide(tmp_path, found)[0]
+    assert (choice.rows, choice.reason) == (4, "2.00x over dense as block:4x1")
+    assert choice.tokens == (1, 64)
+    assert len(choice.timings) == 2
+
+
+def test_without_zeros_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(monkeypatch, {})
+    choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64))))
+    assert timed.asked == []
+    assert {(c.rows, c.reason) for c in choices} == {(None, "it has no zeros")}
+    assert "--sparsity 0.8 --pattern block:4x1" in choices[0].would_help
+
+
+def test_too_few_zeros_say_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Timed(monkeypatch, {})
+    choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.98, rows=1))))
+    assert choices[0].rows is None
+    assert "its zeros (2%) leave no block out" in choices[0].reason
+
+
+def test_a_second_run_times_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = classes_of(sites_of(weight(RNG, 64, 64, 0.2)))
+    timed = Timed(monkeypatch, {"block:4x1": 2.0})
+    first = decide(tmp_path, found)
+    assert len(timed.asked) == len(found) == 2
+    monkeypatch.setattr(choosing, "link", lambda *_: pytest.fail("there is nothing to link"))
+    again = decide(tmp_path, found)
+    assert len(timed.asked) == 2
+    assert [(c.rows, c.reason, c.timings) for c in again] == [(c.rows, c.reason, c.timings) for c in first]
+
+
+def test_real_times(tmp_path: Path) -> None:
+    """No decision is asked for here, only that real sessions run and give sensible times."""
+    (choice, _) = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.1))))
+    assert all(0 < t.p10_us <= t.median_us <= t.p90_us < 1e6 for t in choice.timings[0].values())

@@ -1,0 +1,229 @@
+"""Whole models: every plan is raced, the fastest that loses at no shape wins, dense wins ties."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from spa_compiler.errors import ModelError
+from spa_compiler.graph import shapes as graph_shapes
+from spa_compiler.graph.load import load
+from spa_compiler.graph.session import open_session, run
+from spa_compiler.placement import choose as choosing
+from spa_compiler.placement import place as placing
+from spa_compiler.placement.measure import Timing
+from spa_compiler.placement.place import PORTABLE, REGIONS, SINGLE, SOURCE, Placed, place
+from spa_compiler.placement.records import Records
+from spa_compiler.targets import host, parse
+from tests.networks import mlp
+
+needs_avx512 = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="kernels need x86-64-v4")
+WIDTH = 64
+
+
+class Stopwatch:
+    """Made-up times for sites and for whole models; counts how often it was asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, site: float, *races: Mapping[str, float]) -> None:
+        self.sites, self.races = 0, 0
+        self._site, self._races = site, races
+        monkeypatch.setattr(choosing, "interleave", self._time_sites)
+        monkeypatch.setattr(placing, "interleave", self._time_models)
+
+    def _time_sites(self, calls: Mapping[str, Callable[[], object]], budget_s: float) -> dict[str, Timing]:
+        self.sites += 1
+        return {n: _timing(100 if n == "dense" else 100 / self._site) for n in calls}
+
+    def _time_models(self, calls: Mapping[str, Callable[[], object]], *_: float) -> dict[str, Timing]:
+        race = self._races[self.races % len(self._races)]
+        self.races += 1
+        for call in calls.values():
+            call()
+        return {n: _timing(race.get(n, 100)) for n in calls}
+
+
+def _timing(us: float) -> Timing:
+    return Timing(us, us * 0.9, us * 1.1, 12)
+
+
+def placed(
+    folder: Path,
+    density: float = 0.1,
+    target: str = "cpu",
+    tokens: tuple[int, ...] = (16,),
+    replay: bool = False,
+    proto: onnx.ModelProto | None = None,
+    keep_source: bool = False,
+) -> Placed:
+    source = folder / "source.onnx"
+    onnx.save(proto or mlp(density, WIDTH), source)
+    loaded = load(source)
+    model = loaded.copy()
+    graph_shapes.infer(model)
+    feeds = [{"x": np.ones((1, t, WIDTH), np.float32)} for t in tokens]
+    workspace = next(p for i in itertools.count() if not (p := folder / f"work{i}").exists())
+    workspace.mkdir()
+    book = Records(folder / "records.sqlite", {"cpu": "this one"})
+    try:
+        return place(
+            model,
+            source,
+            feeds,
+            parse(target),
+            1,
+            book,
+            workspace,
+            lambda *_: None,
+            np.random.default_rng(0),
+            odd=[{"x": np.ones((2, 3, WIDTH), np.float32)}],
+            replay=replay,
+            original=loaded if keep_source else None,
+        )
+    finally:
+        book.close()
+
+
+def folders(result: Placed) -> set[str]:
+    return {p.name for p in result.plan.folder.parent.iterdir()}
+
+
+@needs_avx512
+def test_the_fastest_plan_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25})
+    result = placed(tmp_path)
+    assert result.plan.name == REGIONS
+    assert result.reason == "regions: 4.00x over the same model in standard ops"
+    assert len(result.plan.regions) == 1
+    assert folders(result) == {"portable", "regions"}
+    session = open_session(result.plan.file, library=result.plan.library)
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 5, WIDTH)).astype(np.float32)}
+    want = run(open_session(tmp_path / "source.onnx"), feeds)["y"]
+    np.testing.assert_allclose(run(session, feeds)["y"], want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
+
+
+@needs_avx512
+def test_single_sites_win_when_regions_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 60})
+    result = placed(tmp_path)
+    assert result.plan.name == SINGLE
+    assert len(result.plan.regions) == 2
+    assert folders(result) == {"portable", "single-sites"}
+
+
+@needs_avx512
+@pytest.mark.parametrize("time", [98, 100, 150])
+def test_dense_wins_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time: float) -> None:
+    Stopwatch(monkeypatch, 5.0, {SINGLE: time, REGIONS: time})
+    result = placed(tmp_path)
+    assert result.plan.name == PORTABLE
+    assert result.plan.library is None
+    assert "no sparse plan was faster" in result.reason
+    assert folders(result) == {"portable"}
+
+
+@needs_avx512
+def test_a_plan_that_loses_at_one_shape_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    races = {SINGLE: 80, REGIONS: 110}, {SINGLE: 80, REGIONS: 10}
+    Stopwatch(monkeypatch, 5.0, *races)
+    result = placed(tmp_path, tokens=(1, 64))
+    assert result.plan.name == SINGLE
+    assert [t[REGIONS].median_us for t in result.race] == [110, 10]
+
+
+@needs_avx512
+def test_sites_that_do_not_gain_stay_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch(monkeypatch, 0.9, {})
+    result = placed(tmp_path)
+    assert watch.sites > 0
+    assert result.plan.name == PORTABLE
+    assert result.reason == "no site gains from a sparse kernel"
+    assert set(result.race[0]) == {SOURCE, PORTABLE}
+
+
+def test_a_model_without_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch(monkeypatch, 5.0, {})
+    result = placed(tmp_path, density=1.0)
+    assert (watch.sites, watch.races) == (0, 1)
+    assert result.plan.name == PORTABLE
+    assert {c.rows for c in result.choices} == {None}
+
+
+def test_the_model_as_given_when_rewriting_made_it_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stopwatch(monkeypatch, 5.0, {SOURCE: 80, PORTABLE: 100})
+    result = placed(tmp_path, density=1.0, keep_source=True)
+    assert result.plan.name == SOURCE
+    assert "as it was given" in result.reason
+    Stopwatch(monkeypatch, 5.0, {SOURCE: 99, PORTABLE: 100})
+    assert placed(tmp_path, density=1.0, keep_source=True).plan.name == PORTABLE
+    Stopwatch(monkeypatch, 5.0, {SOURCE: 80, PORTABLE: 100})
+    assert placed(tmp_path, density=1.0).plan.name == PORTABLE  # after passes the source is no equal
+
+
+@needs_avx512
+def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25})
+    first = placed(tmp_path, replay=True)
+    asked = watch.sites, watch.races
+    again = placed(tmp_path, replay=True)
+    assert (watch.sites, watch.races) == asked
+    assert again.race == first.race
+    for name in ("model.onnx", "kernels.so"):
+        assert (again.plan.folder / name).read_bytes() == (first.plan.folder / name).read_bytes()
+
+
+@needs_avx512
+def test_without_replay_only_the_race_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25})
+    placed(tmp_path)
+    sites = watch.sites
+    placed(tmp_path)
+    assert (watch.sites, watch.races) == (sites, 2)
+
+
+@pytest.mark.parametrize(
+    "target,words",
+    [
+        ("cpu:x86-64-v3", "need x86-64-v4 (AVX-512), the target is x86-64-v3"),
+        ("cpu:avx2", "need x86-64-v4 (AVX-512), the target is x86-64-v3"),
+        ("cpu:x86-64", "need x86-64-v4 (AVX-512), the target is x86-64"),
+        ("cuda", "there are no kernels for CUDA yet"),
+    ],
+)
+def test_other_targets_stay_dense_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, words: str
+) -> None:
+    watch = Stopwatch(monkeypatch, 5.0, {})
+    result = placed(tmp_path, target=target)
+    assert watch.sites == 0
+    assert result.plan.name == PORTABLE
+    assert words in result.reason
+    assert {c.rows for c in result.choices} == {None}
+    assert all(words in c.reason for c in result.choices)
+
+
+def test_a_machine_without_avx512_stays_dense_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from spa_compiler.targets import target as targets
+
+    older = dataclasses.replace(host(), level="x86-64-v3")
+    monkeypatch.setattr(targets, "host", lambda: older)
+    Stopwatch(monkeypatch, 5.0, {})
+    assert "the target is x86-64-v3" in placed(tmp_path, target="cpu").reason
+    result = placed(tmp_path, target="cpu:x86-64-v4")
+    assert "this machine does not run x86-64-v4" in result.reason
+    assert result.race == []
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    proto = mlp(1.0, WIDTH)
+    values = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    values[0, 0] = np.nan
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, proto.graph.initializer[0].name))
+    with pytest.raises(ModelError, match="holds NaN or Inf"):
+        placed(tmp_path, proto=proto)

@@ -1,0 +1,99 @@
+"""The C side under AddressSanitizer and UndefinedBehaviorSanitizer: good models, malformed ones, wrong inputs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spa_compiler.runtime import link
+from tests import deployment
+from tests.region_harness import CASES, MCPU, case, needs_avx512
+from tests.runtime_malformed import malformed
+
+pytestmark = [needs_avx512, pytest.mark.slow]
+UBSAN = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
+
+
+def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> Path:
+    """A deployment whose kernels.so is compiled with `flags`; returns the script that checks it."""
+    zeros = np.zeros((2, 5, 301), np.float32)
+    script, _ = deployment.write(
+        folder,
+        dict(malformed()),
+        {
+            "features": (case("mlp").model(None), {"x0": zeros}),
+            "rank": (case("mlp").model(None), {"x0": np.zeros((1,) * 8 + (100,), np.float32)}),
+            "disagree": (case("wide").model(None), {"x0": zeros, "x1": np.zeros((2, 6, 600), np.float32)}),
+        },
+    )
+    monkeypatch.setattr(link, "FLAGS", ("-O1", "-g", "-std=c11", "-fPIC", "-shared", *flags))
+    link.link([case(name).spec for name in CASES], MCPU, folder / "kernels.so")
+    return script
+
+
+def check(script: Path, **environment: str) -> None:
+    """Runs the script; sanitizers end the process at the first finding."""
+    done = subprocess.run(
+        [sys.executable, str(script), str(script.parent)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert not any(words in done.stderr for words in ("runtime error", "AddressSanitizer")), done.stderr[-6000:]
+    assert f"refused {len(list((script.parent / 'refused').glob('*.onnx')))}" in done.stdout
+
+
+def preload() -> str:
+    """LD_PRELOAD for a process that loads a library with AddressSanitizer in it.
+
+    libstdc++ comes along: exceptions of ONNX Runtime are intercepted only if it is there from the start.
+    """
+    found = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        command = ["gcc", f"-print-file-name={name}"]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip("gcc has no AddressSanitizer")
+    return ":".join(found)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="AddressSanitizer needs gcc")
+def test_address_and_undefined_behaviour_with_gcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = preload()
+    monkeypatch.setenv("SPA_CC", "gcc")
+    script = build(monkeypatch, tmp_path / "asan", "-fsanitize=address", *UBSAN)
+    check(script, LD_PRELOAD=libraries, ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=1")
+
+
+def test_undefined_behaviour_with_the_linker_that_is_always_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPA_CC", raising=False)
+    check(build(monkeypatch, tmp_path / "ubsan", *UBSAN))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="AddressSanitizer needs gcc")
+def test_the_sanitizer_sees_what_it_should(tmp_path: Path) -> None:
+    """The setup itself: a read past a heap block in a preloaded process is found."""
+    source = tmp_path / "bad.c"
+    source.write_text("#include <stdlib.h>\nint bad(int i) { volatile char* p = malloc(4); return p[i]; }\n")
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-fsanitize=address", str(source), "-o", str(tmp_path / "bad.so")], check=True
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(tmp_path / 'bad.so')!r}).bad(4)"],
+        env=os.environ | {"LD_PRELOAD": preload(), "ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
