@@ -107,7 +107,7 @@ class _Partition:
             self.offset[id(atom)] = total
             total += atom.size or 0
         self.label = self._labels(total)
-        self.held = [np.unique(self.label[self._elements(pin)]) for pin in facts.pins]
+        self.held = self._held()
         self.free = np.ones(total, np.bool_)  # by label
         for labels in self.held:
             self.free[labels] = False
@@ -140,6 +140,18 @@ class _Partition:
         right = np.concatenate([self.offset[id(link.right)] + link.right_indices for link in links])
         edges = coo_array((np.ones(left.size, np.bool_), (left, right)), shape=(total, total))
         return np.asarray(connected_components(edges, directed=False)[1], np.int64)
+
+    def _held(self) -> list[Indices]:
+        """For each pin the labels that it keeps, ascending; many pins are on the same atoms and share one array."""
+        known: dict[tuple[object, ...], Indices] = {}
+        out = []
+        for pin in self.facts.pins:
+            axes = [self.algebra.resolve(axis) for axis in pin.on]
+            key = (pin.indices, *(tuple(tuple(id(atom) for atom in term) for term in terms) for terms in axes))
+            if key not in known:
+                known[key] = _distinct(self.label[self._elements(pin)])
+            out.append(known[key])
+        return out
 
     def _elements(self, pin: Pin) -> Indices:
         out = [np.zeros(0, np.int64)]
@@ -290,7 +302,7 @@ class _Partition:
         for place, name in enumerate(names):
             for axis in range(len(self._sizes(name))):
                 for _, own in self.on_axis.get((name, axis), ()):
-                    found = np.unique(own[own >= 0])
+                    found = _distinct(own[own >= 0])
                     pairs.append(np.stack([found, np.full_like(found, place)]))
         joined = np.concatenate(pairs, axis=1)
         return joined[:, np.argsort(joined[0], kind="stable")]
@@ -301,8 +313,9 @@ class _Partition:
         ours[labels] = True
         total = 0
         low, high = (np.searchsorted(where[0], labels, side) for side in ("left", "right"))
-        runs = [where[1, start:stop] for start, stop in zip(low, high, strict=True) if start < stop]
-        for place in np.unique(np.concatenate(runs)).tolist() if runs else ():
+        lengths = high - low
+        runs = np.repeat(high - np.cumsum(lengths), lengths) + np.arange(lengths.sum())  # low..high of each label
+        for place in _distinct(where[1, runs]).tolist():
             all_stuck, others = 1, 1
             for axis, size in enumerate(self._sizes(names[place])):
                 live = self.live.get((names[place], axis))
@@ -314,6 +327,12 @@ class _Partition:
                 others *= dead
             total += all_stuck - others
         return total
+
+
+def _distinct(values: Indices) -> Indices:
+    """The distinct values, ascending; numpy's own `unique` is far slower on large arrays that are nearly distinct."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])] if ordered.size else ordered
 
 
 def _any(masks: Iterable[Mask]) -> Mask:

@@ -124,7 +124,7 @@ def main(
     from spa_compiler.report import console as draw
 
     stderr = Console(stderr=True, quiet=quiet)
-    stdout = Console()
+    stdout = Console() if sys.stdout.isatty() else Console(width=_WIDTH)  # a log has no edge to fold at
     recipe = from_command_line(
         sparsity=sparsity, pattern=pattern, passes=passes, recipe=Path(recipe_file) if recipe_file else None
     )

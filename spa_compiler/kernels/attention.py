@@ -4,9 +4,9 @@
     softmax  over t2, that is over rows: lanes never talk to each other
     context  C[d, t1] = sum_t2 V[d, t2] P[t2, t1] / sum_t2 P[t2, t1]   a panel again
 
-Keys come in tiles of as many tokens as queries, one call each; maximum and sum are kept from call to call and what was
-accumulated is rescaled (online softmax, arXiv 1805.02867), so that any length needs one tile of scores. `scale` is in
-units of log2, as the exponential is 2^x; `mask` is not.
+Keys come in tiles of as many tokens as queries, one call each; maximum and sum are kept from call to call and what
+was accumulated is rescaled (online softmax, arXiv 1805.02867), so that any length needs one tile of scores. `scale` is
+in units of log2, as the exponential is 2^x; `mask` is not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def reference(q: F32, k: F32, v: F32, mask: F32, scale: float) -> F32:
     """
     s = scale * (k.astype(np.float64).T @ q.astype(np.float64)) + np.maximum(mask, LOWEST)
     p = np.exp(s - s.max(axis=0))
-    return (v.astype(np.float64) @ (p / p.sum(axis=0))).astype(np.float32)
+    return np.asarray(v.astype(np.float64) @ (p / p.sum(axis=0)), np.float32)
 
 
 def name(lanes: int) -> str:
@@ -59,8 +59,9 @@ def _fma(regs, index, value, x, W):
 def kernel(lanes: int) -> tirx.PrimFunc:
     """void spa_attention_<lanes>(q, k, v, mask, scores, state, out, depth, keys, part, scale): one tile of keys.
 
-    `q`, `k`, `v`, `out` point at the head's first feature in their tiles. `mask` is [lanes, lanes], a row for each key, and
-    LOWEST in the rows past the last key; `scores` has room for [lanes, lanes], `state` for [2, lanes] (maximum and sum). `part` has FIRST set on the first call, LAST on the last.
+    `q`, `k`, `v`, `out` point at the head's first feature in their tiles. `mask` is [lanes, lanes], a row for each key,
+    and LOWEST in the rows past the last key; `scores` has room for [lanes, lanes], `state` for [2, lanes] (maximum and
+    sum). `part` has FIRST set on the first call, LAST on the last.
     """
     W, V = widths(lanes)
     R = min(ROWS, lanes)  # keys at a time; a tile of one token has one

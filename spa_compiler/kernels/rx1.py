@@ -157,7 +157,8 @@ def name(rows: int, lanes: int, act: str) -> str:
 
 
 def kernel(rows: int, lanes: int, act: str) -> tirx.PrimFunc:
-    """void spa_rx1_<R>_<lanes>_<act>(panel, indptr, order, columns, values, bias, base, out, groups, mode, last, low, high)
+    """void spa_rx1_<R>_<lanes>_<act>(panel, indptr, order, columns, values, bias, base, out, groups, mode, last,
+    low, high)
 
     One tile on one panel tile. `panel` points at the k_block's first feature, `indptr` and `order` at the tile's
     first group, `bias`, `base` (the residual) and `out` at the chunk's first row. mode: ACCUMULATE, BIAS or RESIDUAL;

@@ -48,10 +48,11 @@ def horner(x, coefficients, width):
 
 
 def exp2(x, width):
-    """2^x for |x| <= 126, relative error below 2e-7; the bounds' values beyond, and for NaN. (TVM's simplifier folds
+    """2^x for |x| <= 126, relative error below 2e-7; the bounds' values beyond, NaN for NaN. (TVM's simplifier folds
     the usual rounding by adding and subtracting a magic number, hence the floor.)"""
-    x = T.bind(T.max(T.min(x, const(126.0, width)), const(-126.0, width)))
-    whole = T.bind(T.floor(x + const(0.5, width)))
+    # max(a, b) is `a > b ? a : b`: the first two keep NaN, the third keeps it away from the cast to an integer
+    x = T.bind(T.max(const(-126.0, width), T.min(const(126.0, width), x)))
+    whole = T.bind(T.floor(T.min(x + const(0.5, width), const(127.0, width))))
     fraction = T.bind(x - whole)
     kind = "int32" if width == 1 else f"int32x{width}"
     bias = T.int32(127) if width == 1 else T.Broadcast(T.int32(127), width)

@@ -122,7 +122,9 @@ def _scores(
     tensor: gs.Variable, outputs: Sequence[gs.Variable]
 ) -> tuple[gs.Node, float, gs.Variable | None, list[gs.Node]] | None:
     """Back from softmax to the first product: (MatMul, scale, mask, nodes in between)."""
-    scale, mask, nodes = 1.0, None, []
+    scale: float = 1.0
+    mask: gs.Tensor | None = None
+    nodes: list[gs.Node] = []
     while True:
         if len(tensor.inputs) != 1 or _reader(tensor, outputs) is None:
             return None

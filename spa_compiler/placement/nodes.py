@@ -87,7 +87,9 @@ def _insert(model: Model, group: Group, rows: dict[str, int], packer: Packer) ->
         elif isinstance(element, AttentionSite):
             width = element.heads * element.depth
             made = builder.attention(
-                *(panel(t, width) for t in inputs_of(element)),
+                panel(element.query, width),
+                panel(element.key, width),
+                panel(element.value, width),
                 AttentionSpec(element.heads, element.depth, element.scale),
                 None if element.mask is None else mask_numbers[id(element.mask)],
             )

@@ -16,14 +16,14 @@ from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds, open_session
-from spa_compiler.placement.attention import find_attention
+from spa_compiler.placement.attention import Shapes, find_attention
 from spa_compiler.placement.candidates import classes
 from spa_compiler.placement.choose import Choice, Progress, choose
 from spa_compiler.placement.measure import CLOSE, Timing, interleave
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.regions import Shapes, join, single
+from spa_compiler.placement.regions import join, single
 from spa_compiler.placement.sites import Refusal, Site, find_sites
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec

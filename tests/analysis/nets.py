@@ -1,4 +1,4 @@
-"""Small nets in ONNX text: every input but x is a weight. Each has what one rule or one combination of rules is about."""
+"""Small nets in ONNX text: every input but x is a weight. Each is about one rule, or one combination of rules."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ GATED = """net (float[N, 5, 6] x, float[6, 8] wg, float[6, 8] wu, float[8, 6] wd
   y = MatMul(m, wd)
 }"""
 
-CONV_FLATTEN = """net (float[N, 3, 6, 6] x, float[8, 3, 3, 3] w1, float[8] b1, float[8, 1, 1] scale, float[8, 1, 1] slope,
-     float[5, 8, 3, 3] w2, float[80, 4] w3, float[4] b3) => (float[N, 4] y) {
+CONV_FLATTEN = """net (float[N, 3, 6, 6] x, float[8, 3, 3, 3] w1, float[8] b1, float[8, 1, 1] scale,
+     float[8, 1, 1] slope, float[5, 8, 3, 3] w2, float[80, 4] w3, float[4] b3) => (float[N, 4] y) {
   c1 = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
   m1 = Mul(c1, scale)
   p1 = PRelu(m1, slope)
@@ -57,8 +57,8 @@ DEPTHWISE = """net (float[2, 3, 5, 5] x, float[6, 3, 1, 1] w0, float[6, 1, 3, 3]
   y = Conv(m, w1)
 }"""
 
-GROUPED = """net (float[2, 3, 4, 4] x, float[16, 3, 1, 1] w0, float[24, 4, 1, 1] w1, float[24] b1, float[24, 3, 3, 3] w2,
-     float[5, 24, 1, 1] w3) => (float[2, 5, 4, 4] y) {
+GROUPED = """net (float[2, 3, 4, 4] x, float[16, 3, 1, 1] w0, float[24, 4, 1, 1] w1, float[24] b1,
+     float[24, 3, 3, 3] w2, float[5, 24, 1, 1] w3) => (float[2, 5, 4, 4] y) {
   c0 = Conv(x, w0)
   c1 = Conv <group = 4> (c0, w1, b1)
   t = Softplus(c1)

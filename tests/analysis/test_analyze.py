@@ -35,7 +35,7 @@ def test_the_json_is_valid(name: str) -> None:
             for slab in [*unit.parameters, *unit.activations]:
                 assert slab.name in tensors
                 assert slab.indices == sorted(set(slab.indices))
-                assert 0 <= slab.indices[0]
+                assert slab.indices[0] >= 0
                 assert slab.indices[-1] < (shapes[slab.name][slab.axis] or 0)
                 found = {(slab.name, slab.axis, index) for index in slab.indices}
                 assert not found & seen, "all units of these nets are slabs of one factor"
@@ -118,7 +118,8 @@ def test_branches_pin_what_they_read() -> None:
 
 
 def test_a_graph_output_pins_what_it_gives_out() -> None:
-    members = group_members("""g (float[N, 4] x, float[4, 6] w, float[6, 5] v, float[5, 2] u) => (float[N, 2] y, float[N, 6] a) {
+    members = group_members("""g (float[N, 4] x, float[4, 6] w, float[6, 5] v, float[5, 2] u) =>
+        (float[N, 2] y, float[N, 6] a) {
       a = MatMul(x, w)
       b = MatMul(a, v)
       y = MatMul(b, u)

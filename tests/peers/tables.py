@@ -30,7 +30,7 @@ from spa_compiler.calibration.shapes import parse_shapes  # noqa: E402
 from spa_compiler.errors import SpaError  # noqa: E402
 from spa_compiler.graph.load import load  # noqa: E402
 from spa_compiler.graph.session import onnxruntime_version  # noqa: E402
-from spa_compiler.passes.recipe import from_command_line  # noqa: E402
+from spa_compiler.passes import Recipe, from_flags  # noqa: E402
 from spa_compiler.report.report import shape_text  # noqa: E402
 from spa_compiler.targets import host  # noqa: E402
 from tests.peers import sources  # noqa: E402
@@ -83,6 +83,11 @@ class Form:
 
     sparsity: float
     pattern: str
+    scope: str = "layer"
+
+    @property
+    def recipe(self) -> Recipe:
+        return from_flags(f"sparsify{{sparsity={self.sparsity},pattern={self.pattern},scope={self.scope}}}")
 
     @property
     def text(self) -> str:
@@ -132,7 +137,7 @@ def configurations() -> list[Configuration]:
         if not entry["recipe"]:  # no share of zeros kept its accuracy
             continue
         shape = ",".join(map(str, [_DIGITS_BATCH, *entry["input"]["shape"][1:]]))
-        form = Form(entry["recipe"]["sparsity"], entry["recipe"]["pattern"])
+        form = Form(**entry["recipe"])
         shapes, file = (f"{entry['input']['name']}={shape}",), entry["file"]
         found.append(Configuration(name, name.replace("_", " "), lambda _, f=file: f, shapes, (form,)))  # type: ignore[misc]
     return found
@@ -148,7 +153,7 @@ def measure(configuration: Configuration, workspace: Path, *, quick: bool) -> Ra
         result = spa_compiler.compile(
             source,
             folder,
-            recipe=from_command_line(sparsity=form.sparsity, pattern=form.pattern),
+            recipe=form.recipe,
             shapes=configuration.shapes,
             threads=configuration.threads,
         )

@@ -94,8 +94,8 @@ def test_group_counts_that_divide_are_refined() -> None:
 
 
 def test_group_counts_that_do_not_divide_are_pinned() -> None:
-    analysis = analysis_of("""g (float[2, 3, 4, 4] x, float[12, 3, 1, 1] w0, float[12, 3, 1, 1] w1, float[12, 2, 1, 1] w2,
-        float[5, 12, 1, 1] w3) => (float[2, 5, 4, 4] y) {
+    analysis = analysis_of("""g (float[2, 3, 4, 4] x, float[12, 3, 1, 1] w0, float[12, 3, 1, 1] w1,
+        float[12, 2, 1, 1] w2, float[5, 12, 1, 1] w3) => (float[2, 5, 4, 4] y) {
       a = Conv(x, w0)
       b = Conv <group = 4> (a, w1)
       c = Conv <group = 6> (b, w2)

@@ -14,7 +14,8 @@ from tests.analysis.told import group_members, groups_of, pins_of
 @pytest.mark.parametrize("bias", ["5", "1, 5"])
 def test_gemm(transposed: int, bias: str) -> None:
     shape = "5, 4" if transposed else "4, 5"
-    members = group_members(f"""g (float[N, 4] x, float[{shape}] w, float[{bias}] b, float[5, 2] v) => (float[N, 2] y) {{
+    members = group_members(f"""g (float[N, 4] x, float[{shape}] w, float[{bias}] b, float[5, 2] v)
+        => (float[N, 2] y) {{
       h = Gemm <transB = {transposed}> (x, w, b)
       y = Gemm(h, v)
     }}""")

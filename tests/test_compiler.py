@@ -1,0 +1,333 @@
+"""The Python API from end to end: a model in, a folder out that computes the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import spa_compiler
+from spa_compiler import compiler
+from spa_compiler.artifact import manifest
+from spa_compiler.compiler import Result, compile, load
+from spa_compiler.errors import BudgetError, ModelError, UsageError, VerificationError
+from spa_compiler.graph.session import open_session, run
+from spa_compiler.passes.recipe import from_command_line
+from spa_compiler.placement import choose, place
+from spa_compiler.report import report as reports
+from spa_compiler.targets import host
+from tests.networks import mlp
+
+WIDTH = 256
+FILES = {"model.onnx", "kernels.so", "portable.onnx", "manifest.json", "report.json", "recipe.yaml"}
+needs_avx512 = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="sparse kernels need x86-64-v4")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_races() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "_RACE_S", 0.2)
+        patch.setattr(choose, "_BUDGET_S", 0.1)
+        yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A model with 90 % zeros, compiled without flags; the source lies beside the result."""
+    folder = tmp_path_factory.mktemp("sparse")
+    onnx.save(mlp(0.1, WIDTH), folder / "zeros.onnx")
+    return folder, compile(folder / "zeros.onnx", folder / "out", threads=1, records=folder / "records.sqlite")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A model without zeros, compiled without flags, from a ModelProto."""
+    folder = tmp_path_factory.mktemp("dense")
+    proto = mlp(1.0, 64)
+    onnx.save(proto, folder / "dense.onnx")
+    return folder, compile(proto, folder / "out", threads=1)
+
+
+def names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def assert_same(source: Path, folder: Path, width: int, batch: int, seq: int, tolerance: float = 1e-5) -> None:
+    feeds = {"x": np.random.default_rng(seq).standard_normal((batch, seq, width)).astype(np.float32)}
+    want = run(open_session(source), feeds)["y"]
+    for threads in (1, 2):
+        got = run(load(folder, threads=threads), feeds)["y"]
+        assert got.shape == want.shape
+        assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+@pytest.mark.parametrize("made", ["sparse", "dense"])
+class TestFolder:
+    @pytest.fixture
+    def folder(self, made: str, request: pytest.FixtureRequest) -> Path:
+        return Path(request.getfixturevalue(made)[0])
+
+    def test_what_it_holds(self, folder: Path) -> None:
+        assert names(folder / "out") == FILES
+        assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+    def test_the_manifest(self, folder: Path) -> None:
+        found = manifest.check(folder / "out")
+        assert set(found.files) == FILES - {"manifest.json", "report.json"}
+        assert found.artifact_version == manifest.ARTIFACT_VERSION
+
+    def test_the_report(self, folder: Path) -> None:
+        report = reports.read(folder / "out")
+        assert report.shapes == [f"1x128x{WIDTH if 'sparse' in str(folder) else 64}"]
+        assert {r.runtime for r in report.race} >= {"onnxruntime", "spa"}
+        assert [r.over for r in report.ratios] == ["onnxruntime"]
+        assert report.checks
+        assert all(check.passed for check in report.checks)
+        assert {check.threads for check in report.checks} == {1, 2}
+        assert len({check.shape for check in report.checks}) == 2, "an odd shape besides the measured one"
+        assert [s.name for s in report.stages][:4] == ["load", "canonicalize", "analyze", "passes"]
+        assert report.sizes is not None
+        assert report.sizes.source == (next(folder.glob("*.onnx"))).stat().st_size
+
+    def test_the_signature_is_the_sources(self, folder: Path) -> None:
+        source = onnx.load(next(folder.glob("*.onnx"))).graph
+        for file in ("model.onnx", "portable.onnx"):
+            made = onnx.load(folder / "out" / file).graph
+            for before, after in ((source.input, made.input), (source.output, made.output)):
+                assert [v.SerializeToString() for v in before] == [v.SerializeToString() for v in after]
+
+    def test_ir_version_that_old_runtimes_read(self, folder: Path) -> None:
+        for file in ("model.onnx", "portable.onnx"):
+            assert onnx.load(folder / "out" / file).ir_version <= 10
+
+    @pytest.mark.parametrize("batch,seq", [(1, 1), (1, 7), (1, 128), (3, 33)])
+    def test_it_is_exact_at_every_shape(self, folder: Path, batch: int, seq: int) -> None:
+        width = WIDTH if (folder / "zeros.onnx").exists() else 64
+        assert_same(next(folder.glob("*.onnx")), folder / "out", width, batch, seq)
+
+
+@needs_avx512
+def test_zeros_become_time(sparse: tuple[Path, Result]) -> None:
+    folder, result = sparse
+    assert result.folder == folder / "out"
+    assert {p.form for p in result.report.placements} == {"sparse"}
+    assert [n.domain for n in onnx.load(folder / "out" / "model.onnx").graph.node] == ["ai.spa"]
+    assert result.ratio is not None
+    assert result.ratio > 1
+
+
+def test_without_zeros_nothing_is_lost_and_a_hint_is_given(dense: tuple[Path, Result]) -> None:
+    folder, result = dense
+    assert {p.form for p in result.report.placements} == {"dense"}
+    assert {n.domain for n in onnx.load(folder / "out" / "model.onnx").graph.node} == {""}
+    assert any("--sparsity 0.8 --pattern block:4x1" in hint for hint in result.report.hints)
+    assert all("it has no zeros" in p.reason for p in result.report.placements)
+    assert (folder / "out" / "model.onnx").read_bytes() == (folder / "out" / "portable.onnx").read_bytes()
+
+
+def test_the_library_loads_even_when_nothing_gained(dense: tuple[Path, Result]) -> None:
+    session = load(dense[0] / "out")
+    assert [i.name for i in session.get_inputs()] == ["x"]
+
+
+def test_load_checks_the_manifest(sparse: tuple[Path, Result], tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(sparse[0] / "out", tmp_path / "copy")
+    load(folder)
+    with (folder / "portable.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ModelError, match="not what was written"):
+        load(folder)
+    load(folder, check=False)
+    (folder / "manifest.json").unlink()
+    for check in (True, False):
+        with pytest.raises(ModelError):
+            load(folder, check=check)
+
+
+@needs_avx512
+def test_the_same_request_gives_the_same_bytes(sparse: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, first = sparse
+    again = compile(folder / "zeros.onnx", tmp_path / "out", threads=1, records=folder / "records.sqlite")
+    for name in FILES - {"report.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / "out" / name).read_bytes(), name
+    assert again.report.race == first.report.race, "the records were replayed"
+
+
+@needs_avx512
+def test_an_artifact_is_placed_anew(sparse: tuple[Path, Result], tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(sparse[0] / "out", tmp_path / "out")
+    before = manifest.read(folder)
+    result = compile(folder, threads=1, records=sparse[0] / "records.sqlite")
+    assert result.folder == folder
+    assert names(folder) == FILES
+    assert names(tmp_path) == {"out"}
+    assert manifest.check(folder).files["portable.onnx"] == before.files["portable.onnx"]
+    assert_same(sparse[0] / "zeros.onnx", folder, WIDTH, 2, 5)
+
+
+def test_no_passes_on_an_artifact(dense: tuple[Path, Result]) -> None:
+    recipe = from_command_line(sparsity=0.5)
+    with pytest.raises(UsageError, match="no passes can run on it"):
+        compile(dense[0] / "out", recipe=recipe)
+
+
+def test_the_recipe_is_kept(here: Path) -> None:
+    recipe = from_command_line(sparsity=0.5, pattern="block:4x1")
+    onnx.save(mlp(1.0, 64, depth=3), here / "net.onnx")
+    result = compile("net.onnx", recipe=recipe, target="cpu:x86-64-v3", threads=1)
+    assert result.folder == here / "net-spa"
+    assert from_command_line(recipe=here / "net-spa" / "recipe.yaml") == recipe
+    assert [p.name for p in result.report.passes] == ["sparsify"]
+    weights = [onnx.numpy_helper.to_array(i) for i in onnx.load(here / "net-spa" / "model.onnx").graph.initializer]
+    zeros = [float((w == 0).mean()) for w in weights if w.ndim == 2]
+    assert max(zeros) > 0.4
+
+
+def test_several_shapes(here: Path) -> None:
+    shapes = ["x=1,4,64", "x=2,9,64"]
+    result = compile(mlp(1.0, 64), here / "out", shapes=shapes, threads=1)
+    assert result.report.shapes == ["1x4x64", "2x9x64"]
+    assert [r.shape for r in result.report.ratios] == result.report.shapes
+
+
+def test_samples_are_what_is_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.full((5, 3, 64), 0.25, np.float32)
+    np.savez(here / "samples.npz", x=values)
+    seen: list[dict[str, np.ndarray]] = []
+    real = compiler.place
+
+    def spy(*args: object, **options: object) -> object:
+        seen.extend(args[2])  # type: ignore[arg-type]
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compiler, "place", spy)
+    compile(mlp(1.0, 64), here / "out", shapes=["x=2,3,64"], samples="samples.npz", threads=1)
+    assert [f["x"].shape for f in seen] == [(2, 3, 64)]
+    assert (seen[0]["x"] == 0.25).all()
+
+
+@pytest.mark.parametrize(
+    "target,words", [("cuda", "no kernels for CUDA yet"), ("cpu:x86-64-v3", "need x86-64-v4 (AVX-512)")]
+)
+def test_other_targets_stay_dense_and_say_so(here: Path, target: str, words: str) -> None:
+    result = compile(mlp(0.1, 64), here / "out", target=target, threads=1)
+    assert any(words in note for note in result.report.notes)
+    assert {p.form for p in result.report.placements} == {"dense"}
+    assert all(words in p.reason for p in result.report.placements)
+    assert names(here / "out") == FILES
+    assert_same_as_proto(mlp(0.1, 64), here / "out")
+
+
+def assert_same_as_proto(proto: onnx.ModelProto, folder: Path) -> None:
+    onnx.save(proto, folder.parent / "source.onnx")
+    assert_same(folder.parent / "source.onnx", folder, 64, 2, 5)
+
+
+def test_a_dry_run_writes_and_times_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "place", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(compiler, "link", lambda *_: pytest.fail("linked"))
+    result = compile(mlp(0.1, 64), here / "out", dry_run=True)
+    assert result.folder is None
+    assert result.ratio is None
+    assert names(here) == set()
+    assert [p.node for p in result.report.placements]
+    assert all("would be timed dense and as block:1x1" in p.reason for p in result.report.placements)
+
+
+def test_too_large(here: Path) -> None:
+    with pytest.raises(BudgetError, match=r"the artifact takes .*, more than the 1.0 kB of --max-size"):
+        compile(mlp(1.0, 64), here / "out", max_size=1000, threads=1)
+    assert names(here) == set()
+    compile(mlp(1.0, 64), here / "out", max_size=10**7, threads=1)
+
+
+@pytest.mark.parametrize("output", ["out", "deep/down/out"])
+def test_a_failed_verification_keeps_the_report_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise VerificationError("output 'y' is wrong", where="model.onnx", fix="Please report it")
+
+    monkeypatch.setattr(compiler.verify, "compare", fail)
+    with pytest.raises(VerificationError, match=r"output 'y' is wrong.*failed-report\.json"):
+        compile(mlp(1.0, 64), here / output, threads=1)
+    parent = (here / output).parent
+    assert names(parent) == {"out.failed-report.json"}
+    report = json.loads((parent / "out.failed-report.json").read_bytes())
+    assert "output 'y' is wrong" in report["failure"]
+
+
+def test_a_failed_verification_leaves_an_older_result(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile(mlp(1.0, 64), here / "out", threads=1)
+    before = (here / "out" / "manifest.json").read_bytes()
+    monkeypatch.setattr(
+        compiler.verify, "compare", lambda *_, **__: (_ for _ in ()).throw(VerificationError("it is wrong"))
+    )
+    with pytest.raises(VerificationError):
+        compile(mlp(1.0, 64), here / "out", threads=1)
+    assert (here / "out" / "manifest.json").read_bytes() == before
+    manifest.check(here / "out")
+
+
+@pytest.mark.parametrize("stage", ["load_model", "canonicalize", "place", "link"])
+def test_an_error_anywhere_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(stage)
+
+    monkeypatch.setattr(compiler, stage, fail)
+    with pytest.raises(RuntimeError, match=stage):
+        compile(mlp(1.0, 64), here / "out", threads=1)
+    assert names(here) == set()
+
+
+def test_progress_and_header(here: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    headers: list[reports.Report] = []
+    compile(
+        mlp(1.0, 64), here / "out", threads=1, progress=lambda *args: seen.append(args), started=headers.append
+    )
+    assert ("racing whole models", 1, 1) in seen
+    assert headers[0].machine.threads == 1
+    assert headers[0].shapes == ["1x128x64"]
+
+
+def test_the_public_names() -> None:
+    assert {"compile", "analyze", "load", "Result", "__version__"} == set(spa_compiler.__all__)
+    public: list[Callable[..., object]] = [spa_compiler.compile, spa_compiler.load, spa_compiler.analyze]
+    assert all(f.__doc__ for f in public)
+    with pytest.raises(AttributeError):
+        _ = spa_compiler.nonsense
+
+
+def test_analyze_takes_a_proto_and_a_path(here: Path) -> None:
+    proto = mlp(1.0, 64)
+    onnx.save(proto, here / "net.onnx")
+    before = names(here)
+    assert spa_compiler.analyze(proto).to_json() == spa_compiler.analyze("net.onnx").to_json()
+    assert names(here) == before
+
+
+def test_no_network_and_no_telemetry_by_default() -> None:
+    """Nothing in the package opens connections; ONNX Runtime's own telemetry exists on Windows alone."""
+    root = Path(spa_compiler.__file__).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        assert "import socket" not in text, path
+        assert "urllib.request" not in text, path
+        assert "import requests" not in text, path
+    assert os.environ.get("SPA_CACHE_DIR"), "tests never touch the user's own cache"
