@@ -170,7 +170,7 @@ def compile(
             _collect(placed, workspace, folder)
             if not (folder / "kernels.so").exists():  # it is always there, and loads, even when no site gained
                 link([], goal.mcpu, folder / "kernels.so")
-            (folder / "recipe.yaml").write_text(recipe.to_yaml())
+            (folder / "recipe.yaml").write_text(origin.recipe)
         with stages("verify"):
             _verify(report, folder, source, [*feeds, *odd], exact=not passes, runs=goal.kind == "cpu")
         assemble.sizes(report, origin.bytes or loaded.source.bytes, folder)
@@ -187,7 +187,7 @@ def compile(
             version=spa_compiler.__version__,
             target=str(goal),
             isa=goal.arch if placed.plan.regions else "x86-64",
-            source=manifest.Source(origin.name, origin.digest),
+            source=origin.source,
         )
     return Result(origin.output, report)
 
@@ -225,7 +225,8 @@ class _Origin:
     path: Path | None
     name: str
     output: Path
-    digest: str
+    source: manifest.Source  # the model that was compiled first, if this is an artifact
+    recipe: str  # recipe.yaml: of all that was done to the source
     files: tuple[Path, ...]
     bytes: int | None  # None: what loading counts
 
@@ -236,10 +237,11 @@ class _Origin:
 
             name = model.graph.name or "model"
             digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-            return _Origin(model, None, name, Path(output or f"{name}-spa").resolve(), digest, (), None)
+            target = Path(output or f"{name}-spa").resolve()
+            return _Origin(model, None, name, target, manifest.Source(name, digest), recipe.to_yaml(), (), None)
         path = Path(model)
         if path.is_dir():
-            manifest.check(path)
+            source = manifest.check(path).source
             if recipe.passes:
                 raise UsageError(
                     "an artifact is placed anew as it is, no passes can run on it",
@@ -247,10 +249,12 @@ class _Origin:
                     fix="Give the original model to compile it with another recipe",
                 )
             file = path.resolve() / "portable.onnx"
-            return _Origin(file, file, file.name, Path(output or path).resolve(), manifest.digest(file), (), None)
+            done = (path / "recipe.yaml").read_text()
+            return _Origin(file, file, file.name, Path(output or path).resolve(), source, done, (), None)
         target = Path(output) if output else Path.cwd() / f"{path.stem}-spa"
         digest = manifest.digest(path) if path.is_file() else ""
-        return _Origin(path, path.resolve(), path.name, target.resolve(), digest, (path,), None)
+        source = manifest.Source(path.name, digest)
+        return _Origin(path, path.resolve(), path.name, target.resolve(), source, recipe.to_yaml(), (path,), None)
 
 
 class _Stages:

@@ -30,7 +30,7 @@ _CANARY = np.float32(1234.5)
 @functools.cache
 def library(names: tuple[str, ...]) -> ctypes.CDLL:
     """The named kernels in one shared library. Objects come from the cache, the link is made once per test run."""
-    objects = [str(build_object(kernel(name), MCPU, cache_dir() / "objects")) for name in names]
+    objects = [str(build_object(name, kernel, MCPU, cache_dir() / "objects")) for name in names]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "k.so"
         run_linker(["-shared", "-O2", "-s", *objects, "-o", str(path)])

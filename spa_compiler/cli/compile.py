@@ -43,6 +43,9 @@ def _size(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2] or " "))
 
 
+_WIDTH = 200  # of tables where stdout is no terminal
+
+
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.argument("model", required=False, type=click.Path())
 @click.option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write  [default: MODEL-spa]")

@@ -7,10 +7,11 @@ TVMBackendAllocWorkspace.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tvm
@@ -48,16 +49,23 @@ def compile_module(functions: Sequence[tirx.PrimFunc], mcpu: str) -> tvm.runtime
     return tvm.get_global_func("target.build.llvm")(lower(functions, target), target)
 
 
-def build_object(function: tirx.PrimFunc, mcpu: str, cache: Path) -> Path:
-    """Compiles one kernel; returns the object file in `cache` (made on the first call for this script).
+@functools.cache
+def _sources() -> bytes:
+    """Digest of everything in this room: an edited kernel never meets a stale object."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
-    The key is the script after parsing, so that an edited kernel never meets a stale object.
+
+def build_object(name: str, make: Callable[[str], tirx.PrimFunc], mcpu: str, cache: Path) -> Path:
+    """The object file of one kernel in `cache`; `make(name)` is called, and compiled, where it is not there yet.
+
+    Parsing a script alone takes some 40 ms, so the key is the name and the sources that the script comes from.
     """
-    text = f"{tvm.__version__}\n{mcpu}\n{function.script()}"
-    path = cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.o"
+    text = f"{tvm.__version__}\n{mcpu}\n{name}\n".encode() + _sources()
+    path = cache / f"{hashlib.sha256(text).hexdigest()[:32]}.o"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        module = compile_module([function], mcpu)
+        module = compile_module([make(name)], mcpu)
         handle, partial = tempfile.mkstemp(suffix=".o", dir=cache)
         os.close(handle)
         module.write_to_file(partial, "o")

@@ -1,1 +1,1 @@
-"""What ships inside kernels.so: the C side (`c/`), the code written per artifact (`region.py`), the link (`link.py`)."""
+"""What ships inside kernels.so: the C side (`c/`), code written per artifact (`region.py`), the link (`link.py`)."""

@@ -39,7 +39,7 @@ def link(regions: Sequence[RegionSpec], mcpu: str, output: Path) -> None:
         EnvironmentFault: the linker cannot be run or fails.
     """
     wanted = list(dict.fromkeys(regions))
-    objects = [build_object(kernel(name), mcpu, cache_dir() / "objects") for name in _functions(wanted)]
+    objects = [build_object(name, kernel, mcpu, cache_dir() / "objects") for name in _functions(wanted)]
     level = ISA_LEVELS[mcpu] if wanted else 1
     # Beside the output, which a run that is killed leaves in a place that the next one tidies up.
     with tempfile.TemporaryDirectory(prefix="spa-link-", dir=output.parent) as folder:

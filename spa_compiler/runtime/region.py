@@ -36,6 +36,11 @@ class LinearSpec:
     low: float = 0.0
     high: float = 0.0
 
+    def __post_init__(self) -> None:
+        # steps.c keeps the accumulators of a chunk in an array of that many rows
+        if not 0 < self.chunk <= rx1.MAX_CHUNK or self.chunk % self.rows:
+            raise ValueError(f"a chunk of {self.chunk} rows: up to {rx1.MAX_CHUNK}, a multiple of {self.rows}")
+
 
 @dataclass(frozen=True)
 class NormSpec:

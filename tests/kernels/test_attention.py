@@ -78,3 +78,15 @@ def test_large_scores_do_not_overflow() -> None:
     k = np.linspace(-200, 200, 40, dtype=np.float32)[None].repeat(4, 0)
     v = np.arange(40, dtype=np.float32)[None].repeat(4, 0)
     assert np.abs(run(q, k, v, np.zeros((40, 16), np.float32), 1.0) - 39.0).max() < 1e-4
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 16, 64])
+def test_a_nan_score_is_not_hidden_and_stays_with_its_query(lanes: int) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((4, n)).astype(np.float32) for n in (lanes, 70, 70))
+    mask = np.zeros((70, lanes), np.float32)
+    clean = run(q, k, v, mask, 0.5)
+    q[0, -1] = np.nan
+    got = run(q, k, v, mask, 0.5)
+    assert np.isnan(got[:, -1]).all()
+    assert (got[:, :-1] == clean[:, :-1]).all()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from spa_compiler.kernels import layernorm, lower, panel, rx1
+from spa_compiler.kernels import lower
+from spa_compiler.runtime.link import kernel
 
 LIBC = {"memcpy", "memset", "memmove"}  # LLVM may write a loop as one of these
 
@@ -23,32 +24,48 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.parametrize(
-    "name, make",
+    "name",
     [
-        ("spa_rx1_4_64_gelu_erf", lambda: rx1.kernel(4, 64, "gelu_erf")),
-        ("spa_rx1_1_1_silu", lambda: rx1.kernel(1, 1, "silu")),
-        ("spa_layernorm_16", lambda: layernorm.kernel(16)),
-        ("spa_pack_rows_32", lambda: panel.pack_kernel("rows", 32)),
-        ("spa_unpack_planes_8", lambda: panel.unpack_kernel("planes", 8)),
+        "spa_rx1_4_64_gelu_erf",
+        "spa_rx1_1_1_silu",
+        "spa_layernorm_16",
+        "spa_attention_4",
+        "spa_pack_rows_32",
+        "spa_unpack_planes_8",
     ],
 )
-def test_an_object_defines_its_kernel_and_needs_libc_alone(name: str, make, tmp_path: Path) -> None:
-    defined, undefined = symbols(lower.build_object(make(), "x86-64-v4", tmp_path))
+def test_an_object_defines_its_kernel_and_needs_libc_alone(name: str, tmp_path: Path) -> None:
+    defined, undefined = symbols(lower.build_object(name, kernel, "x86-64-v4", tmp_path))
     assert name in defined
     assert undefined <= LIBC, "TVM's runtime does not ship with an artifact"
 
 
 def test_the_second_build_comes_from_the_cache(tmp_path: Path) -> None:
-    first = lower.build_object(panel.pack_kernel("planes", 1), "x86-64-v4", tmp_path)
+    first = lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path)
     stamp = first.stat().st_mtime_ns
-    assert lower.build_object(panel.pack_kernel("planes", 1), "x86-64-v4", tmp_path) == first
+    assert lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path) == first
     assert first.stat().st_mtime_ns == stamp
     assert [p.name for p in tmp_path.iterdir()] == [first.name], "a partial file was left"
 
 
+def test_a_kernel_in_the_cache_is_not_parsed_again(tmp_path: Path) -> None:
+    first = lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path)
+
+    def never(name: str) -> None:
+        raise AssertionError(name)
+
+    assert lower.build_object("spa_pack_planes_1", never, "x86-64-v4", tmp_path) == first
+
+
+def test_an_edited_source_is_another_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path)
+    monkeypatch.setattr(lower, "_sources", lambda: b"edited")
+    assert lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path) != first
+
+
 def test_another_kernel_or_level_is_another_object(tmp_path: Path) -> None:
     paths = {
-        lower.build_object(panel.pack_kernel("planes", lanes), mcpu, tmp_path)
+        lower.build_object(f"spa_pack_planes_{lanes}", kernel, mcpu, tmp_path)
         for lanes in (1, 4)
         for mcpu in ("x86-64-v3", "x86-64-v4")
     }
@@ -56,15 +73,16 @@ def test_another_kernel_or_level_is_another_object(tmp_path: Path) -> None:
 
 
 def test_objects_are_the_same_bytes_every_time(tmp_path: Path) -> None:
-    one = lower.build_object(rx1.kernel(1, 16, "relu"), "x86-64-v4", tmp_path / "a")
-    other = lower.build_object(rx1.kernel(1, 16, "relu"), "x86-64-v4", tmp_path / "b")
+    one = lower.build_object("spa_rx1_1_16_relu", kernel, "x86-64-v4", tmp_path / "a")
+    other = lower.build_object("spa_rx1_1_16_relu", kernel, "x86-64-v4", tmp_path / "b")
     assert one.name == other.name
     assert one.read_bytes() == other.read_bytes()
 
 
 def test_two_builds_at_once_share_a_cache(tmp_path: Path) -> None:
-    kernel = panel.unpack_kernel("planes", 4)
     with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: lower.build_object(kernel, "x86-64-v4", tmp_path), range(4)))
+        paths = set(
+            pool.map(lambda _: lower.build_object("spa_unpack_planes_4", kernel, "x86-64-v4", tmp_path), range(4))
+        )
     assert len(paths) == 1
     assert len(list(tmp_path.iterdir())) == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,9 +125,9 @@ def test_minilm_in_python_threads_that_share_a_session(compiled: Compile) -> Non
     for threads in (1, 2):
         session = open_session(folder / "model.onnx", threads=threads, library=folder / "kernels.so")
 
-        def call(turn: int, session: object = session) -> float:
+        def call(turn: int, session: Any = session) -> float:
             index = turn % len(every)
-            return worst_difference(wanted[index], run(session, every[index]))  # type: ignore[arg-type]
+            return worst_difference(wanted[index], run(session, every[index]))
 
         with ThreadPoolExecutor(PYTHON_THREADS) as pool:
             worst = max(pool.map(call, range(PYTHON_THREADS * CALLS)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -128,9 +130,24 @@ def test_what_only_looks_like_it_stays(change: dict[str, object]) -> None:
 
 
 @needs_avx512
+def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
+    proto = encoder("div", "keys")
+    model = load(proto)
+    shapes.infer(model)
+    known = [shapes.fixed(model, feeds(model, *s)) for s in ((1, 16), (3, 5))]
+    sites = find_sites(model)[0]
+    groups = join(model, sites, [], find_attention(model, known), known)
+    link(insert(model, groups, {s.name: 4 for s in sites}, Packer()), MCPU, tmp_path / "kernels.so")
+    session = open_session(to_proto(model).SerializeToString(), library=tmp_path / "kernels.so")
+    x = feeds(load(proto), 1, 16) | {"mask": np.zeros((1, 1, 1, 15), np.float32)}
+    with pytest.raises(Exception, match=r"mask 0 must be \[1 or 1,3 or 1,16 or 1,16\], its shape is \[1,1,1,15\]"):
+        run(session, x)
+
+
+@needs_avx512
 @pytest.mark.parametrize("mask", ["none", "keys", "full", "heads"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, tmp_path: Path) -> None:
     proto = encoder("div", mask)
     model = load(proto)
     shapes.infer(model)

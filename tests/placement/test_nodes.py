@@ -92,7 +92,9 @@ CASES: dict[str, onnx.ModelProto] = {
         v=sparse(17, 10),
         q=vector(10),
     ),
-    "a vector": network("g (float[32] x) => (float[16] y) { m = MatMul(x, w) y = Add(m, p) }", w=sparse(32, 16), p=vector(16)),
+    "a vector": network(
+        "g (float[32] x) => (float[16] y) { m = MatMul(x, w) y = Add(m, p) }", w=sparse(32, 16), p=vector(16)
+    ),
     "convolutions": network(
         """g (float["b",16,"h","v"] x) => (float["b",16,"h","v"] y) {
           a = Conv(x, w, p) r = Clip(a, {0}, {6}) c = Conv(r, v) y = Add(c, x) }""",
@@ -280,7 +282,9 @@ def body_of(model: Model) -> list[str]:
     for node in proto.graph.node:
         del node.metadata_props[:]
     lines = [onnx.printer.to_text(node).strip() for node in proto.graph.node]
-    return [re.sub(r"\s+", " ", re.sub(r"Region_[0-9a-f]{10}", "Region", re.sub(r"\[[^]]*\] ", "", line))) for line in lines]
+    return [
+        re.sub(r"\s+", " ", re.sub(r"Region_[0-9a-f]{10}", "Region", re.sub(r"\[[^]]*\] ", "", line))) for line in lines
+    ]
 
 
 def test_before_and_after_as_text() -> None:

@@ -88,7 +88,9 @@ def test_several_processes_at_once(path: Path) -> None:
             assert book.get({"who": who, "i": i}) == {"dense": Timing(who, i, 0, 1)}
 
 
-@pytest.mark.parametrize("content", [b"not a database, and long enough that SQLite looks at it" * 40, b"SQLite format 3\0"])
+@pytest.mark.parametrize(
+    "content", [b"not a database, and long enough that SQLite looks at it" * 40, b"SQLite format 3\0"]
+)
 def test_a_damaged_file(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(EnvironmentFault, match="the records cannot be used") as caught:

@@ -56,7 +56,9 @@ def test_a_chain() -> None:
 
 
 def test_a_chain_with_something_else_in_between_is_cut() -> None:
-    model = model_of("g (float[N,S,8] x) => (float[N,S,8] y) { h = MatMul(x, w) r = Tanh(h) y = MatMul(r, v) }", **SQUARE)
+    model = model_of(
+        "g (float[N,S,8] x) => (float[N,S,8] y) { h = MatMul(x, w) r = Tanh(h) y = MatMul(r, v) }", **SQUARE
+    )
     assert elements(joined(model)) == [["h"], ["y"]]
 
 

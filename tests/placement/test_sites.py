@@ -68,7 +68,9 @@ def test_what_is_added_but_no_bias(text: str, b: F32) -> None:
 
 
 def test_a_product_that_others_read_keeps_its_add() -> None:
-    site = only("g (float[N,6] x) => (float[N,8] y, float[N,8] z) { m = MatMul(x, w) y = Add(m, b) z = Abs(m) }", w=W, b=B)
+    site = only(
+        "g (float[N,6] x) => (float[N,8] y, float[N,8] z) { m = MatMul(x, w) y = Add(m, b) z = Abs(m) }", w=W, b=B
+    )
     assert (site.bias, site.output.name) == (None, "m")
     site = only("g (float[N,6] x) => (float[N,8] y, float[N,8] m) { m = MatMul(x, w) y = Add(m, b) }", w=W, b=B)
     assert (site.bias, site.output.name) == (None, "m")
@@ -160,9 +162,7 @@ def test_a_computed_c_is_refused() -> None:
 
 
 def test_a_computed_conv_bias_is_refused() -> None:
-    found = refusal(
-        "g (float[1,6,4,4] x, float[8] b) => (float[1,8,4,4] y) { y = Conv(x, w, b) }", w=array(8, 6, 1, 1)
-    )
+    found = refusal("g (float[1,6,4,4] x, float[8] b) => (float[1,8,4,4] y) { y = Conv(x, w, b) }", w=array(8, 6, 1, 1))
     assert found.reason == "its bias is not constant"
 
 
