@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,8 +146,6 @@ def test_the_library_loads_even_when_nothing_gained(dense: tuple[Path, Result]) 
 
 
 def test_load_checks_the_manifest(sparse: tuple[Path, Result], tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(sparse[0] / "out", tmp_path / "copy")
     load(folder)
     with (folder / "portable.onnx").open("ab") as file:
@@ -169,8 +170,6 @@ def test_the_same_request_gives_the_same_bytes(sparse: tuple[Path, Result], tmp_
 
 @needs_avx512
 def test_an_artifact_is_placed_anew(sparse: tuple[Path, Result], tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(sparse[0] / "out", tmp_path / "out")
     before = manifest.read(folder)
     result = compile(folder, threads=1, records=sparse[0] / "records.sqlite")
@@ -286,7 +285,7 @@ def test_a_failed_verification_leaves_an_older_result(here: Path, monkeypatch: p
     manifest.check(here / "out")
 
 
-@pytest.mark.parametrize("stage", ["load_model", "canonicalize", "place", "link"])
+@pytest.mark.parametrize("stage", ["load_model", "canonicalize", "place", "_collect", "_verify"])
 def test_an_error_anywhere_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(stage)
@@ -322,12 +321,18 @@ def test_analyze_takes_a_proto_and_a_path(here: Path) -> None:
     assert names(here) == before
 
 
-def test_no_network_and_no_telemetry_by_default() -> None:
-    """Nothing in the package opens connections; ONNX Runtime's own telemetry exists on Windows alone."""
+def test_onnx_runtimes_telemetry_is_off(tmp_path: Path) -> None:
+    """Loaded with it on, it leaves the file of a session in the temporary folder at once."""
+    code = "from spa_compiler.graph.session import onnxruntime_version as v; v()"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"} | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert names(tmp_path) == set()
+
+
+def test_nothing_here_opens_connections() -> None:
     root = Path(spa_compiler.__file__).parent
     for path in root.rglob("*.py"):
         text = path.read_text()
         assert "import socket" not in text, path
         assert "urllib.request" not in text, path
         assert "import requests" not in text, path
-    assert os.environ.get("SPA_CACHE_DIR"), "tests never touch the user's own cache"

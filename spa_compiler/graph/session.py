@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ _IN_MEMORY_BYTES = 1 << 30  # models above this go through a temporary file, wit
 
 
 def runtime() -> Any:
-    """The `onnxruntime` module.
+    """The `onnxruntime` module, its telemetry off unless the user's environment says otherwise.
 
     Raises:
         EnvironmentFault: it is missing, cannot be imported, or both of its wheels are installed.
@@ -37,6 +38,8 @@ def runtime() -> Any:
             fix="Mend it with these two commands: `pip uninstall -y onnxruntime onnxruntime-gpu`, then "
             "`pip install onnxruntime` (or `pip install onnxruntime-gpu` on a CUDA machine)",
         )
+    # From 1.29 on ONNX Runtime reports to its makers unless this is set before it is loaded.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

@@ -20,6 +20,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.weights import array_of
 from spa_compiler.kernels.attention import ROWS
+from spa_compiler.placement.sites import held
 
 Shapes = Sequence[dict[str, tuple[int, ...]]]
 
@@ -47,7 +48,8 @@ class AttentionSite:
 
 def find_attention(model: Model, shapes: Shapes) -> list[AttentionSite]:
     """Every attention core with one additive mask at most, whose shapes fit at every binding, in topological order."""
-    sites = (_around(node, model.graph.outputs, shapes) for node in model.graph.nodes if node.op == "Softmax")
+    outputs = held(model.graph)
+    sites = (_around(node, outputs, shapes) for node in model.graph.nodes if node.op == "Softmax")
     return [site for site in sites if site is not None]
 
 

@@ -13,7 +13,7 @@ from spa_compiler.kernels import rx1
 from spa_compiler.placement.attention import AttentionSite
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.regions import Group, inputs_of
-from spa_compiler.placement.sites import Site
+from spa_compiler.placement.sites import Site, held
 from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec
 
 DOMAIN = "ai.spa"
@@ -59,7 +59,7 @@ def insert(model: Model, groups: Sequence[Group], rows: dict[str, int], packer: 
 
 def _insert(model: Model, group: Group, rows: dict[str, int], packer: Packer) -> RegionSpec:
     graph = model.graph
-    results = group.results(graph.outputs)
+    results = group.results(held(graph))
     inside = {id(t) for e in group.elements for t in inputs_of(e)}
     builder = RegionBuilder(group.layout)
     panels: dict[int, Panel] = {}

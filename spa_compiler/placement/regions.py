@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.attention import AttentionSite, Shapes
 from spa_compiler.placement.norms import NormSite
-from spa_compiler.placement.sites import Site, only_reader
+from spa_compiler.placement.sites import Site, held, only_reader
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS
 
 Element = Site | NormSite | AttentionSite
@@ -84,9 +84,10 @@ def join(
     Args:
         sites: the sites that become kernels; others stay outside.
     """
-    outputs = model.graph.outputs
+    outputs = held(model.graph)
+    taken: set[int] = set()
     for site in sites:
-        _take_residual(site, outputs, shapes)
+        _take_residual(site, outputs, shapes, taken)
     made = {id(site.output) for site in sites}
     elements: list[Element] = [*sites, *(n for n in norms if id(n.source) in made)]
     elements += [a for a in attentions if all(id(t) in made for t in inputs_of(a))]
@@ -132,18 +133,22 @@ def _merge_one(
     return any(_same_tokens(pair, shapes) and graph.merge(*pair, outputs) for pair in pairs)
 
 
-def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes) -> None:
-    """W x + b + other: the Add right behind a site without activation, if both operands have one shape."""
+def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, taken: set[int]) -> None:
+    """W x + b + other: the Add right behind a site without activation, if both operands have one shape.
+
+    `taken` has the Adds that other sites took: of a sum of two sites, one takes it.
+    """
     if site.act != "none" or site.residual is not None:
         return
     add = only_reader(site.output, outputs)
-    if add is None or add.op != "Add" or add.domain:
+    if add is None or add.op != "Add" or add.domain or id(add) in taken:
         return
     other = next((i for i in add.inputs if i is not site.output), None)
     if not isinstance(other, gs.Variable) or not all(
         s.get(other.name) is not None and s.get(other.name) == s.get(site.output.name) for s in shapes
     ):
         return
+    taken.add(id(add))
     site.residual, site.output = other, add.outputs[0]
     site.nodes = [*site.nodes, add]
 

@@ -102,6 +102,15 @@ CASES: dict[str, onnx.ModelProto] = {
         p=vector(40),
         v=pointwise(16, 40),
     ),
+    "a shortcut": network(
+        """g (float["b",16,"h","v"] x) => (float["b",24,"h","v"] y) {
+          a = Conv(x, w, p) r = Relu(a) c = Conv(r, v) s = Conv(x, u, q) t = Add(c, s) y = Relu(t) }""",
+        w=pointwise(40, 16),
+        p=vector(40),
+        v=pointwise(24, 40),
+        u=pointwise(24, 16),
+        q=vector(24),
+    ),
     "signal": network(
         'g (float["b",16,"t"] x) => (float["b",8,"t"] y) { a = Conv(x, w, p) y = Relu(a) }',
         w=pointwise(8, 16)[..., 0],

@@ -108,7 +108,7 @@ def test_the_fastest_plan_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25}, real=True)
     result = placed(tmp_path)
     assert result.plan.name == REGIONS
-    assert result.reason == "regions: 4.00x over the same model in standard ops"
+    assert result.reason.startswith("regions: 4.00x over ")
     assert len(result.plan.regions) == 1
     assert folders(result) == {"portable", "regions"}
     session = open_session(result.plan.file, library=result.plan.library)
@@ -132,7 +132,7 @@ def test_dense_wins_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time: 
     Stopwatch(monkeypatch, 5.0, {SINGLE: time, REGIONS: time})
     result = placed(tmp_path)
     assert result.plan.name == PORTABLE
-    assert result.plan.library is None
+    assert result.plan.regions == []
     assert "no sparse plan was faster" in result.reason
     assert folders(result) == {"portable"}
 
