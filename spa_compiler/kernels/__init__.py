@@ -13,6 +13,6 @@ try:
 except ImportError as error:
     raise EnvironmentFault(
         f"Apache TVM cannot be imported: {error}",
-        fix="Install it: pip install apache-tvm. (The package called tvm on PyPI is something else; if it is installed, "
-        "remove it first: pip uninstall tvm)",
+        fix="Install it: pip install apache-tvm. (The package called tvm on PyPI is something else; if it is "
+        "installed, remove it first: pip uninstall tvm)",
     ) from error
