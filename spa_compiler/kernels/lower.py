@@ -56,13 +56,18 @@ def _sources() -> bytes:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).digest()
 
 
+def object_path(name: str, mcpu: str, cache: Path) -> Path:
+    """Where `build_object` keeps the object of a kernel."""
+    text = f"{tvm.__version__}\n{mcpu}\n{name}\n".encode() + _sources()
+    return cache / f"{hashlib.sha256(text).hexdigest()[:32]}.o"
+
+
 def build_object(name: str, make: Callable[[str], tirx.PrimFunc], mcpu: str, cache: Path) -> Path:
     """The object file of one kernel in `cache`; `make(name)` is called, and compiled, where it is not there yet.
 
     Parsing a script alone takes some 40 ms, so the key is the name and the sources that the script comes from.
     """
-    text = f"{tvm.__version__}\n{mcpu}\n{name}\n".encode() + _sources()
-    path = cache / f"{hashlib.sha256(text).hexdigest()[:32]}.o"
+    path = object_path(name, mcpu, cache)
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         module = compile_module([make(name)], mcpu)

@@ -14,13 +14,18 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import joblib
+from joblib.externals.loky import get_reusable_executor
+
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.kernels import attention, layernorm, panel, rx1
-from spa_compiler.kernels.lower import build_object
+from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.runtime.region import RegionSpec, kernels_of, write_c
+from spa_compiler.targets import host
 from spa_compiler.targets.machine import cache_dir
 
 GLIBC = "2.28"
+WORTH_PROCESSES = 24  # kernels to build: a process takes a second to load TVM, a kernel a tenth to build
 C_FOLDER = Path(__file__).parent / "c"
 SOURCES = ("register.c", "node.c", "steps.c", "isa.c")
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
@@ -39,7 +44,7 @@ def link(regions: Sequence[RegionSpec], mcpu: str, output: Path) -> None:
         EnvironmentFault: the linker cannot be run or fails.
     """
     wanted = list(dict.fromkeys(regions))
-    objects = [build_object(name, kernel, mcpu, cache_dir() / "objects") for name in _functions(wanted)]
+    objects = build(_functions(wanted), mcpu)
     level = ISA_LEVELS[mcpu] if wanted else 1
     # Beside the output, which a run that is killed leaves in a place that the next one tidies up.
     with tempfile.TemporaryDirectory(prefix="spa-link-", dir=output.parent) as folder:
@@ -60,6 +65,17 @@ def link(regions: Sequence[RegionSpec], mcpu: str, output: Path) -> None:
                 str(output),
             ]
         )
+
+
+def build(names: Sequence[str], mcpu: str) -> list[Path]:
+    """The objects of these kernels; many new ones are built in processes of their own, which start without forking."""
+    cache = cache_dir() / "objects"
+    missing = [name for name in names if not object_path(name, mcpu, cache).exists()]
+    if len(missing) >= WORTH_PROCESSES and host().cores_physical > 1:
+        with joblib.Parallel(n_jobs=host().cores_physical, backend="loky") as parallel:
+            parallel(joblib.delayed(build_object)(name, kernel, mcpu, cache) for name in missing)
+        get_reusable_executor().shutdown()  # nothing of it may be around when times are taken
+    return [build_object(name, kernel, mcpu, cache) for name in names]
 
 
 def kernel(name: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, which has no types
