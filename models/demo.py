@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # newer ONNX Runtimes send some unless told otherwise
 import onnxruntime as ort
 
 MODELS = Path(__file__).resolve().parent

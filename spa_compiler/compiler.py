@@ -101,6 +101,8 @@ def compile(
     goal, recipe = targets.parse(target), recipe or Recipe()
     threads = threads or targets.host().cores_physical
     origin = _Origin.of(model, recipe, output)
+    if not dry_run:
+        write.check_target(origin.output, force, origin.files)  # before any work: `staging` asks again
     report = assemble.new(
         spa_compiler.__version__,
         source=origin.name,

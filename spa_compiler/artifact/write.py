@@ -56,7 +56,7 @@ def staging(target: Path, force: bool = False, *, inputs: Iterable[Path] = ()) -
         EnvironmentFault: it cannot be written, or the disk is full (also when the block raised the OSError).
     """
     target = target.expanduser().resolve()
-    _check_target(target, force, inputs)
+    check_target(target, force, inputs)
     with _faults(target):
         made = _make_parents(target.parent)
     done = False
@@ -70,7 +70,7 @@ def staging(target: Path, force: bool = False, *, inputs: Iterable[Path] = ()) -
                 new.mkdir()
             with _faults(target, home):
                 yield new
-            _check_target(target, force, inputs)
+            check_target(target, force, inputs)
             with _faults(target):
                 _sync(new)
                 _publish(new, target, home)
@@ -112,7 +112,7 @@ def is_ours(folder: Path) -> bool:
 # ---------------------------------------------------------------- before
 
 
-def _check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
+def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
     """Refuses what must not be replaced, before any work is done for it and once more before it is replaced."""
     if target.name == "":
         raise UsageError("the output folder cannot be the root of the file system", where=str(target))

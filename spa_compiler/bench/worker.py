@@ -25,6 +25,7 @@ _WARM_UP = 3
 
 def onnxruntime(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
     """ONNX Runtime with its default options but for what the job asks."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # newer wheels send some unless told otherwise
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spa_compiler.errors import ModelError
 from spa_compiler.graph.model import Model, scopes
-from spa_compiler.graph.operators import WeightedOp, weighted_ops
+from spa_compiler.graph.operators import WeightedOp, describe, weighted_ops
 from spa_compiler.graph.weights import array_of
 from spa_compiler.placement import epilogue
 
@@ -74,8 +74,6 @@ class Refusal:
 def find_sites(model: Model) -> tuple[list[Site], list[Refusal]]:
     """Every MatMul, Gemm and 1x1 Conv with a constant float32 weight, in topological order; the others with reasons.
 
-    A Gemm with alpha, beta or transA is neither (`graph/operators.py`).
-
     Raises:
         ModelError: the weight of any of them, site or not, holds NaN or Inf.
     """
@@ -93,7 +91,19 @@ def find_sites(model: Model) -> tuple[list[Site], list[Refusal]]:
             refusals.append(Refusal(op, reason))
         else:
             sites.append(_site(op, outputs))
+    refusals += [Refusal(op, "alpha, beta and transA have no kernel") for op in map(_scaled, model.graph.nodes) if op]
     return sites, refusals
+
+
+def _scaled(node: gs.Node) -> WeightedOp | None:
+    """A Gemm with a constant weight that `graph/operators.py` does not describe."""
+    if node.op != "Gemm" or node.domain or describe(node) is not None:
+        return None
+    weight = node.inputs[1]
+    if not isinstance(weight, gs.Constant) or len(weight.shape) != 2:
+        return None
+    n, k = weight.shape if node.attrs.get("transB", 0) else weight.shape[::-1]
+    return WeightedOp(node, "Gemm", weight, int(n), int(k))
 
 
 def _unfit(op: WeightedOp) -> str:

@@ -1,0 +1,60 @@
+"""A model above protobuf's 2 GB, all the way through: weights stay outside of the protobuf message from load to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import spa_compiler
+from tests.region_harness import needs_avx512
+
+N, K, LAYERS = 8192, 8192, 9  # 256 MiB each
+
+
+def large_model(folder: Path) -> Path:
+    """MatMul, Relu, MatMul, ... with 95 % zeros in 4 x 1 blocks and external data of 2.25 GiB."""
+    rng = np.random.default_rng(0)
+    tensors, nodes, x, offset = [], [], "x", 0
+    with (folder / "large.data").open("wb") as file:
+        for i in range(LAYERS):
+            keep = np.repeat(rng.random((K, N // 4)) < 0.05, 4, axis=1)
+            weight = (rng.standard_normal((K, N), np.float32) * keep) / np.float32(20)
+            file.write(weight.tobytes())
+            tensor = TensorProto(name=f"w{i}", data_type=TensorProto.FLOAT, dims=[K, N])
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", "large.data"), ("offset", offset), ("length", weight.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            offset += weight.nbytes
+            tensors.append(tensor)
+            nodes += [helper.make_node("MatMul", [x, f"w{i}"], [f"m{i}"], name=f"m{i}")]
+            nodes += [helper.make_node("Relu", [f"m{i}"], [f"r{i}"], name=f"r{i}")]
+            x = f"r{i}"
+    graph = helper.make_graph(
+        nodes,
+        "large",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", K])],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["tokens", N])],
+        tensors,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = folder / "large.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.slow
+@needs_avx512
+def test_a_model_above_2_gb(tmp_path: Path) -> None:
+    source = large_model(tmp_path)
+    result = spa_compiler.compile(source, tmp_path / "out", shapes=["x=4,8192"], threads=1)
+    assert result.ratio is not None
+    assert result.ratio > 1.5
+    assert (tmp_path / "out" / "portable.onnx.data").stat().st_size >= LAYERS * N * K * 4
+    onnx.checker.check_model(str(tmp_path / "out" / "portable.onnx"))
+    session = spa_compiler.load(tmp_path / "out", threads=1)
+    x = np.random.default_rng(1).standard_normal((3, K), np.float32)
+    assert session.run(None, {"x": x})[0].shape == (3, N)
