@@ -30,9 +30,13 @@ from spa_compiler.runtime.region import RegionSpec
 from spa_compiler.targets import Target
 
 PORTABLE, SINGLE, REGIONS, WHOLE = "portable", "single sites", "regions", "regions with attention"
+STRONG = "regions of strong sites"
 SOURCE = "source"
 _RACE_S = 2.0  # of the whole-model race, at one shape
 _RACE_ROUNDS = 12
+#: ONNX Runtime keeps the activations of convolutions in a blocked layout; each of our nodes between them costs two
+#: conversions that no site sees when it is timed by itself. A plan of the sites that gain most is worth a try, too.
+STRONG_GAIN = 1.8
 
 
 @dataclass(eq=False)
@@ -115,7 +119,12 @@ def place(
         )
         rows = {c.site.name: c.rows for c in placed.choices if c.rows is not None}
         if rows:
-            plans += _sparse_plans(model, rows, known, packer, target, workspace)
+            plans += [_sparse_plan(n, model, rows, known, packer, target, workspace) for n in (SINGLE, REGIONS)]
+            if find_attention(model, known):
+                plans.append(_sparse_plan(WHOLE, model, rows, known, packer, target, workspace))
+            strong = {c.site.name: c.rows for c in placed.choices if c.rows is not None and c.gain >= STRONG_GAIN}
+            if 0 < len(strong) < len(rows) and any(s.layout == "planes" for s in sites):
+                plans.append(_sparse_plan(STRONG, model, strong, known, packer, target, workspace))
     if not target.host_runs:
         placed.reason = reason
         return placed
@@ -139,20 +148,22 @@ def place(
     return placed
 
 
-def _sparse_plans(
-    model: Model, rows: dict[str, int], known: Shapes, packer: Packer, target: Target, workspace: Path
-) -> list[Plan]:
-    plans = []
-    for name in (SINGLE, REGIONS, WHOLE):
-        twin = model.copy()
-        sites = [s for s in find_sites(twin)[0] if s.name in rows]
-        attentions = find_attention(twin, known) if name == WHOLE else []
-        if name == WHOLE and not attentions:
-            continue
-        groups = single(sites) if name == SINGLE else join(twin, sites, find_norms(twin), attentions, known)
-        regions = insert(twin, groups, rows, packer)
-        plans.append(_write(Plan(name, workspace / name.replace(" ", "-"), regions), twin, target))
-    return plans
+def _sparse_plan(
+    name: str,
+    model: Model,
+    rows: dict[str, int],
+    known: Shapes,
+    packer: Packer,
+    target: Target,
+    workspace: Path,
+) -> Plan:
+    """The sites of `rows` as kernels: each by itself, or joined with their neighbours, attention cores among them."""
+    twin = model.copy()
+    sites = [s for s in find_sites(twin)[0] if s.name in rows]
+    attentions = find_attention(twin, known) if name == WHOLE else []
+    groups = single(sites) if name == SINGLE else join(twin, sites, find_norms(twin), attentions, known)
+    regions = insert(twin, groups, rows, packer)
+    return _write(Plan(name, workspace / name.replace(" ", "-"), regions), twin, target)
 
 
 def _write(plan: Plan, model: Model, target: Target) -> Plan:
@@ -202,4 +213,4 @@ def _winner(plans: Sequence[Plan], race: Sequence[dict[str, Timing]], reason: st
     return best, "as a whole model no sparse plan was faster than ONNX Runtime's dense ops"
 
 
-__all__ = ["PORTABLE", "REGIONS", "SINGLE", "SOURCE", "Placed", "Plan", "Site", "place"]
+__all__ = ["PORTABLE", "REGIONS", "SINGLE", "SOURCE", "STRONG", "WHOLE", "Placed", "Plan", "Site", "place"]
