@@ -119,9 +119,11 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
     try:
         if not os.path.lexists(target):
             return
-        if not target.is_dir():
+        if not target.is_dir() and os.path.lexists(target):
             raise UsageError("the output must be a folder", where=str(target), fix="Name another one with -o")
         empty, ours = not any(target.iterdir()), is_ours(target)
+    except FileNotFoundError:  # another run is replacing it this very moment: it is ours
+        return
     except OSError as error:
         raise _fault(error, target) from error
     if os.path.ismount(target):

@@ -102,12 +102,16 @@ def test_gemm_without_c_and_an_add_behind_it() -> None:
 @pytest.mark.parametrize("attribute", ["alpha = 0.5", "beta = 0.5"])
 def test_a_scaled_gemm_is_left_alone(attribute: str) -> None:
     model = model_of(f"g (float[N,6] x) => (float[N,8] y) {{ y = Gemm <{attribute}> (x, w, b) }}", w=W, b=B)
-    assert find_sites(model) == ([], [])
+    sites, (refusal,) = find_sites(model)
+    assert sites == []
+    assert (refusal.op.n, refusal.op.k, refusal.reason) == (8, 6, "alpha, beta and transA have no kernel")
 
 
 def test_a_transposed_gemm_is_left_alone() -> None:
     model = model_of("g (float[6,N] x) => (float[N,8] y) { y = Gemm <transA = 1> (x, w, b) }", w=W, b=B)
-    assert find_sites(model) == ([], [])
+    sites, (refusal,) = find_sites(model)
+    assert sites == []
+    assert (refusal.op.n, refusal.op.k, refusal.reason) == (8, 6, "alpha, beta and transA have no kernel")
 
 
 def test_pointwise_conv() -> None:
