@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,16 +117,7 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
     """Refuses what must not be replaced, before any work is done for it and once more before it is replaced."""
     if target.name == "":
         raise UsageError("the output folder cannot be the root of the file system", where=str(target))
-    try:
-        if not os.path.lexists(target):
-            return
-        if not target.is_dir() and os.path.lexists(target):
-            raise UsageError("the output must be a folder", where=str(target), fix="Name another one with -o")
-        empty, ours = not any(target.iterdir()), is_ours(target)
-    except FileNotFoundError:  # another run is replacing it this very moment: it is ours
-        return
-    except OSError as error:
-        raise _fault(error, target) from error
+    empty, ours = _look_at(target)
     if os.path.ismount(target):
         raise EnvironmentFault(
             "the output folder is a mount point, which cannot be replaced in one step",
@@ -145,6 +137,24 @@ def check_target(target: Path, force: bool, inputs: Iterable[Path]) -> None:
             raise UsageError(
                 f"the output folder cannot be replaced: {path} lies in it", where=str(target), fix="Name another one"
             )
+
+
+def _look_at(target: Path) -> tuple[bool, bool]:
+    """(nothing is there, this tool wrote it). If another run takes the folder away between two looks: once more."""
+    for _ in range(_PUBLISH_ATTEMPTS):
+        try:
+            before = target.lstat()
+            if not stat.S_ISDIR(before.st_mode):
+                raise UsageError("the output must be a folder", where=str(target), fix="Name another one with -o")
+            seen = not any(target.iterdir()), is_ours(target)
+            if os.path.samestat(before, target.lstat()):
+                return seen
+        except FileNotFoundError:
+            if not os.path.lexists(target):
+                return True, False
+        except OSError as error:
+            raise _fault(error, target) from error
+    raise EnvironmentFault("other runs keep replacing the output folder", where=str(target))
 
 
 def _precious() -> Iterator[Path]:
@@ -255,7 +265,7 @@ def _sync_folder(folder: Path) -> None:
 def _publish(new: Path, target: Path, home: Path) -> None:
     """Puts `new` in the place of `target`."""
     for attempt in range(_PUBLISH_ATTEMPTS):
-        if target.exists():
+        with suppress(FileNotFoundError):
             new.chmod(target.stat().st_mode & 0o7777)
         with suppress(FileNotFoundError, FileExistsError):
             if not _rename(new, target, exchange=target.exists()):
