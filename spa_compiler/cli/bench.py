@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from spa_compiler import __version__
+from spa_compiler.cli.errors import exit_codes, logging_to
+from spa_compiler.cli.progress import bars
+
 if TYPE_CHECKING:
     from spa_compiler.bench.compare import Result
 
-#: exit status of a run stopped with Ctrl-C
-_INTERRUPTED = 130
+_EPILOG = """\b
+Examples:
+  spa-bench model.onnx model-spa                                     the artifact against its source
+  spa-bench model.onnx model-spa --against onnxruntime,onnxruntime-int8 --threads 1
+  spa-bench model.onnx --shape ids=1,128 --shape ids=8,64 --json     two shapes, machine-readable
+"""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.argument("models", nargs=-1, required=True, metavar="A [B ...]", type=click.Path(path_type=Path))
 @click.option(
     "--against",
@@ -37,6 +44,8 @@ _INTERRUPTED = 130
     "--runs", type=click.IntRange(min=1), default=50, show_default=True, help="Timed calls of each contender."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else to stdout.")
+@click.version_option(__version__, prog_name="spa-bench")
+@exit_codes
 def main(
     models: tuple[Path, ...],
     against: str,
@@ -52,16 +61,14 @@ def main(
     portable.onnx; name the original file too, to compare with it. Ratios above 1 mean that the folder is faster.
     """
     # Here and not above: --help must not wait for onnx and numpy.
-    import logging
+    from rich.console import Console
 
-    from spa_compiler.errors import SpaError
+    from spa_compiler.bench import compare, engines
+    from spa_compiler.targets import host
 
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        from spa_compiler.bench import compare, engines
-        from spa_compiler.targets import host
-
-        machine = host()
+    logging_to(verbose=False, quiet=False, log_file=None)
+    machine = host()
+    with bars(Console(stderr=True), quiet=False) as progress:
         result = compare.compare(
             compare.entries(models),
             engines.parse(against),
@@ -70,26 +77,14 @@ def main(
             runs=runs,
             shapes=shapes,
             pythons=compare.parse_pythons(pythons),
-            progress=_progress,
+            progress=progress,
         )
-    except SpaError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(_INTERRUPTED)
     if as_json:
         import msgspec
 
         click.echo(msgspec.json.format(msgspec.json.encode(result), indent=2))
     else:
         _show(result)
-
-
-def _progress(what: str, done: int, total: int) -> None:
-    """One line on a terminal, rewritten; nothing in a pipe."""
-    if sys.stderr.isatty():
-        click.echo(f"\r\033[K{what} {done + 1}/{total}" if done + 1 < total else "\r\033[K", err=True, nl=False)
 
 
 def _show(result: Result) -> None:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from spa_compiler import __version__
 from spa_compiler.cli.errors import exit_codes, logging_to
+from spa_compiler.cli.progress import bars
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from spa_compiler.report.report import Report
 
 _EPILOG = """\b
@@ -136,7 +133,7 @@ def main(
         if not as_json:
             draw.header(report, stdout)
 
-    with _progress(stderr, quiet) as progress:
+    with bars(stderr, quiet) as progress:
         result = compiler.compile(
             model,
             output,
@@ -161,30 +158,6 @@ def main(
         draw.sites(result.report, stdout)
     draw.race(result.report, stdout)
     draw.summary(result.report, result.folder, stdout)
-
-
-@contextmanager
-def _progress(console: Console, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with time left for each thing that reports progress; nothing where stderr is no terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(
-        *columns,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    ) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)
-
-        yield advance
 
 
 if __name__ == "__main__":
