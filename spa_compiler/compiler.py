@@ -35,6 +35,7 @@ from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.report import assemble, console
 from spa_compiler.report.report import Report
+from spa_compiler.report.report import read as read_report
 from spa_compiler.runtime.link import link
 from spa_compiler.targets.machine import cache_dir, timing_lock
 
@@ -99,17 +100,20 @@ def compile(
         UsageError, ModelError, VerificationError, BudgetError, EnvironmentFault: see `errors`.
     """
     goal, recipe = targets.parse(target), recipe or Recipe()
-    threads = threads or targets.host().cores_physical
     origin = _Origin.of(model, recipe, output)
-    if not dry_run:
-        write.check_target(origin.output, force, origin.files)  # before any work: `staging` asks again
+    write.check_target(origin.output, force, origin.files)  # before any work: `staging` asks again
+    cores = targets.host().cores_physical
+    if origin.before is not None:  # an artifact is measured as it was, where nothing else is asked for
+        shapes = shapes or origin.before.asked.options.get("shapes", ())
+        threads = threads or min(origin.before.machine.threads, cores)
+    threads = threads or cores
     report = assemble.new(
         spa_compiler.__version__,
         source=origin.name,
         target=str(goal),
         threads=threads,
         seed=seed,
-        recipe=msgspec.to_builtins(recipe),
+        recipe=msgspec.to_builtins(recipe) if origin.before is None else origin.before.asked.recipe,
         options={"shapes": list(shapes), "samples": samples, "max_size": max_size},
         isa=goal.arch,
     )
@@ -140,7 +144,7 @@ def compile(
             report.passes.append(assemble.pass_change(change))
             graph_shapes.infer(current)
     if dry_run:
-        assemble.plan(report, current)
+        assemble.plan(report, current, goal, feeds)
         return Result(None, report)
 
     odd = _odd_feeds(current, feeds[0], rng)
@@ -231,6 +235,7 @@ class _Origin:
     recipe: str  # recipe.yaml: of all that was done to the source
     files: tuple[Path, ...]
     bytes: int | None  # None: what loading counts
+    before: Report | None = None  # of an artifact: how it was measured
 
     @staticmethod
     def of(model: str | Path | onnx.ModelProto, recipe: Recipe, output: str | Path | None) -> _Origin:
@@ -252,7 +257,8 @@ class _Origin:
                 )
             file = path.resolve() / "portable.onnx"
             done = (path / "recipe.yaml").read_text()
-            return _Origin(file, file, file.name, Path(output or path).resolve(), source, done, (), None)
+            before = read_report(path)
+            return _Origin(file, file, source.name, Path(output or path).resolve(), source, done, (), None, before)
         target = Path(output) if output else Path.cwd() / f"{path.stem}-spa"
         digest = manifest.digest(path) if path.is_file() else ""
         source = manifest.Source(path.name, digest)

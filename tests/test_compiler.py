@@ -336,3 +336,18 @@ def test_nothing_here_opens_connections() -> None:
         assert "import socket" not in text, path
         assert "urllib.request" not in text, path
         assert "import requests" not in text, path
+
+
+@needs_avx512
+def test_an_artifact_is_placed_anew_as_it_was_measured(tmp_path: Path) -> None:
+    source, proto = tmp_path / "m.onnx", mlp(0.1)
+    onnx.save(proto, source)
+    name, dims = proto.graph.input[0].name, proto.graph.input[0].type.tensor_type.shape.dim
+    shape = ",".join(["32", *(str(d.dim_value) for d in dims[1:])])
+    first = spa_compiler.compile(source, tmp_path / "out", shapes=[f"{name}={shape}"], threads=1)
+    again = spa_compiler.compile(tmp_path / "out")
+    assert again.folder == first.folder
+    assert again.report.shapes == first.report.shapes
+    assert again.report.machine.threads == 1
+    assert again.report.asked.source == "m.onnx"
+    assert again.report.asked.recipe == first.report.asked.recipe

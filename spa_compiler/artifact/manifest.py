@@ -93,15 +93,25 @@ def read(folder: Path) -> Manifest:
     again = "Compile the model again"
     try:
         content = path.read_bytes()
+    except NotADirectoryError as error:
+        fix = "Name the folder that spa-compile wrote, not a file in it"
+        raise ModelError("this is a file, not an artifact folder", where=str(folder), fix=fix) from error
     except FileNotFoundError as error:
-        fix = "Name an artifact folder, or an .onnx file"
+        fix = "Name a folder that spa-compile wrote; spa-compile takes .onnx files, too"
+        if not folder.exists():
+            raise ModelError("there is no such folder", where=str(folder), fix=fix) from error
         raise ModelError(
             "this folder has no manifest.json, so it is no artifact", where=str(folder), fix=fix
         ) from error
     except OSError as error:
         raise ModelError(f"cannot be read ({error.strerror})", where=str(path)) from error
     try:
-        version = msgspec.json.decode(content, type=dict[str, msgspec.Raw]).get("artifact_version", msgspec.Raw(b"0"))
+        version = msgspec.json.decode(content, type=dict[str, msgspec.Raw]).get("artifact_version")
+        if version is None:
+            fix = "Name a folder that spa-compile wrote; spa-compile takes .onnx files, too"
+            raise ModelError(
+                "its manifest.json is something else's, so this is no artifact", where=str(folder), fix=fix
+            )
         if msgspec.json.decode(version, type=int) > ARTIFACT_VERSION:
             fix = "Install that version, or compile the model again"
             raise ModelError("a newer version of spa-compiler wrote this artifact", where=str(path), fix=fix)

@@ -131,7 +131,10 @@ def compare(
         rows += [_row(contender, taken) for contender, taken in done]
         ratios += _ratios(models, done)
     if not rows:
-        raise EnvironmentFault("no engine could run", fix=f"Install one of {', '.join(ENGINES)}")
+        raise EnvironmentFault(
+            "no engine could run",
+            fix="Install onnxruntime or openvino with pip, or name another one with --against",
+        )
     return Result(machine, threads, runs, rows, ratios)
 
 

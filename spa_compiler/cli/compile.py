@@ -40,6 +40,7 @@ def _size(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2] or " "))
 
 
+_SHAPE = "Shape to time at; repeatable  [default: batch 1, sequences 128]"
 _WIDTH = 200  # of tables where stdout is no terminal
 
 
@@ -53,7 +54,13 @@ _WIDTH = 200  # of tables where stdout is no terminal
 @click.option("--passes", metavar="TEXT", help="Passes in order, e.g. 'sparsify{sparsity=0.8,pattern=block:4x1}'")
 @click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(), help="Passes from a YAML file")
 @click.option("--samples", metavar="DATA", help="Inputs to time and verify with: .npz, folder, or file.py:function")
-@click.option("--shape", "shapes", multiple=True, metavar="INPUT=1,128", help="Shape to time at; repeatable")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="INPUT=1,128",
+    help="Shape to time at; repeatable  [default: batch 1, sequences 128]",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads to time with  [default: physical cores]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--max-size", type=_size, metavar="SIZE", help="Fail (exit 5) when the result is larger, e.g. 50MB")
@@ -106,7 +113,7 @@ def main(
         for entry in catalogue():
             click.echo(f"{entry.name}\n\n{entry.rewrite}\n\n{entry.text}\n")
             for option in entry.options:
-                click.echo(f"  {option.name}  ({option.type}, default {option.default})  {option.text}")
+                click.echo(f"  {option.name}  ({option.type}, {_default(option.default)})  {option.text}")
             click.echo()
         return
     if check_hardware:
@@ -158,6 +165,10 @@ def main(
         draw.sites(result.report, stdout)
     draw.race(result.report, stdout)
     draw.summary(result.report, result.folder, stdout)
+
+
+def _default(text: str) -> str:
+    return text if text == "required" else f"default {text}"
 
 
 if __name__ == "__main__":

@@ -100,12 +100,17 @@ def _time(
     }
 
 
+def nothing_to_leave_out(site: Site) -> str:
+    """Why a site has no form but dense."""
+    return "it has no zeros" if site.density == 1 else f"its zeros ({1 - site.density:.0%}) leave no block out"
+
+
 def _decide(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> tuple[int | None, str, str]:
     """(R or None, reason, what would help)."""
     site = each.sites[0]
     if not each.stored:
-        words = "it has no zeros" if site.density == 1 else f"its zeros ({1 - site.density:.0%}) leave no block out"
-        return None, words, "zeros: --sparsity 0.8 --pattern block:4x1 would give it some"
+        recipe = f"sparsify{{sparsity=0.8,pattern=block:4x1,targets={site.name}}}"
+        return None, nothing_to_leave_out(site), f'zeros, for instance --passes "{recipe}"'
     means = {s.rows: _mean_ratio(timings, s.name) for s in each.stored}
     rows = max(means, key=lambda r: means[r])
     if means[rows] > 1 + CLOSE:

@@ -68,6 +68,17 @@ class Placed:
     reason: str = ""
 
 
+def no_kernels(target: Target) -> str:
+    """Why no site can have a kernel on this target and machine; empty if they can."""
+    if target.kind != "cpu":
+        return "there are no kernels for CUDA yet, every site stays dense"
+    if target.mcpu != "x86-64-v4":
+        return f"sparse kernels need x86-64-v4 (AVX-512), the target is {target.arch}: every site stays dense"
+    if not target.host_runs:
+        return f"this machine does not run {target.arch} and so cannot time its kernels: every site stays dense"
+    return ""
+
+
 def place(
     model: Model,
     source: Path,
@@ -101,14 +112,7 @@ def place(
     sites, refusals = find_sites(model)
     placed = Placed(portable, refusals=refusals)
     plans = [portable]
-    if target.kind != "cpu":
-        reason = "there are no kernels for CUDA yet, every site stays dense"
-    elif target.mcpu != "x86-64-v4":
-        reason = f"sparse kernels need x86-64-v4 (AVX-512), the target is {target.arch}: every site stays dense"
-    elif not target.host_runs:
-        reason = f"this machine does not run {target.arch} and so cannot time its kernels: every site stays dense"
-    else:
-        reason = ""
+    reason = no_kernels(target)
     if reason:
         placed.choices = [Choice(s, None, reason) for s in sites]
     else:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds, onnxruntime_version, runtime
 from spa_compiler.passes.pass_ import Change
 from spa_compiler.placement.candidates import DENSE, candidate_name, forms
-from spa_compiler.placement.choose import Choice
-from spa_compiler.placement.place import SOURCE, Placed
+from spa_compiler.placement.choose import Choice, nothing_to_leave_out
+from spa_compiler.placement.place import SOURCE, Placed, no_kernels
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.report.report import (
     Asked,
@@ -31,9 +34,10 @@ from spa_compiler.report.report import (
     Versions,
     shape_text,
 )
-from spa_compiler.targets import host
+from spa_compiler.targets import Target, host
 
 BASELINE = "onnxruntime"
+_SNUG = 1.02  # stored elements over those of the smallest form
 
 
 def new(
@@ -116,14 +120,23 @@ def pass_change(change: Change) -> PassChange:
     )
 
 
-def plan(report: Report, model: Model) -> None:
+def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -> None:
     """A dry run's view: every site with the forms that would be timed."""
     sites, refusals = find_sites(model)
+    shapes = graph_shapes.fixed(model, feeds[0])
+    hindrance = no_kernels(target)
     for site in sites:
         stored = forms(site)
         names = ", ".join(f"{s.name} ({s.share:.0%} stored)" for s in stored)
-        reason = f"would be timed dense and as {names}" if stored else "would stay dense: no block can be left out"
-        report.placements.append(_row(site.name, site.op.kind, site.n, site.k, 0, site.density, reason))
+        if hindrance or not stored:
+            reason = hindrance or f"would stay dense: {nothing_to_leave_out(site)}"
+        else:
+            reason = f"would be timed dense and as {names}"
+        # the tallest blocks that store next to nothing in vain
+        tallest = max((s.rows for s in stored if s.share <= _SNUG * stored[0].share), default=None)
+        tokens = math.prod(shapes.get(site.source.name, ())) // site.k
+        row = _row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason)
+        report.placements.append(msgspec.structs.replace(row, pattern=_pattern(site.density, tallest)))
     for refusal in refusals:
         op = refusal.op
         report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, f"stays dense: {refusal.reason}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def sites(report: Report, console: Console) -> None:
     for name in ("pattern", "measured, us (p10-p90)", "form", "why"):
         table.add_column(name, overflow="fold")
     for place in report.placements:
-        zeros = f"{1 - place.density:.0%}"
+        zeros = "" if math.isnan(place.density) else f"{1 - place.density:.0%}"
         row = (place.node, place.op, f"{place.n} x {place.k}", str(place.tokens), zeros, place.pattern)
         table.add_row(*map(_text, (*row, _candidates(place), place.form, _why(place))))
     console.print(table)

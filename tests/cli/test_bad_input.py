@@ -149,7 +149,7 @@ class Bad:
 LINKED = frozenset({"bad.onnx", "link"})
 MODELS = [
     Bad("no file", lambda folder: None, ("there is no such file", "Check the path"), left=frozenset()),
-    Bad("a folder", lambda folder: (folder / "bad.onnx").mkdir(), ("no manifest.json", "Name an artifact folder, or an .onnx file")),
+    Bad("a folder", lambda folder: (folder / "bad.onnx").mkdir(), ("no manifest.json", "Name a folder that spa-compile wrote")),
     Bad("empty", content(b""), ("the file is empty",)),
     Bad("text", content(b"hello, I am no model at all"), ("not an ONNX model",)),
     Bad("zip", content(b"PK\x03\x04 and so on"), ("zip archive",)),

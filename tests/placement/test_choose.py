@@ -117,7 +117,7 @@ def test_without_zeros_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.Monk
     choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64))))
     assert timed.asked == []
     assert {(c.rows, c.reason) for c in choices} == {(None, "it has no zeros")}
-    assert "--sparsity 0.8 --pattern block:4x1" in choices[0].would_help
+    assert "sparsity=0.8,pattern=block:4x1,targets=h" in choices[0].would_help
 
 
 def test_too_few_zeros_say_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
