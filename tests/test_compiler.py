@@ -350,4 +350,4 @@ def test_an_artifact_is_placed_anew_as_it_was_measured(tmp_path: Path) -> None:
     assert again.report.shapes == first.report.shapes
     assert again.report.machine.threads == 1
     assert again.report.asked.source == "m.onnx"
-    assert again.report.asked.recipe == first.report.asked.recipe
+    assert reports.read(tmp_path / "out").asked.recipe == {"version": 1, "passes": []}
