@@ -17,10 +17,10 @@ from spa_compiler.graph.session import open_session, run
 from spa_compiler.placement import choose as choosing
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
-from spa_compiler.placement.place import PORTABLE, REGIONS, SINGLE, SOURCE, Placed, place
+from spa_compiler.placement.place import PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
-from tests.networks import mlp
+from tests.networks import mlp, network, weight
 
 needs_avx512 = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="kernels need x86-64-v4")
 WIDTH = 64
@@ -70,13 +70,16 @@ def placed(
     replay: bool = False,
     proto: onnx.ModelProto | None = None,
     keep_source: bool = False,
+    shapes: tuple[tuple[int, ...], ...] = (),
 ) -> Placed:
     source = folder / "source.onnx"
     onnx.save(proto or mlp(density, WIDTH), source)
     loaded = load(source)
     model = loaded.copy()
     graph_shapes.infer(model)
-    feeds = [{"x": np.ones((1, t, WIDTH), np.float32)} for t in tokens]
+    measured, odd = shapes or ((1, tokens[0], WIDTH), (2, 3, WIDTH))
+    feeds = [{"x": np.ones(measured, np.float32)}]
+    feeds += [{"x": np.ones((1, t, WIDTH), np.float32)} for t in tokens[1:]]
     workspace = next(p for i in itertools.count() if not (p := folder / f"work{i}").exists())
     workspace.mkdir()
     book = Records(folder / "records.sqlite", {"cpu": "this one"})
@@ -91,7 +94,7 @@ def placed(
             workspace,
             lambda *_: None,
             np.random.default_rng(0),
-            odd=[{"x": np.ones((2, 3, WIDTH), np.float32)}],
+            odd=[{"x": np.ones(odd, np.float32)}],
             replay=replay,
             original=loaded if keep_source else None,
         )
@@ -124,6 +127,38 @@ def test_single_sites_win_when_regions_cost(tmp_path: Path, monkeypatch: pytest.
     assert result.plan.name == SINGLE
     assert len(result.plan.regions) == 2
     assert folders(result) == {"portable", "single-sites"}
+
+
+def convolutions() -> onnx.ModelProto:
+    """Two pointwise convolutions of different sizes, another operator in between."""
+    rng = np.random.default_rng(0)
+    w, v = (np.ascontiguousarray(weight(rng, k, n, 0.1).T.reshape(n, k, 1, 1)) for k, n in ((16, 40), (40, 24)))
+    text = 'g (float["b",16,8,8] x) => (float["b",24,8,8] y) { a = Conv(x, w) t = Tanh(a) y = Conv(t, v) }'
+    return network(text, w=w, v=v)
+
+
+@needs_avx512
+@pytest.mark.parametrize(("gains", "expected"), [((1.3, 4.0), ["y"]), ((4.0, 4.0), None), ((1.3, 1.3), None)])
+def test_the_strongest_convolutions_alone_are_a_plan(
+    gains: tuple[float, ...], expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Stopwatch(monkeypatch, 5.0, {SINGLE: 110, REGIONS: 110, STRONG: 50})
+    turns = iter(gains)
+
+    def time_sites(calls: Mapping[str, Callable[[], object]], _: float) -> dict[str, Timing]:
+        gain = next(turns)
+        return {n: _timing(100 if n == "dense" else 100 / gain) for n in calls}
+
+    monkeypatch.setattr(choosing, "interleave", time_sites)
+    result = placed(tmp_path, proto=convolutions(), shapes=((1, 16, 8, 8), (3, 16, 8, 8)))
+    if expected is None:  # all are strong, or none: nothing that the other plans do not have
+        assert result.plan.name == PORTABLE
+        assert STRONG not in result.race[0]
+        return
+    assert result.plan.name == STRONG
+    nodes = onnx.load(result.plan.file).graph.node
+    assert [n.name for n in nodes if n.domain == "ai.spa"] == [f"ai.spa/{name}" for name in expected]
+    assert [n.op_type for n in nodes if n.domain == ""] == ["Conv", "Tanh"]
 
 
 @needs_avx512
