@@ -8,8 +8,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ import onnx
 
 import spa_compiler
 from spa_compiler import analysis, targets
-from spa_compiler.artifact import manifest, verify, write
+from spa_compiler.artifact import cuts, manifest, verify, write
 from spa_compiler.calibration import data, examples
 from spa_compiler.calibration.shapes import default_shapes, parse_shapes
 from spa_compiler.errors import BudgetError, ModelError, SpaError, UsageError, VerificationError
@@ -34,6 +34,7 @@ from spa_compiler.passes.recipe import Recipe
 from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.report import assemble, console
+from spa_compiler.report.removed import InSource
 from spa_compiler.report.report import Report
 from spa_compiler.report.report import read as read_report
 from spa_compiler.runtime.link import link
@@ -135,14 +136,21 @@ def compile(
         current = canonical.model
         graph_shapes.infer(current)
     with stages("analyze"):
-        groups = analysis.analyze(current)
+        groups = analysis.analyze(current, bindings[0])
         _require_weights(current)
-    with stages("passes"):
-        context = Context(goal, rng, groups, None, progress)
+    with stages("passes"), nullcontext() if dry_run else _report_of_failure(report, origin.output):
+        context = Context(goal, rng, groups, loaded, feeds, None, progress)
+        removed = InSource(loaded)
         for each in passes:
-            change = each.run(current, context)
-            report.passes.append(assemble.pass_change(change))
+            before = current.copy()
+            change = each.run(current, replace(context, analysis=groups))
+            report.passes.append(assemble.pass_change(change, removed.tell(groups, change)))
             graph_shapes.infer(current)
+            if change.removed:
+                unverified = cuts.check(before, current, groups, change, feeds)
+                report.notes += [unverified] if unverified else []
+            if each is not passes[-1] and not change.sites:  # zeros alone move no channel
+                groups = analysis.analyze(current, bindings[0])
     if dry_run:
         assemble.plan(report, current, goal, feeds)
         return Result(None, report)

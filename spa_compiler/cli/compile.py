@@ -51,6 +51,7 @@ _WIDTH = 200  # of tables where stdout is no terminal
 @click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v4, cpu:x86-64-v3, cuda, cuda:sm_90")
 @click.option("--sparsity", type=float, metavar="S", help="Share of zeros to prune to; short for the pass sparsify")
 @click.option("--pattern", metavar="P", help="Which zeros: unstructured, block:4x1, ...; goes with --sparsity")
+@click.option("--prune", type=float, metavar="F", help="Share of the MACs to cut away; short for the pass prune-groups")
 @click.option("--passes", metavar="TEXT", help="Passes in order, e.g. 'sparsify{sparsity=0.8,pattern=block:4x1}'")
 @click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(), help="Passes from a YAML file")
 @click.option("--samples", metavar="DATA", help="Inputs to time and verify with: .npz, folder, or file.py:function")
@@ -82,6 +83,7 @@ def main(
     target: str,
     sparsity: float | None,
     pattern: str | None,
+    prune: float | None,
     passes: str | None,
     recipe_file: str | None,
     samples: str | None,
@@ -133,7 +135,11 @@ def main(
     stderr = Console(stderr=True, quiet=quiet)
     stdout = Console() if sys.stdout.isatty() else Console(width=_WIDTH)  # a log has no edge to fold at
     recipe = from_command_line(
-        sparsity=sparsity, pattern=pattern, passes=passes, recipe=Path(recipe_file) if recipe_file else None
+        sparsity=sparsity,
+        pattern=pattern,
+        prune=prune,
+        passes=passes,
+        recipe=Path(recipe_file) if recipe_file else None,
     )
 
     def started(report: Report) -> None:

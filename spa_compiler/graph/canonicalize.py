@@ -17,7 +17,8 @@ import numpy as np
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.graph import names, shapes, slim
 from spa_compiler.graph.batchnorm import fold_batchnorm, fold_scales
-from spa_compiler.graph.fold import fold_weights, lift_constants
+from spa_compiler.graph.fold import fold_sizes, fold_weights, lift_constants
+from spa_compiler.graph.generators import unshare_generators
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import skeleton, weight_bytes
 from spa_compiler.graph.session import Feeds, open_model, run
@@ -131,6 +132,14 @@ def _slim(model: Model) -> str | None:
 
 def _lift(model: Model) -> str | None:
     lift_constants(model.graph)
+    if any(node.op == "CastLike" for node in model.graph.nodes):
+        shapes.infer(model)  # the type to cast to
+    fold_sizes(model.graph)
+    return None
+
+
+def _unshare(model: Model) -> str | None:
+    unshare_generators(model.graph)
     return None
 
 
@@ -155,6 +164,7 @@ _STEPS = (
     _Step("constant folding", _fold),
     _Step("BatchNormalization folding", _batchnorm),
     _Step("folding of scales", _scales),
+    _Step("unsharing of constant tensors", _unshare),
 )
 
 

@@ -60,6 +60,32 @@ def lift_constants(graph: gs.Graph) -> int:
     return len(lifted)
 
 
+def fold_sizes(graph: gs.Graph) -> int:
+    """`Shape` of a constant becomes a constant, CastLike of a known type a Cast, in place; returns how many there were.
+
+    onnxslim does not see large constants, so it cannot tell their sizes and types.
+    """
+    outputs = {tensor.name for tensor in graph.outputs}
+    gone: set[int] = set()
+    casts = 0
+    for node in graph.nodes:
+        if node.domain or not node.outputs or node.outputs[0].name in outputs:
+            continue
+        if node.op == "Shape" and isinstance(node.inputs[0], gs.Constant):
+            shape = np.asarray(node.inputs[0].shape, np.int64)
+            value = shape[slice(node.attrs.get("start", 0), node.attrs.get("end"))]
+            _substitute(node.outputs[0], gs.Constant(node.outputs[0].name, value), _scopes_nodes(graph))
+            node.inputs.clear()
+            node.outputs.clear()
+            gone.add(id(node))
+        elif node.op == "CastLike" and isinstance(node.inputs[1].dtype, np.dtype):
+            node.op, node.attrs = "Cast", {"to": onnx.helper.np_dtype_to_tensor_dtype(node.inputs[1].dtype)}
+            del node.inputs[1]
+            casts += 1
+    graph.nodes = [node for node in graph.nodes if id(node) not in gone]
+    return len(gone) + casts
+
+
 def fold_weights(graph: gs.Graph) -> int:
     """Folds constant computation on large tensors, in place; returns how many nodes went."""
     foldable = _foldable(graph)

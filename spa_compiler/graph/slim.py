@@ -30,6 +30,9 @@ _WEIGHT_FUSIONS = [
 ]
 """Patterns that rewrite weights: ours to do (batchnorm.py), and some take every weight for a constant and fail."""
 
+_COUPLING = ["weight_tying"]
+"""It makes one tensor of those that happen to be equal (two biases of zeros), which would couple their channels."""
+
 
 def slim(model: Model) -> gs.Graph:
     """A simplified graph for the model, weights attached; the model's own graph is not changed.
@@ -74,7 +77,7 @@ def _quietly(bare: onnx.ModelProto) -> onnx.ModelProto:
         import onnxslim
 
         logging.getLogger("onnxslim").setLevel(logging.CRITICAL)
-        slimmed = onnxslim.slim(private, skip_fusion_patterns=_WEIGHT_FUSIONS)
+        slimmed = onnxslim.slim(private, skip_fusion_patterns=_WEIGHT_FUSIONS, skip_optimizations=_COUPLING)
     if not isinstance(slimmed, onnx.ModelProto):
         raise TypeError("onnxslim returned no model")
     return slimmed

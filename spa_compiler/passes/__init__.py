@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spa_compiler.passes.pass_ import Change, Context, Pass, SiteChange, SkippedSite
+from spa_compiler.passes.pass_ import Change, Context, Pass, Removal, SiteChange, SkippedSite
 from spa_compiler.passes.recipe import Recipe, Step, from_command_line, from_flags, from_yaml, read
 from spa_compiler.passes.registry import find, passes
 
@@ -11,6 +11,7 @@ __all__ = [
     "Context",
     "Pass",
     "Recipe",
+    "Removal",
     "SiteChange",
     "SkippedSite",
     "Step",

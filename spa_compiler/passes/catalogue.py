@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,6 +49,8 @@ Every artifact holds its `recipe.yaml` with all options written out, which repea
 
 ```yaml
 {resolved}```
+
+`--prune 0.3` cuts away 30 % of the multiply-accumulates; it is short for `--passes "prune-groups{{macs=0.7}}"`.
 
 On the command line, lists are written `targets=[a,b]` (one entry needs no brackets), and values with spaces or any of
 `{{}}[]=,` go in quotes. An option may be spelled with `-` for `_`, and `method` and `criterion` are the same word. What
@@ -102,13 +105,20 @@ def page() -> str:
     for entry in catalogue():
         parts.append(f"## {entry.name}\n\n```\n{entry.rewrite}\n```\n\n{entry.text}\n")
         rows = "".join(f"| `{o.name}` | {o.type} | {o.default} | {o.text} |\n" for o in entry.options)
-        parts.append(f"| option | type | default | meaning |\n|---|---|---|---|\n{rows}")
+        table = f"| option | type | default | meaning |\n|---|---|---|---|\n{rows}"
+        parts.append(table if rows else "It has no options.\n")
     return "\n".join(parts)
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> OptionEntry:
-    metas = [meta for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
-    bare = hint.__origin__ if typing.get_origin(hint) is Annotated else hint
+    metas: list[msgspec.Meta] = []
+    bare = hint
+    while typing.get_origin(bare) is Annotated or types.NoneType in typing.get_args(bare):
+        if typing.get_origin(bare) is Annotated:
+            metas += [meta for meta in bare.__metadata__ if isinstance(meta, msgspec.Meta)]
+            bare = bare.__origin__
+        else:  # what may be left out: its default says so
+            bare = next(arg for arg in typing.get_args(bare) if arg is not types.NoneType)
     text = next((meta.description for meta in metas if meta.description), "")
     return OptionEntry(field.name, _type(bare, metas), _default(field), text)
 
@@ -131,6 +141,8 @@ def _type(bare: Any, metas: list[msgspec.Meta]) -> str:
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
+    if field.default is None:
+        return "not set"
     return f"`{list(field.default) if isinstance(field.default, tuple) else field.default}`"
 
 

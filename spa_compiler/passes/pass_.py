@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
 import numpy as np
 
+from spa_compiler.analysis.schema import Slab
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds
@@ -31,6 +32,11 @@ class Context:
     rng: np.random.Generator
     """The only source of chance: a pass gives the same model for the same seed."""
     analysis: Analysis | None = None
+    """Of the model as the pass gets it; a pass that needs it and finds none makes it."""
+    original: Model | None = None
+    """The model as it was loaded: users name its tensors, some of which canonicalization folds into others."""
+    feeds: Sequence[Feeds] = ()
+    """Inputs that the model runs on."""
     calibration: Callable[[], Iterator[Feeds]] | None = None
     """Each call goes through the user's samples from the start; None without `--calib`."""
     progress: Callable[[str, int, int], None] = no_progress
@@ -61,6 +67,20 @@ class SkippedSite(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Removal(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pass cut out of one group of coupled channels.
+
+    Group, units and indices are those of the model as the pass got it. Masking `activations` (to zero, wherever they
+    are read) in that model gives what the cut model computes.
+    """
+
+    group: int
+    granularity: str
+    units: tuple[int, ...]
+    parameters: tuple[Slab, ...]
+    activations: tuple[Slab, ...]
+
+
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """What a pass did."""
 
@@ -69,6 +89,18 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One sentence for the console."""
     sites: tuple[SiteChange, ...] = ()
     skipped: tuple[SkippedSite, ...] = ()
+    removed: tuple[Removal, ...] = ()
+    """What was cut, one entry for each group."""
+    exact: bool = False
+    """Whether the model computes what it did before; where it does not but something was removed, what the masked
+    model computes.
+    """
+    asked: dict[str, float] = {}
+    """What should remain, as a share of the whole model, by the option's name: `{"macs": 0.5}`."""
+    got: dict[str, float] = {}
+    """What remains of MACs (where they are known), parameters and units: `{"macs": 0.49, "params": 0.61, ...}`."""
+    warnings: tuple[str, ...] = ()
+    """What a user must know: a budget that was not met, and why."""
 
 
 class Pass(Protocol):

@@ -21,8 +21,9 @@ import yaml
 
 from spa_compiler.errors import UsageError
 from spa_compiler.passes.flags import parse_flags
+from spa_compiler.passes.names import did_you_mean
 from spa_compiler.passes.pass_ import Pass
-from spa_compiler.passes.registry import did_you_mean, find
+from spa_compiler.passes.registry import find
 
 VERSION: Literal[1] = 1
 

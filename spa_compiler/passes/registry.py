@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-
 from spa_compiler.errors import UsageError
+from spa_compiler.passes.drop_blocks import DropBlocks
+from spa_compiler.passes.names import did_you_mean
 from spa_compiler.passes.pass_ import Pass
+from spa_compiler.passes.prune_groups import PruneGroups
+from spa_compiler.passes.remove_dead_channels import RemoveDeadChannels
 from spa_compiler.passes.sparsify import Sparsify
 
-_PASSES: tuple[type[Pass], ...] = (Sparsify,)
+_PASSES: tuple[type[Pass], ...] = (Sparsify, RemoveDeadChannels, PruneGroups, DropBlocks)
 
 
 def passes() -> dict[str, type[Pass]]:
@@ -26,9 +28,3 @@ def find(name: str) -> type[Pass]:
     if name not in known:
         raise UsageError(f"there is no pass {name!r}", fix=did_you_mean(name, list(known)))
     return known[name]
-
-
-def did_you_mean(wrong: str, known: list[str]) -> str:
-    """The end of a message about an unknown name: the nearest one that exists, if one is near, and all of them."""
-    close = difflib.get_close_matches(wrong, known, n=1)
-    return f"{f'Did you mean {close[0]}? ' if close else ''}There are: {', '.join(known)}"

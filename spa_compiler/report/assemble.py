@@ -27,6 +27,7 @@ from spa_compiler.report.report import (
     Placement,
     RaceRow,
     Ratio,
+    Removed,
     Report,
     SiteChange,
     Sizes,
@@ -101,11 +102,19 @@ def shape_of(feeds: Feeds) -> str:
     return shape_text({name: value.shape for name, value in feeds.items()})
 
 
-def pass_change(change: Change) -> PassChange:
-    """A pass's own words, as the report keeps them."""
+def pass_change(change: Change, removed: tuple[Removed, ...] = ()) -> PassChange:
+    """A pass's own words, as the report keeps them.
+
+    Args:
+        removed: what it cut, in the words of the source file.
+    """
     return PassChange(
         name=change.pass_name,
         summary=change.summary,
+        removed=removed,
+        asked=change.asked,
+        got={name: round(share, 6) for name, share in change.got.items()},
+        warnings=change.warnings,
         sites=tuple(
             SiteChange(
                 node=s.node,

@@ -32,6 +32,8 @@ def changes(report: Report, console: Console) -> None:
         _line(console, f"note: {note}")
     for change in report.passes:
         _line(console, f"{change.name}: {change.summary}")
+        for warning in change.warnings:
+            _line(console, f"{change.name}: warning: {warning}")
 
 
 def sites(report: Report, console: Console) -> None:

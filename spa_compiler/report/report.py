@@ -63,12 +63,41 @@ class SiteChange(msgspec.Struct, frozen=True, kw_only=True):
     error: float  # relative output error; ||dW|| / ||W|| without data
 
 
+NO_GROUP = -1
+
+
+class RemovedSlab(msgspec.Struct, frozen=True, kw_only=True):
+    """`indices` (ascending, of the source file) of one axis of a tensor of the source file."""
+
+    name: str
+    axis: int  # 0 is the first
+    indices: tuple[int, ...]
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True):
+    """What was cut out of one group of coupled channels, in the words of `spa-analyze SOURCE --json`.
+
+    The source file with the indices of `activations` set to zero wherever they are read computes what the cut model
+    computes, where nothing else was asked for.
+    """
+
+    group: int  # NO_GROUP: tensors that the canonical form couples otherwise than the file
+    granularity: str  # what a unit is: "channel", "head", ...
+    units: tuple[int, ...]
+    parameters: tuple[RemovedSlab, ...]
+    activations: tuple[RemovedSlab, ...]
+
+
 class PassChange(msgspec.Struct, frozen=True, kw_only=True):
     """What a pass did."""
 
     name: str
     summary: str
     sites: tuple[SiteChange, ...] = ()
+    removed: tuple[Removed, ...] = ()
+    asked: dict[str, float] = {}  # what should remain, as a share of the whole model: {"macs": 0.5}
+    got: dict[str, float] = {}  # what remains of "macs", "params" and "channels" (units)
+    warnings: tuple[str, ...] = ()
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):

@@ -74,7 +74,7 @@ def test_the_same_pin_is_told_once() -> None:
 def test_a_pin_on_a_product_pins_its_factors() -> None:
     facts = Facts()
     a, b = Dim(2), Dim(3)
-    facts.axes = {"w": (Axis.of(a, b),), "v": (Axis.of(a),), "u": (Axis.of(b),)}
+    facts.axes = {"w": (Axis.of(a, b),), "v": (Axis.of(a),), "u": (Axis.of(b),), "h": (Axis.of(a, b),)}
     facts.pins.append(Pin("w", 0, "TopK", "ranked", (Axis.of(a, b),), (4,)))  # index 4 is (1, 1)
     parts = partition(facts, {"w": True, "v": True, "u": True})
     assert [[slab.indices for slab in unit.parameters] for group in parts.groups for unit in group.units] == [
@@ -86,23 +86,66 @@ def test_a_pin_on_a_product_pins_its_factors() -> None:
     assert parts.prunable == 5 + 1 + 2
 
 
-def test_links_make_units_of_different_lengths() -> None:
+def test_a_sum_makes_units_of_different_lengths() -> None:
     """C2f: half of a convolution is read as it is, the other half also by a bottleneck; a Concat reads both."""
     facts = Facts()
-    first, second, whole = Dim(2), Dim(2), Dim(4)
-    facts.axes = {"conv": (Axis.of(whole),), "bottleneck": (Axis.of(second),), "reader": (Axis(((first,), (second,))),)}
-    assert facts.algebra.join(Axis.of(whole), Axis(((first,), (second,)))) is None
-    (group,) = partition(facts, {"conv": True, "bottleneck": True, "reader": True}).groups
-    found = [[(slab.name, slab.indices) for slab in unit.parameters] for unit in group.units]
-    assert found[0] == [("conv", [0]), ("reader", [0])]
-    assert found[3] == [("conv", [3]), ("bottleneck", [1]), ("reader", [3])]
-    assert group.params == 4 + 2 + 4
+    whole = facts.algebra.fresh(4)
+    first, second = facts.algebra.split(whole, [2, 2])
+    both = facts.algebra.concat([first, second])
+    facts.axes = {"conv": (whole,), "bottleneck": (second,), "reader": (both,), "h": (whole,)}
+    groups = partition(facts, {"conv": True, "bottleneck": True, "reader": True}).groups
+    found = [[(slab.name, slab.indices) for slab in unit.parameters] for group in groups for unit in group.units]
+    assert found == [
+        [("conv", [0]), ("reader", [0])],
+        [("conv", [1]), ("reader", [1])],
+        [("conv", [2]), ("bottleneck", [0]), ("reader", [2])],
+        [("conv", [3]), ("bottleneck", [1]), ("reader", [3])],
+    ]
+    assert [group.params for group in groups] == [4, 6]
+
+
+def test_links_make_one_group() -> None:
+    """A Gather of [2, 0, 2]: index 1 is a unit of its own, and index 2 takes two indices of the result."""
+    facts = Facts()
+    source, chosen = facts.algebra.fresh(3), facts.algebra.fresh(3)
+    facts.axes = {"w": (source,), "v": (chosen,), "h": (source,)}
+    facts.algebra.tie(source, np.array([2, 0, 2]), chosen, np.arange(3))
+    (group,) = partition(facts, {"w": True, "v": True}).groups
+    assert [[(slab.name, slab.indices) for slab in unit.parameters] for unit in group.units] == [
+        [("w", [0]), ("v", [1])],
+        [("w", [1])],
+        [("w", [2]), ("v", [0, 2])],
+    ]
+    assert [dim.tolist() for dim in group.dims] == [[0, 1, 2], [2, 0, 2]]
+
+
+def test_dims_tell_what_is_pinned_of_them() -> None:
+    facts, constants = chain()
+    facts.pin("Gather", tensor("h"), 0, "selected", indices=[1])
+    (group,) = partition(facts, constants).groups
+    assert [dim.tolist() for dim in group.dims] == [[0, -1, 1, 2]]
+
+
+def test_what_depends_on_the_inputs_is_no_member() -> None:
+    """Heads merged with the batch: their indices mean nothing for another batch."""
+    facts, constants = chain()
+    h = facts.axes["h"][0]
+    facts.axes["merged"] = (facts.algebra.merge([facts.algebra.fresh(2), h]),)
+    facts.settled.varies["merged"] = (True,)
+    (group,) = partition(facts, constants).groups
+    assert [(m.tensor, m.axis) for m in group.members] == [("w1", 0), ("w2", 1), ("h", 0)]
+
+
+def test_labels_name_the_granularity() -> None:
+    facts, constants = chain()
+    facts.algebra.name(facts.axes["h"][0], "head")
+    assert partition(facts, constants).groups[0].granularity == "head"
 
 
 def test_one_dim_twice_in_a_tensor() -> None:
     facts = Facts()
     dim = Dim(3)
-    facts.axes = {"gram": (Axis.of(dim), Axis.of(dim)), "four": (Axis(((dim,), (dim,))),)}
+    facts.axes = {"gram": (Axis.of(dim), Axis.of(dim)), "four": (Axis(((dim,), (dim,))),), "h": (Axis.of(dim),)}
     (group,) = partition(facts, {"gram": True, "four": True}).groups
     assert group.params == 9 + 6
     assert [(s.name, s.axis, s.indices) for s in group.units[1].parameters] == [
@@ -127,6 +170,18 @@ def test_shapes_and_indices_are_no_parameters() -> None:
     assert parts.params == 12
     assert parts.groups[0].params == 12
     assert len(parts.groups[0].parameters) == 2
+
+
+def test_what_lies_on_constants_alone_stays() -> None:
+    """No mask of activations could show what removing it does."""
+    facts, constants = chain()
+    facts.of(tensor("sum", 2, 3))
+    parts = partition(facts, {**constants, "sum": True})
+    assert [group.params for group in parts.groups] == [32]
+    assert {(pin.tensor, pin.axis, pin.reason, pin.params) for pin in parts.pins if pin.op == "constant"} == {
+        ("sum", 0, "nothing but constants has it", 6),
+        ("sum", 1, "nothing but constants has it", 6),
+    }
 
 
 def test_groups_without_parameters_are_not_told() -> None:

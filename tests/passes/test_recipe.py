@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spa_compiler.errors import UsageError
-from spa_compiler.passes import Recipe, from_command_line, from_flags, from_yaml, passes, read
+from spa_compiler.passes import Recipe, from_command_line, from_flags, from_yaml, read
 from spa_compiler.passes.flags import parse_flags
 from spa_compiler.passes.sparsify import Sparsify, SparsifyOptions
 
@@ -212,7 +212,5 @@ def test_the_command_line(arguments: dict[str, object], message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.skipif("prune-groups" in passes(), reason="the pass exists")
-def test_prune_without_its_pass_says_what_exists() -> None:
-    with pytest.raises(UsageError, match=r"there is no pass 'prune-groups'\. There are: sparsify"):
-        from_command_line(prune=0.3)
+def test_prune_is_short_for_a_share_of_the_macs() -> None:
+    assert from_command_line(prune=0.3) == from_flags("prune-groups{macs=0.7}")

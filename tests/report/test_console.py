@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from spa_compiler.report import console as draw
-from spa_compiler.report.report import Report
+from spa_compiler.report.report import PassChange, Report
 
 
 @pytest.fixture
@@ -32,6 +32,12 @@ def test_the_table_shows_every_candidate_the_fastest_first(full: Report, screen:
     for word in ("[bold]layer/0[/x]", "3072 x 768", "90%", "5.0x as fast as dense", "would help: nothing"):
         assert word in shown
     assert shown.index("* block:4x1 20.0 (19.0-22.5)") < shown.index("dense 100.0 (95.0-110.0)")
+
+
+def test_a_shortfall_is_shown(full: Report, screen: Console) -> None:
+    full.passes = [PassChange(name="prune-groups", summary="half [b]remains[/b]", warnings=("asked for [x] less",))]
+    draw.changes(full, screen)
+    assert "prune-groups: half [b]remains[/b]\nprune-groups: warning: asked for [x] less\n" in text(screen)
 
 
 def test_no_sites_is_a_sentence(full: Report, screen: Console) -> None:

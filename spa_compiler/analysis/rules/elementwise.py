@@ -38,8 +38,8 @@ def nary(node: gs.Node, facts: Facts) -> str | None:
 def dropout(node: gs.Node, facts: Facts) -> str | None:
     """As `unary` at inference; in training mode the numbers drawn hang on the shape."""
     if len(node.inputs) > 2 and node.inputs[2].name:
-        mode = node.inputs[2]
-        if not hasattr(mode, "values") or bool(mode.values):
+        mode = facts.value(node.inputs[2])
+        if mode is None or mode.any():
             return "dropout that may be in training mode"
     return unary(node, facts)
 
@@ -58,13 +58,13 @@ def _wide(facts: Facts, name: str) -> bool:
 
 
 _UNARY = """
-    Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
-    HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh
-    Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu
+    Abs Acos Acosh Asin Asinh Atan Atanh BitCast BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu
+    HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid
+    Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu
 """
 _NARY = """
     Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod
-    Mul Or PRelu Pow Sub Sum Where Xor
+    Mul Or PRelu Pow Sub Sum SwiGLU Where Xor
 """
 
 RULES: dict[str, Rule] = {

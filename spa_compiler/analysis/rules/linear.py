@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
-from spa_compiler.analysis.facts import Axis, Facts, Rule, Work
+from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
 
 
@@ -45,6 +45,7 @@ def matmul(node: gs.Node, facts: Facts) -> str | None:
     facts.couple(node, b, inner_b, left[-1])
     batch = [(a, range(len(left) - 2)), (b, range(len(right) - 2))]
     result = broadcast(node, facts, batch) if max(len(left), len(right)) > 2 else []
+    _label(node, facts, result, left[-1])
     result += [left[-2]] if len(left) > 1 else []
     columns = [right[-1]] if len(right) > 1 else []
     _count(node, facts, result, (right[inner_b], *columns))
@@ -53,12 +54,22 @@ def matmul(node: gs.Node, facts: Facts) -> str | None:
 
 
 def _count(node: gs.Node, facts: Facts, rows: Sequence[Axis], weight: tuple[Axis, ...]) -> None:
-    """MACs: over the rows and the two axes of the right operand; a leading axis of unknown size is the batch."""
+    """MACs: over rows and the two axes of the right operand; a leading axis that the file leaves open is the batch."""
     known = list(rows)
-    if known and facts.algebra.size(known[0]) is None:
+    if known and (facts.algebra.size(known[0]) is None or facts.varies(node.outputs[0], 0)):
         known = known[1:]
     sized = all(facts.algebra.size(axis) is not None for axis in (*known, *weight))
-    facts.works.append(Work(node.outputs[0].name, (*known, *weight) if sized else weight, 1 if sized else None))
+    facts.work(node, (*known, *weight) if sized else weight, 1 if sized else None)
+
+
+def _label(node: gs.Node, facts: Facts, batch: Sequence[Axis], inner: Axis) -> None:
+    """In a product of two computed tensors, what is between the batch and the matrices are heads."""
+    if any(isinstance(tensor, gs.Constant) for tensor in node.inputs[:2]):
+        return
+    for axis in batch[1:]:
+        facts.algebra.name(axis, "head")
+    if len(batch) > 1:
+        facts.algebra.name(inner, "head dimension")
 
 
 RULES: dict[str, Rule] = {"Gemm": gemm, "MatMul": matmul}

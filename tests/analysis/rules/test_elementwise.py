@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import onnx.defs
 import pytest
 
-from spa_compiler.analysis.rules import RULES, elementwise
+from spa_compiler.analysis.rules import elementwise
+from tests.analysis.exactness import check_exact
+from tests.analysis.rules import said
 from tests.analysis.told import analysis_of, group_members
 
 
@@ -67,9 +68,10 @@ def test_where_joins_all_three() -> None:
 
 
 def test_an_axis_of_unknown_size_pins_what_it_meets() -> None:
-    analysis = analysis_of("""g (float[N, 4] x, float[N, M] x2, float[4, 6] w, float[6, 2] v) => (float[N, 2] y) {
+    analysis = said.analysis_of("""g (float[N, 4] x, bool[6] x_some, float[6] s, float[4, 6] w, float[6, 2] v) => (float[N, 2] y) {
       a = MatMul(x, w)
-      b = Add(a, x2)
+      c = Compress <axis = 0> (s, x_some)
+      b = Add(a, c)
       y = MatMul(b, v)
     }""")
     assert analysis.groups == ()
@@ -86,7 +88,61 @@ def test_training_dropout_pins() -> None:
     assert {pin.reason for pin in analysis.pins if pin.op == "Dropout"} == {"dropout that may be in training mode"}
 
 
-def test_the_table_names_operators_that_exist() -> None:
-    known = {schema.name for schema in onnx.defs.get_all_schemas()}
-    assert set(RULES) <= known
-    assert set(elementwise.RULES) <= set(RULES)
+TRUTH = "half = Constant <value_float = 0.5> ()\n c = Greater(p, half)\n"
+TRUTHS = TRUTH + "d = Greater(w, half)\n"
+CODE = "c = Cast <to = 2> (p)\n"  # uint8
+CODES = CODE + "d = Cast <to = 2> (w)\n"
+BACK = "\n b = Cast <to = 1> (e)"
+
+LINES = {
+    "Acosh": "p1 = Exp(p)\n b = Acosh(p1)",
+    "BitShift": CODES + 'e = BitShift <direction = "LEFT"> (c, d)' + BACK,
+    "BitwiseNot": CODE + "e = BitwiseNot(c)" + BACK,
+    "CastLike": "b = CastLike(p, a)",
+    "Cast": "e = Cast <to = 11> (a)" + BACK,
+    "IsInf": "e = IsInf(a)" + BACK,
+    "IsNaN": "e = IsNaN(a)" + BACK,
+    "Mod": "b = Mod <fmod = 1> (a, w)",
+    "Not": TRUTH + "e = Not(c)" + BACK,
+    "Where": TRUTH + "b = Where(c, w, a)",
+    **{op: TRUTHS + f"e = {op}(c, d)" + BACK for op in ("And", "Or", "Xor")},
+    **{op: CODES + f"e = {op}(c, d)" + BACK for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")},
+    **{op: f"e = {op}(a, w)" + BACK for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")},
+}
+"""Operators that do not take floats, or not all, or make none; p is between 0 and 1."""
+
+NOT_IN_ONNX_RUNTIME = {"BitCast", "SwiGLU"}
+
+
+@pytest.mark.parametrize("op", sorted(set(elementwise.RULES) - NOT_IN_ONNX_RUNTIME))
+def test_cut_is_masked(op: str) -> None:
+    wide = elementwise.RULES[op] is elementwise.nary
+    lines = LINES.get(op, f"b = {op}({'p, w' if wide else 'p'})")
+    opset = 24
+    text = f"""net (float[3, 5, 4] x, float[4, 6] u, float[6] w, float[6, 2] v) => (float[3, 5, 2] y) {{
+      a = MatMul(x, u)
+      p = Sigmoid(a)
+      {lines}
+      y = MatMul(b, v)
+    }}"""
+    model = said.weighted(text, opset)
+    assert check_exact(model, seeds=(0,), ratios=(0.5,)) == 1
+    if wide:
+        assert any(("w", 0) in members and ("u", 1) in members for members in said.group_members(text, opset))
+
+
+def test_newest() -> None:
+    gate = between("g = MatMul(x, s)\n b = SwiGLU(a, g)", ", float[4, 6] s")
+    bits = between("c = BitCast <to = 6> (s)\n d = BitCast <to = 1> (c)\n b = Add(a, d)", ", float[1, 6] s")
+    for text in (gate, bits):
+        assert any({("w", 1), ("s", 1), ("v", 0)} <= members for members in said.group_members(text, opset=28))
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11, 13])
+def test_old_opsets(opset: int) -> None:
+    limit = "a0 = Constant <value = float {0.5}> ()\n c = Clip(a, , a0)"
+    clip = "c = Clip <min = -0.5, max = 0.5> (a)" if opset < 11 else limit
+    text = between(f"{clip}\n d, m = Dropout(c)\n b = PRelu(d, s)", ", float[5, 6] s")
+    (members,) = said.group_members(text, opset)
+    assert {("w", 1), ("c", 2), ("d", 2), ("s", 1), ("v", 0)} <= members
+    assert check_exact(said.weighted(text, opset)) == 1
