@@ -70,7 +70,7 @@ def analyze(model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> 
     settle.apply(twin, sizes)
     _forget_ones(twin, sizes)
     constants = _constants(twin.graph)
-    split: frozenset[str] = frozenset()
+    split = _given_out(twin.graph)
     while True:
         facts = _facts(twin.graph, sizes, split)
         parts = partition(facts, constants)
@@ -81,6 +81,18 @@ def analyze(model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> 
         split |= merged
     counted = tuple(name for name, counts in constants.items() if counts and name in facts.axes)
     return Analysis(parts.groups, parts.pins, parts.params, parts.prunable, counted, facts, parts.numbering)
+
+
+def _given_out(graph: gs.Graph) -> frozenset[str]:
+    """Reshapes that a cut must leave where they are: the graph gives out what they, or their readers, make."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    found = set()
+    for node in graph.nodes:
+        if node.op == "Reshape":
+            made = [node.outputs[0], *(tensor for user in node.outputs[0].outputs for tensor in user.outputs)]
+            if any(id(tensor) in outputs for tensor in made):
+                found.add(node.outputs[0].name)
+    return frozenset(found)
 
 
 def _facts(graph: gs.Graph, sizes: settle.Settled, split: frozenset[str]) -> Facts:

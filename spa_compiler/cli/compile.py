@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Examples:
   spa-compile model.onnx                                       zeros that are there become time, exactly
-  spa-compile model.onnx --sparsity 0.8 --pattern block:4x1    prune first (lossy: measure your accuracy)
+  spa-compile model.onnx --sparsity 0.8 --pattern block:4x1    set weights to zero first (lossy: measure your accuracy)
+  spa-compile model.onnx --prune 0.3                           cut channels away, with 30 % of the MACs (lossy, too)
+  spa-compile model.onnx --passes "prune-groups{masks=m.npz}"  cut what a trainer has masked
   spa-compile model.onnx --shape ids=1,128 --threads 1         time at this shape, with one thread
   spa-compile model.onnx --recipe recipe.yaml -o out           passes from a file
   spa-compile out                                              place an artifact anew on this machine

@@ -30,11 +30,15 @@ class Entries:
 
 @dataclass(frozen=True)
 class Settled:
-    """By tensor name. `shapes` are those of the first binding; an entry is None where inference does not know it."""
+    """By tensor name. `shapes` are those of the first binding; an entry is None where inference does not know it.
+
+    `counting` names tensors of several integers that are 0, 1, 2, .. in row-major order in both bindings.
+    """
 
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     varies: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     values: dict[str, Entries] = field(default_factory=dict)
+    counting: set[str] = field(default_factory=set)
 
 
 def settle(model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> Settled:
@@ -88,7 +92,11 @@ def _compare(settled: Settled, name: str, first: Known, second: Known) -> None:
         return
     settled.shapes[name] = first.shape
     settled.varies[name] = _moving(first.shape, second.shape)
-    if first.value is None or second.value is None or first.value.shape != second.value.shape:
+    if first.value is None or second.value is None:
+        return
+    if _counts(first.value) and _counts(second.value):
+        settled.counting.add(name)
+    if first.value.shape != second.value.shape:
         return
     if first.value is second.value:
         fixed = np.broadcast_to(np.True_, first.value.shape)
@@ -96,6 +104,11 @@ def _compare(settled: Settled, name: str, first: Known, second: Known) -> None:
         nan = (first.value != first.value) & (second.value != second.value)
         fixed = np.asarray((first.value == second.value) | nan)
     settled.values[name] = Entries(first.value, fixed)
+
+
+def _counts(value: Array) -> bool:
+    several = value.dtype.kind == "i" and value.size > 1
+    return several and bool((value.reshape(-1) == np.arange(value.size, dtype=np.int64)).all())
 
 
 def _moving(left: Dims, right: Dims | None) -> tuple[bool, ...]:

@@ -89,3 +89,16 @@ def test_apply_with_nothing_known() -> None:
     model = model_from(ATTENTION).copy()
     apply(model, Settled())
     assert model.graph.tensors()["x"].shape == ["batch", "sequence", 12]
+
+
+def test_counting_is_noticed_whatever_the_length() -> None:
+    model = model_from("""g (float[N, 4] x) => (float[M, 4] y) {
+      s = Shape(x)
+      zero = Constant <value = int64 {0}> ()
+      one = Constant <value = int64 {1}> ()
+      n = Gather(s, zero)
+      r = Range(zero, n, one)
+      t = Add(r, one)
+      y = Gather(x, r)
+    }""")
+    assert settle(model).counting == {"r"}

@@ -11,6 +11,7 @@ Pad      [A] -> [before + A + after]   the padding's indices are free, too: thei
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from spa_compiler.analysis.cut import Cut
 from spa_compiler.analysis.facts import Array, Axis, Facts, Incompatible, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
 from spa_compiler.analysis.rules.inputs import axis_of, given, pin_window
-from spa_compiler.analysis.rules.reshape import SIZES
+from spa_compiler.analysis.rules.reshape import SIZES, regroup
 
 _END = 2**31 - 1
 _RUNS = 32  # more runs of consecutive indices than this are no pieces but a permutation
@@ -266,6 +267,9 @@ def gather(node: gs.Node, facts: Facts) -> str | None:
     if axes is None or own is None:
         return UNKNOWN_RANK
     at = axis_of(node, len(axes), 0)
+    if _is_view(node, facts):
+        _view(node, facts, axes)
+        return None
     value = facts.value(indices)
     size = facts.algebra.size(axes[at])
     if value is None or size is None or value.ndim > 1:
@@ -294,6 +298,33 @@ def gather(node: gs.Node, facts: Facts) -> str | None:
 
     facts.patch(node, patch)
     return None
+
+
+def _is_view(node: gs.Node, facts: Facts) -> bool:
+    """Whether it takes all elements of a vector in order, as exporters write a view of a contiguous tensor."""
+    x, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    if indices.name not in facts.settled.counting or len(facts.axes[x.name]) != 1 or y.shape is None:
+        return False
+    moving = sum(facts.varies(y, axis) for axis in range(len(y.shape)))
+    return moving <= 1 and None not in y.shape and facts.algebra.size(facts.axes[x.name][0]) == math.prod(y.shape)
+
+
+def _view(node: gs.Node, facts: Facts, axes: Sequence[Axis]) -> None:
+    """As Reshape, and when an axis shrinks it becomes one."""
+    y = node.outputs[0]
+    facts.pin_tensor(node.op, node.inputs[1], "indices", window=True)
+    regroup(node, facts, axes, [math.prod(y.shape)], y.shape)
+    made = facts.axes[y.name]
+    open_ = [facts.varies(y, axis) for axis in range(len(made))]
+
+    def patch(own: gs.Node, cut: Cut) -> None:
+        if all(cut.keep_on(axis) is None for axis in made):
+            return
+        target = [-1 if free else cut.size_on(axis)[1] for axis, free in zip(made, open_, strict=True)]
+        own.op, own.attrs = "Reshape", {}
+        cut.set_input(own, 1, np.asarray(target, np.int64))
+
+    facts.patch(node, patch)
 
 
 def pad(node: gs.Node, facts: Facts) -> str | None:

@@ -45,7 +45,7 @@ def reshape(node: gs.Node, facts: Facts) -> str | None:
     if y.name not in facts.split and (shuffle := _shuffle(node, sizes)):
         _permute(node, facts, axes, shuffle)
         return None
-    _regroup(node, facts, axes, sizes, [int(size) for size in y.shape])
+    regroup(node, facts, axes, sizes, [int(size) for size in y.shape])
     if len(node.inputs) > 1:
         facts.patch(node, lambda own, cut: cut.patch_sizes(own, 1))
     return None
@@ -130,7 +130,8 @@ def _listed(node: gs.Node, facts: Facts, rank: int) -> set[int] | None:
     return None if values is None else {axis % rank for axis in values}
 
 
-def _regroup(node: gs.Node, facts: Facts, axes: Sequence[Axis], old: Sequence[int], new: Sequence[int]) -> None:
+def regroup(node: gs.Node, facts: Facts, axes: Sequence[Axis], old: Sequence[int], new: Sequence[int]) -> None:
+    """States the axes of output 0: those of input 0, dealt out to other sizes; blocks that do not fit are pinned."""
     x, y = node.inputs[0], node.outputs[0]
     out: list[Axis] = []
     pins: list[tuple[range, range, str]] = []
@@ -215,24 +216,30 @@ def _only_user(tensor: gs.Tensor, op: str) -> gs.Node | None:
 
 
 def _permute(node: gs.Node, facts: Facts, axes: Sequence[Axis], shuffle: _Shuffle) -> None:
-    """States the axes of the permuted result now; on the way there they are nothing that could shrink."""
+    """States the axes of the permuted result now; on the way there the permuted axis is nothing that could shrink."""
     result = list(axes)
     result[shuffle.axis] = facts.algebra.fresh(shuffle.order.size)
     whole = np.arange(shuffle.order.size)
     facts.algebra.tie(axes[shuffle.axis], shuffle.order, result[shuffle.axis], whole, node.outputs[0].name)
     facts.put(shuffle.last.outputs[0], result)
-    for tensor in (node.outputs[0], shuffle.transpose.outputs[0]):
-        facts.put(tensor, [facts.algebra.fresh(size) for size in tensor.shape])
-        facts.pin_tensor(node.op, tensor, "inside of a permutation", window=True)
     source, target, axis = node.inputs[0].name, shuffle.last.outputs[0].name, shuffle.axis
+    inside = range(axis, axis + len(node.outputs[0].shape) - len(axes) + 1)
+    for tensor in (node.outputs[0], shuffle.transpose.outputs[0]):
+        factors = [facts.algebra.fresh(tensor.shape[place]) for place in inside]
+        facts.put(tensor, [*axes[:axis], *factors, *axes[axis + 1 :]])
+        for place in inside:
+            facts.pin(node.op, tensor, place, "inside of a permutation", window=True)
 
     def gather(own: gs.Node, cut: Cut) -> None:
         kept, made = cut.keep(source, axis), cut.keep(target, axis)
-        if kept is None or made is None:
-            return
-        indices = np.searchsorted(kept, shuffle.order[made])
         turn = own.outputs[0].outputs[0]
         last = turn.outputs[0].outputs[0]
+        if kept is None or made is None:
+            for reshape_ in (own, last):
+                if reshape_.op == "Reshape":
+                    cut.patch_sizes(reshape_, 1)
+            return
+        indices = np.searchsorted(kept, shuffle.order[made])
         result = last.outputs[0]
         last.outputs.clear()
         turn.outputs.clear()

@@ -183,6 +183,22 @@ def test_repeats_that_are_computed() -> None:
     assert check_exact(weighted(text), seeds=(0,), sizes={"N": 3})
 
 
+def test_tile_that_is_reshaped() -> None:
+    """Copies and channels in axes of their own."""
+    text = """g (float[N, 6] x, float[6, 4] w, float[12, 3] v, float[3, 4] s) => (float[N, 3] y) {
+      a = MatMul(x, w)
+      repeats = Constant <value_ints = [1, 3]> ()
+      b = Tile(a, repeats)
+      shape = Constant <value_ints = [0, 3, 4]> ()
+      c = Reshape(b, shape)
+      d = Mul(c, s)
+      e = Flatten(d)
+      y = MatMul(e, v)
+    }"""
+    assert group_sizes(text) == [3, 4]
+    assert exact(weighted(text)) == 2
+
+
 # --- Shape, Size ------------------------------------------------------------------------------------------------------
 
 

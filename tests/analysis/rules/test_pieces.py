@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -106,11 +108,12 @@ def test_a_sum_of_concats_cut_differently() -> None:
 def split_model(opset: int, form: str, sizes: list[int]) -> onnx.ModelProto:
     chain = Chain(sum(sizes), opset)
     names = [f"part{place}" for place in range(len(sizes))]
-    inputs, attributes = [chain.x], {"axis": 2}
+    inputs = [chain.x]
+    attributes: dict[str, Any] = {"axis": 2}
     if form == "sizes" and opset >= 13:
         inputs.append(chain.net.ints(*sizes))
     elif form == "sizes":
-        attributes["split"] = sizes  # type: ignore[assignment]
+        attributes["split"] = sizes
     elif opset >= 18:
         attributes["num_outputs"] = len(sizes)
     chain.net.named("Split", inputs, names, **attributes)
@@ -372,6 +375,33 @@ def test_gather_of_an_index_twice() -> None:
     assert check_exact(model, seeds=(0,)) == 1
 
 
+def test_gather_of_what_was_gathered() -> None:
+    chain = Chain(12)
+    net = chain.net
+    first = net.gather(chain.x, net.ints(3, 1, 7, 2, 7, 9), axis=2)
+    model = chain.model(net.gather(first, net.ints(5, 0, 2, 2, 4), axis=2), 5)
+    (unit,) = units_of(analyze(load(model)), chain.weight, 1, 7)
+    assert unit == {(chain.weight, 1): [7], (chain.reader, 0): [2, 3, 4]}
+    assert check_exact(model, seeds=(0,)) == 1
+
+
+def test_gather_by_a_range_that_is_computed() -> None:
+    """As many as there are channels: the same for every input, though no constant says so."""
+    text = """g (float[N, 5, 6] x, float[6, 8] w, float[8, 3] v) => (float[N, 5, 3] y) {
+      a = MatMul(x, w)
+      sizes = Shape(a)
+      two = Constant <value = int64 {2}> ()
+      count = Gather(sizes, two)
+      zero = Constant <value = int64 {0}> ()
+      one = Constant <value = int64 {1}> ()
+      all = Range(zero, count, one)
+      b = Gather <axis = 2> (a, all)
+      y = MatMul(b, v)
+    }"""
+    assert group_sizes(text) == [8]
+    assert exact(weighted(text)) == 1
+
+
 def test_gather_of_negative_indices() -> None:
     chain, model, analysis = gather_model([-1, 3, -4, 0])
     (unit,) = units_of(analysis, chain.weight, 1, 11)
@@ -535,3 +565,41 @@ def test_a_shortcut_without_weights() -> None:
     (unit,) = units_of(analysis, second, 0, 7)
     assert unit == {(second, 0): [7], (last, 1): [7]}
     assert exact(model) == 3
+
+
+VIEW = """g (float[N, 6] x, float[6, 8] w, float[8, 3] v) => (float[N, 3] y) {
+  a = MatMul(x, w)
+  flat = Constant <value = int64[1] {-1}> ()
+  vector = Reshape(a, flat)
+  s = Shape(x)
+  zero = Constant <value = int64 {0}> ()
+  one = Constant <value = int64 {1}> ()
+  rows = Gather(s, zero)
+  row = Range(zero, rows, one)
+  eight = Constant <value = int64 {8}> ()
+  start = Mul(row, eight)
+  last = Constant <value = int64[1] {1}> ()
+  column = Unsqueeze(start, last)
+  steps = Constant <value = int64[8] {0, 1, 2, 3, 4, 5, 6, 7}> ()
+  indices = Add(column, steps)
+  b = Gather(vector, indices)
+  y = MatMul(b, v)
+}"""
+
+
+def test_a_view_that_is_written_as_a_gather() -> None:
+    assert group_members(VIEW) == [{("w", 1), ("a", 1), ("b", 1), ("v", 0)}]
+    model = weighted(VIEW)
+    assert exact(model) == 1
+    loaded = load(model)
+    small = cut(loaded, analyze(loaded), {0: [1, 2]})
+    assert [node.op for node in small.graph.nodes if node.outputs[0].name == "b"] == ["Reshape"]
+
+
+def test_a_gather_in_another_order_is_no_view() -> None:
+    """What is selected may shrink, with the table that selects it; what it is selected from may not."""
+    text = VIEW.replace("{0, 1, 2, 3, 4, 5, 6, 7}", "{1, 0, 2, 3, 4, 5, 6, 7}")
+    (members,) = group_members(text)
+    assert {("steps", 0), ("b", 1), ("v", 0)} <= members
+    assert ("w", 1) not in members
+    assert exact(weighted(text)) == 1

@@ -292,6 +292,71 @@ def test_a_shuffle_that_ends_in_flatten() -> None:
     assert exact(text) == 1
 
 
+SHUFFLED_ROWS = """g (float[{rows}, 5] c, float[N, {size}, 6] x, float[6, 8] w, float[8, 3] v, float[4, 12] d)
+    => (float[N, 4, 3] y) {{
+  a0 = MatMul(x, w)
+  a = {mixed}
+  shape = Constant <value_ints = [-1, 3, 4, 8]> ()
+  r = Reshape(a, shape)
+  t = Transpose <perm = [0, 2, 1, 3]> (r)
+  back = Constant <value_ints = [-1, 12, 8]> ()
+  u = Reshape(t, back)
+  y0 = MatMul(u, v)
+  y = MatMul(d, y0)
+}}"""
+
+
+def test_beside_a_shuffle_other_axes_pass() -> None:
+    text = SHUFFLED_ROWS.format(rows=12, size=12, mixed="Identity(a0)").replace("float[12, 5] c, ", "")
+    assert group_members(text) == [
+        {("w", 1), ("a0", 2), ("a", 2), ("r", 3), ("t", 3), ("u", 2), ("v", 0)},
+    ]
+    assert exact(text) == 1
+
+
+def test_a_shuffle_and_other_axes_together() -> None:
+    text = SHUFFLED_ROWS.format(rows=12, size=5, mixed="MatMul(c, a0)")
+    assert group_sizes(text) == [8, 12]
+    assert exact(text) == 2
+
+
+@pytest.mark.parametrize("given", ["b", "c"])
+def test_a_shuffle_that_the_graph_gives_out_stays(given: str) -> None:
+    sizes = "3, 4" if given == "b" else "4, 3"
+    text = f"""g (float[N, 6] x, float[6, 12] w, float[12, 3] v, float[6, 5] u, float[5, 3] z)
+        => (float[N, 3] y, float[N, {sizes}] {given}) {{
+      a = MatMul(x, w)
+      shape = Constant <value_ints = [-1, 3, 4]> ()
+      b = Reshape(a, shape)
+      c = Transpose <perm = [0, 2, 1]> (b)
+      d = Flatten(c)
+      e = MatMul(d, v)
+      f = MatMul(x, u)
+      h = MatMul(f, z)
+      y = Add(e, h)
+    }}"""
+    assert group_sizes(text) == [5]
+    assert exact(text) == 1
+
+
+def test_a_shuffle_that_others_read_splits_the_axis() -> None:
+    text = """g (float[N, 6] x, float[6, 12] w, float[12, 3] v, float[3, 1] s) => (float[N, 3] y, float[1] z) {
+      a = MatMul(x, w)
+      shape = Constant <value_ints = [-1, 3, 4]> ()
+      b = Reshape(a, shape)
+      c = Transpose <perm = [0, 2, 1]> (b)
+      d = Flatten(c)
+      m = Mul(b, s)
+      axes = Constant <value_ints = [0, 1, 2]> ()
+      total = ReduceSum <keepdims = 0> (m, axes)
+      one = Constant <value_ints = [0]> ()
+      z = Unsqueeze(total, one)
+      y = MatMul(d, v)
+    }"""
+    assert group_sizes(text) == [3, 4]
+    assert exact(text) == 2
+
+
 def test_a_shuffle_ties_channels_as_it_permutes_them() -> None:
     text = SHUFFLE.format(front="0, 3, 4, 4, 4", perm="0, 2, 1, 3, 4", back="0, 12, 4, 4")
     (unit,) = units_of(analysis_of(text), "w", 0, 5)  # row 1, column 1 of 3 x 4 -> row 1, column 1 of 4 x 3
