@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
+from spa_compiler.cli.compile import main as spa_compile
 from spa_compiler.passes.recipe import from_flags
 from tests.peers import tables
 
@@ -75,14 +80,14 @@ def test_every_option_of_a_command_exists(command: str) -> None:
         if line.removeprefix("$ ").startswith(f"{command} ")
         for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", line.partition("#")[0])
     }
-    assert used or command == "spa-analyze"
+    assert used
     assert used <= _options(command)
 
 
 def test_every_option_that_stands_alone_exists() -> None:
     known = set().union(*map(_options, COMMANDS))
     #: of the plan: the page says that they are not there
-    planned = {"--calib", "--prune"}
+    planned = {"--calib"}
     for page in PAGES:
         for line in _code(page.read_text(encoding="utf-8")):
             if line.startswith("--"):
@@ -101,6 +106,68 @@ def test_python_in_the_text_is_python() -> None:
     for page in PAGES:
         for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
             ast.parse(block)
+
+
+def _program(page: str, words: str) -> str:
+    """The Python block that has these words."""
+    (found,) = [block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if words in block]
+    return str(found)
+
+
+def _run(*arguments: str) -> str:
+    result = CliRunner().invoke(spa_compile, [*arguments, "--threads", "1"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_masks_of_the_readme_and_the_check_of_a_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trainer's program makes masks, the command beside it cuts, the program of deploy.md checks the cut."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    exec(compile(_program(README, "masks.npz"), "README.md", "exec"), {})
+    (command,) = re.findall(r'^spa-compile (models/\S+) --passes "(prune-groups\{masks=masks.npz\})"$', README, re.M)
+    model, passes = command
+    _run(model, "--passes", passes, "--shape", "image=2,1,8,8", "-o", "model-spa")
+
+    report = Path("model-spa", "report.json")
+    told = json.loads(report.read_text())
+    (cut,) = told["passes"]
+    assert [len(group["units"]) for group in cut["removed"]] == [96] * 5, "a quarter of 384 channels, in five blocks"
+    assert cut["warnings"] == []
+
+    shutil.copyfile(model, "model.onnx")
+    check = compile(_program(DEPLOY, "report.json"), "docs/deploy.md", "exec")
+    assert _errors(check, capsys)[0] < 1e-5
+    cut["removed"][0]["activations"] = []
+    report.write_text(json.dumps(told))
+    assert _errors(check, capsys)[0] > 1e-3, "a slab that is left out shows"
+
+
+def _errors(program: object, capsys: pytest.CaptureFixture[str]) -> list[float]:
+    capsys.readouterr()
+    exec(program, {})  # type: ignore[arg-type]
+    return [float(number) for number in re.findall(r"relative error (\S+)", capsys.readouterr().out)]
+
+
+def _on_examples() -> list[str]:
+    """Commands of the README that anybody can run after cloning; the masks have a test of their own."""
+    lines = [line.partition("  #")[0].strip() for line in _code(README)]
+    return [line for line in lines if re.match(r"spa-(compile|analyze) models/", line) and "masks.npz" not in line]
+
+
+@pytest.mark.parametrize("line", _on_examples())
+def test_commands_on_the_example_models_run(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    command, *arguments = shlex.split(line)
+    if command == "spa-compile" and "--dry-run" not in arguments:
+        arguments.append("--dry-run")
+    main: click.Command = importlib.import_module(COMMANDS[command]).main
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.output
 
 
 def test_every_target_of_make_exists() -> None:

@@ -38,12 +38,14 @@ class Incompatible(Exception):
 class Dim:
     """One factor of an axis. `size` is None where the file does not state it; such a Dim is never removable.
 
-    `label` says what one of it is where that is no plain channel ("conv group", ...). Two Dims that were joined are one
-    class; always go through `Axes` to see what a Dim stands for now.
+    `label` says what one of it is where that is no plain channel ("conv group", ...), `second` its size in the second
+    binding of the inputs' open dimensions where that is known. Two Dims that were joined are one class; always go
+    through `Axes` to see what a Dim stands for now.
     """
 
     size: int | None
     label: str = ""
+    second: int | None = None
     _parent: Dim | None = None
     _meaning: Axis | None = None
 
@@ -98,6 +100,28 @@ class Axes:
     def size(self, axis: Axis) -> int | None:
         """Number of indices, None if unknown."""
         return _size(axis)
+
+    def second(self, axis: Axis) -> int | None:
+        """The size in the second binding, None if that of some Dim on it is unknown."""
+        return _second(self.resolve(axis))
+
+    def note_second(self, axis: Axis, size: int) -> None:
+        """States the size in the second binding. An axis that keeps its size is made of Dims that do; on another one a
+        single Dim of which nothing is known yet follows from the rest.
+        """
+        unknown = {id(atom): atom for atom in self.atoms(axis) if atom.second is None}
+        if not unknown:
+            return
+        if size == self.size(axis):
+            for atom in unknown.values():
+                atom.second = atom.size
+            return
+        terms = self.resolve(axis)
+        lone = [factor for factor in terms[0] if isinstance(factor, Dim) and factor.second is None]
+        if len(terms) == 1 and len(lone) == len(unknown) == 1:
+            rest = _second((tuple(factor for factor in terms[0] if factor is not lone[0]),))
+            if rest and size % rest == 0:
+                lone[0].second = size // rest
 
     def merge(self, axes: Sequence[Axis]) -> Axis:
         """The row-major merge of neighbouring axes, as Flatten makes it."""
@@ -302,6 +326,20 @@ def _size(axis: Axis) -> int | None:
     return total
 
 
+def _second(terms: Iterable[Term]) -> int | None:
+    """As `_size`, in the second binding."""
+    total = 0
+    for term in terms:
+        count = 1
+        for factor in term:
+            size = factor.second if isinstance(factor, Dim) else _second(factor.terms)
+            if size is None:
+                return None
+            count *= size
+        total += count
+    return total
+
+
 def _spans(terms: Sequence[Term]) -> list[tuple[int, int]]:
     stops = list(itertools.accumulate(_term_size(term) for term in terms))
     return list(zip([0, *stops], stops, strict=False))
@@ -333,6 +371,7 @@ def _define(dim: Dim, meaning: Axis) -> None:
         other = meaning.terms[0][0]
         dim._parent = other
         other.label = other.label or dim.label
+        other.second = dim.second if other.second is None else other.second
         return
     dim._meaning = meaning
     if dim.label:
@@ -394,7 +433,7 @@ def _split_factor(factor: Factor, inner: int) -> None:
     """
     if isinstance(factor, Dim):
         size = factor.size or 0
-        _define(factor, Axis.of(Dim(size // inner, factor.label), Dim(inner, factor.label)))
+        _define(factor, Axis.of(_part(factor, size // inner), _part(factor, inner)))
         return
     for term in factor.terms:
         if _term_size(term) % inner:
@@ -430,7 +469,12 @@ def _cut_term(term: Term, offset: int) -> None:
     if offset % inner or not isinstance(head, Dim):
         raise Incompatible(_MERGED)
     at = offset // inner
-    _define(head, Axis(((Dim(at, head.label),), (Dim((head.size or 0) - at, head.label),))))
+    _define(head, Axis(((_part(head, at),), (_part(head, (head.size or 0) - at),))))
+
+
+def _part(dim: Dim, size: int) -> Dim:
+    """A new Dim for a part of a Dim; of one that has the same size in both bindings, every part has."""
+    return Dim(size, dim.label, size if dim.second == dim.size else None)
 
 
 def _elements(terms: Sequence[Term], offset: Mapping[int, int]) -> Indices:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -25,26 +25,29 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Removed: TypeAlias = Mapping[int, Iterable[int]]
+Statistics: TypeAlias = Literal["masked", "kept"]
 Slabs: TypeAlias = dict[tuple[str, int], Indices]
 """(tensor, axis) -> indices, ascending."""
 
 
-def cut(model: Model, analysis: Analysis, removed: Removed) -> Model:
+def cut(model: Model, analysis: Analysis, removed: Removed, statistics: Statistics = "masked") -> Model:
     """A copy of the model without the units.
 
     Args:
         analysis: of this model, or of one with the same tensor names.
         removed: group id -> units; they must leave an element to every Dim (`choose.spare`).
+        statistics: what norms and means over an axis that shrinks count: the whole axis with the removed indices as
+            zeros (exact), or what is left alone (another model: its statistics are those of a smaller one).
     """
     out = model.copy()
-    apply(out, analysis, removed)
+    apply(out, analysis, removed, statistics)
     return out
 
 
-def apply(model: Model, analysis: Analysis, removed: Removed) -> None:
+def apply(model: Model, analysis: Analysis, removed: Removed, statistics: Statistics = "masked") -> None:
     """`cut` in place. Weight arrays are replaced, never written to."""
     lift_constants(model.graph)
-    Cut(model, analysis, removed).run()
+    Cut(model, analysis, removed, statistics).run()
 
 
 def removed_slabs(analysis: Analysis, removed: Removed) -> tuple[Slabs, Slabs]:
@@ -69,8 +72,9 @@ class Cut:
     Sizes "before" are those of the file; where they depend on the inputs, of the binding that the analysis chose.
     """
 
-    def __init__(self, model: Model, analysis: Analysis, removed: Removed) -> None:
+    def __init__(self, model: Model, analysis: Analysis, removed: Removed, statistics: Statistics = "masked") -> None:
         self.graph = model.graph
+        self.statistics = statistics
         self._analysis = analysis
         self._facts = analysis.facts
         self._dead = count.dead(analysis, removed)

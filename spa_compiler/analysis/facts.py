@@ -6,7 +6,7 @@ output, which, unlike a node's name, is always there and unique.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -97,12 +97,15 @@ class Facts:
             if tensor.shape is None:
                 return None
             sizes = (size if isinstance(size, int) and size >= 0 else None for size in tensor.shape)
-            self.axes[tensor.name] = tuple(self.algebra.fresh(size) for size in sizes)
+            self.put(tensor, [self.algebra.fresh(size) for size in sizes])
         return self.axes[tensor.name]
 
     def put(self, tensor: Any, axes: Sequence[Axis]) -> None:
         """States the axes of a node's output."""
         self.axes[tensor.name] = tuple(axes)
+        for axis, size in zip(axes, self.settled.second.get(tensor.name, ()), strict=False):
+            if size is not None:
+                self.algebra.note_second(axis, size)
 
     def couple(self, node: gs.Node, tensor: Any, axis: int, other: Axis, reason: str = "") -> None:
         """Joins an axis of a tensor with another axis; where that is impossible, both are pinned.
@@ -163,6 +166,22 @@ class Facts:
         """Whether the size of the axis depends on the inputs' sizes."""
         moving = self.settled.varies.get(tensor.name)
         return moving is not None and moving[axis]
+
+    def is_mixed(self, tensor: Any, axis: int) -> bool:
+        """Whether the size of the axis depends on the inputs' sizes, but not all of it does: heads merged with the
+        batch. What its indices mean differs from run to run.
+        """
+        return self.varies(tensor, axis) and any(
+            atom.second is None or atom.second == atom.size for atom in self.algebra.atoms(self.axes[tensor.name][axis])
+        )
+
+    def pin_uneven(self, op: str, tensor: Any, axes: Iterable[int]) -> None:
+        """Pins those of the axes that keep another share of their size from run to run when they shrink: sums of
+        channels and of what is merged with positions, say. What needs to know that share cannot do with them.
+        """
+        for axis in axes:
+            if self.is_mixed(tensor, axis) and len(self.algebra.resolve(self.axes[tensor.name][axis])) > 1:
+                self.pin(op, tensor, axis, "a sum whose size varies")
 
 
 Rule: TypeAlias = Callable[[gs.Node, Facts], str | None]

@@ -99,6 +99,7 @@ class _Partition:
         self.facts, self.algebra, self.constants = facts, facts.algebra, constants
         self.numbering = Numbering(facts)
         self._pin_stored()
+        self._pin_all_of_one()
         self.free = self.numbering.free
         self.on_axis = self._on_axes()
         self.live: dict[tuple[str, int], Mask] = {}
@@ -128,6 +129,21 @@ class _Partition:
                 lone = labels[(labels >= 0) & ~seen[labels]]
                 if lone.size and numbering.free[lone].any():
                     numbering.hold(Pin(name, number, "constant", "nothing but constants has it", (axis,)), lone)
+
+    def _pin_all_of_one(self) -> None:
+        """A unit that has every element of a Dim stays: an axis cannot become empty."""
+        numbering = self.numbering
+        homes: dict[int, tuple[str, int, Axis]] = {}
+        for name, axes in self.facts.axes.items():
+            for number, axis in enumerate(axes):
+                for atom in self.algebra.atoms(axis):
+                    homes.setdefault(id(atom), (name, number, axis))
+        for atom in numbering.atoms:
+            labels = numbering.range(atom)
+            if labels.size and numbering.free[labels[0]] and (labels == labels[0]).all() and id(atom) in homes:
+                name, number, axis = homes[id(atom)]
+                pin = Pin(name, number, "coupling", "all that is on the axis hangs together", (axis,))
+                numbering.hold(pin, labels[:1].copy())
 
     def _on_axes(self) -> dict[tuple[str, int], Indices]:
         """The labels on each axis of a constant, and on each other axis that some unit can shrink.

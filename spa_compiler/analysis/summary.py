@@ -51,7 +51,7 @@ class _Held:
         self.stuck: list[list[tuple[Indices, Mask]]] = []
         for name in analysis.parameters:
             on = [numbering.on(axis) for axis in analysis.facts.axes[name]]
-            stays = [~((labels >= 0) & numbering.free[labels]).any(0) if self.labels else _all(labels) for labels in on]
+            stays = [_stays(labels, numbering.free) for labels in on]
             if all(own.any() for own in stays):
                 self.stuck.append(list(zip(on, stays, strict=True)))
         self.pinned: dict[tuple[str, str], list[Indices]] = {}
@@ -71,5 +71,8 @@ class _Held:
         return total
 
 
-def _all(labels: Indices) -> Mask:
-    return np.ones(labels.shape[1], np.bool_)
+def _stays(labels: Indices, free: Mask) -> Mask:
+    """Which indices no unit removes."""
+    if not free.size:
+        return np.ones(labels.shape[1], np.bool_)
+    return np.asarray(~((labels >= 0) & free[labels]).any(0))

@@ -61,6 +61,8 @@ def check(before: Model, after: Model, analysis: Analysis, change: Change, feeds
         raise
     except Exception as error:
         raise _failure(change, f"the cut model does not run: {_first_line(error)}") from error
+    if change.unlike:
+        return f"{change.pass_name} is not verified: {change.unlike}"
     for want, other, have in zip(wanted, plain, got, strict=True):
         for name, value in want.items():
             allowed = _allowed(value, noise(value, other[name]))

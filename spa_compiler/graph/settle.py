@@ -32,10 +32,13 @@ class Entries:
 class Settled:
     """By tensor name. `shapes` are those of the first binding; an entry is None where inference does not know it.
 
+    `second` has the shapes in the second binding, of models with open dimensions, where the rank is the same in both.
+
     `counting` names tensors of several integers that are 0, 1, 2, .. in row-major order in both bindings.
     """
 
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
+    second: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     varies: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     values: dict[str, Entries] = field(default_factory=dict)
     counting: set[str] = field(default_factory=set)
@@ -58,6 +61,9 @@ def settle(model: Model, shapes: Mapping[str, Sequence[int]] | None = None) -> S
     settled = Settled()
     for name, known in first.known.items():
         _compare(settled, name, known, second.known[name])
+        shape = second.known[name].shape
+        if second is not first and shape is not None and len(shape) == len(known.shape or ()):
+            settled.second[name] = shape
     return settled
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from spa_compiler.analysis import Analysis, analyze
 from spa_compiler.analysis.count import Counter
-from spa_compiler.analysis.cut import apply, removed_slabs
+from spa_compiler.analysis.cut import Statistics, apply, removed_slabs
 from spa_compiler.analysis.schema import Slab
 from spa_compiler.graph import shapes
 from spa_compiler.graph.model import Model
@@ -34,11 +34,13 @@ def analyzed(model: Model, context: Context) -> Analysis:
     return analyze(model, {name: value.shape for name, value in context.feeds[0].items()} if context.feeds else None)
 
 
-def cut(model: Model, analysis: Analysis, removed: Mapping[int, Units]) -> tuple[Removal, ...]:
+def cut(
+    model: Model, analysis: Analysis, removed: Mapping[int, Units], statistics: Statistics = "masked"
+) -> tuple[Removal, ...]:
     """Removes units in place, and says what that came to."""
     told = removals(analysis, removed)
     if told:
-        apply(model, analysis, removed)
+        apply(model, analysis, removed, statistics)
         shapes.infer(model)
     return told
 

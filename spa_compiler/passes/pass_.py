@@ -95,6 +95,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the model computes what it did before; where it does not but something was removed, what the masked
     model computes.
     """
+    unlike: str = ""
+    """Why a cut model computes something else than the masked one; empty where it must compute the same."""
     asked: dict[str, float] = {}
     """What should remain, as a share of the whole model, by the option's name: `{"macs": 0.5}`."""
     got: dict[str, float] = {}

@@ -35,6 +35,8 @@ _WIDE = frozenset({"x86-64-v4"})
 _WIDE_LANES, _LANES = 16, 8
 """Channels that one vector of float32 holds (AVX-512 and GPUs, AVX2)."""
 
+_KEPT = "norms over pruned axes count what is left alone, which no masked model does"
+
 _Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 
 
@@ -81,6 +83,13 @@ class PruneGroupsOptions:
         float,
         Meta(ge=0, description="what every axis keeps at least: below 1 a share, else a number; always one"),
     ] = 0.1
+    statistics: Annotated[
+        Literal["masked", "kept"],
+        Meta(
+            description="what norms over a pruned axis count: `masked` the whole axis, removed channels as zeros "
+            "(exact); `kept` what is left alone: faster, but another model, and never verified"
+        ),
+    ] = "masked"
     steps: Annotated[
         int, Meta(ge=1, le=1000, description="in how many steps: after each, what is left is scored again")
     ] = 1
@@ -140,13 +149,14 @@ class PruneGroups:
         else:
             removed, warnings = self._to_budget(model, analysis, groups, context)
         got = shares(analysis, removed)
-        told = cut(model, analysis, removed)
+        told = cut(model, analysis, removed, self.options.statistics)
         for warning in warnings:
             _log.warning("%s: %s", self.name, warning)
         return Change(
             pass_name=self.name,
             summary=self._summary(told, got),
             removed=told,
+            unlike=_KEPT if self.options.statistics == "kept" else "",
             asked={} if self.goal == "masks" else {self.goal: getattr(self.options, self.goal)},
             got=got,
             warnings=tuple(warnings),

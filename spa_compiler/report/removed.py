@@ -6,7 +6,7 @@ convolution before it), and a second cut sees what the first one left. Whoever c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,8 @@ class InSource:
             self._analysis = analyze(self._source)
         known, self._units = self._units, also(self._units, match(self._analysis, gone).removed)
         new = {group: np.setdiff1d(own, known.get(group, own[:0])) for group, own in self._units.items()}
-        told = tuple(_told(one) for one in removals(self._analysis, new))
+        folded = _stored(self._source) - (analysis.facts.axes.keys() - set(analysis.parameters))
+        told = tuple(_told(one, folded) for one in removals(self._analysis, new))
         rest = self._unexplained(gone, slabs(self._analysis, self._units))
         return (*told, rest) if rest is not None else told
 
@@ -80,13 +81,26 @@ class InSource:
         )
 
 
-def _told(removal: Removal) -> Removed:
+def _stored(model: Model) -> set[str]:
+    """Tensors that hang on no input, as what standardizes weights makes; where folding made constants of them, whole
+    ones went in, so nothing is to be masked.
+    """
+    out: set[str] = set()
+    for node in model.graph.nodes:
+        if node.op == "Constant" or (
+            node.inputs and all(not t.name or hasattr(t, "values") or t.name in out for t in node.inputs)
+        ):
+            out.update(tensor.name for tensor in node.outputs)
+    return out
+
+
+def _told(removal: Removal, folded: Container[str]) -> Removed:
     return Removed(
         group=removal.group,
         granularity=removal.granularity,
         units=removal.units,
         parameters=_slabs(removal.parameters),
-        activations=_slabs(removal.activations),
+        activations=_slabs(slab for slab in removal.activations if slab.name not in folded),
     )
 
 

@@ -185,3 +185,16 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
     (group,) = analyze(loaded).groups
     assert (group.size, group.params) == (size, 8 * size)
     assert not isinstance(loaded.graph.tensors()["w"]._values, np.ndarray)
+
+
+def test_a_unit_that_is_all_of_an_axis_stays() -> None:
+    """Every index is tied to the next one round, so there is one unit, and without it nothing would be left."""
+    analysis = analysis_of("""g (float[N, 3] x, float[3, 5] w, float[5, 2] v) => (float[N, 2] y) {
+      a = MatMul(x, w)
+      next = Constant <value = int64[5] {1, 2, 3, 4, 0}> ()
+      b = Gather <axis = 1> (a, next)
+      c = Add(a, b)
+      y = MatMul(c, v)
+    }""")
+    assert not analysis.groups
+    assert any(pin.reason == "all that is on the axis hangs together" and pin.params == 25 for pin in analysis.pins)

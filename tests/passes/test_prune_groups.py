@@ -302,3 +302,26 @@ def test_groups_are_those_of_the_analysis() -> None:
     groups = analyze(model).groups
     change = prune(channels=0.5)(model)
     assert {one.group for one in change.removed} <= {group.id for group in groups}
+
+
+NORMED = """agraph (float[2, 1] x) => (float[2, 1] y)
+<float[1, 4] A = {1, 10, 2, 9}, float[4] gain = {1, 1, 1, 1}, float[4] shift = {0, 0, 0, 0}, float[4, 1] B = {0, 0, 0, 0}>
+{
+    [one] h = MatMul (x, A)
+    [norm] n = LayerNormalization (h, gain, shift)
+    [two] y = MatMul (n, B)
+}"""
+
+
+def test_norms_count_what_was_removed_as_zeros() -> None:
+    model = model_from(NORMED)
+    change = prune(channels=0.5, round_to=1)(model)
+    assert [node.op for node in model.graph.nodes] == ["MatMul", "Pad", "LayerNormalization", "Slice", "MatMul"]
+    assert not change.unlike
+
+
+def test_norms_of_what_is_left_alone_are_another_model() -> None:
+    model = model_from(NORMED)
+    change = prune(channels=0.5, round_to=1, statistics="kept")(model)
+    assert [node.op for node in model.graph.nodes] == ["MatMul", "LayerNormalization", "MatMul"]
+    assert "no masked model" in change.unlike

@@ -10,22 +10,24 @@ from spa_compiler import targets
 from spa_compiler.analysis import analyze
 from spa_compiler.analysis.mask import mask
 from spa_compiler.graph.canonicalize import canonicalize
+from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
-from spa_compiler.graph.session import open_model, run
+from spa_compiler.graph.session import Feeds, open_model, run
 from spa_compiler.passes import Context, from_flags
 from spa_compiler.report.removed import InSource
 from spa_compiler.report.report import PassChange, Removed
+from tests.analysis import architectures
 from tests.convnet import convnet
 
 FEEDS = {"x": np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)}
 
 
-def cut(source: Model, recipe: str) -> tuple[Model, list[tuple[Removed, ...]]]:
-    model = canonicalize(source, [FEEDS]).model
+def cut(source: Model, recipe: str, feeds: Feeds = FEEDS) -> tuple[Model, list[tuple[Removed, ...]]]:
+    model = canonicalize(source, [feeds]).model
     told, in_source = [], InSource(source)
     for each in from_flags(recipe).build():
         analysis = analyze(model)
-        context = Context(targets.parse("cpu"), np.random.default_rng(0), analysis, source, [FEEDS])
+        context = Context(targets.parse("cpu"), np.random.default_rng(0), analysis, source, [feeds])
         told.append(in_source.tell(analysis, each.run(model, context)))
     return model, told
 
@@ -53,6 +55,17 @@ def test_masking_the_source_gives_the_cut_model(recipe: str) -> None:
     got = run(open_model(model), FEEDS)
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max())
+
+
+def test_weights_that_are_standardized_in_the_graph_are_not_masked_on_their_way() -> None:
+    """The file computes its weights; folding did that with whole ones before the cut."""
+    source = load(architectures.weight_standardized())
+    feeds = {"x": np.random.default_rng(1).normal(size=(2, 3, 6, 6)).astype(np.float32)}
+    model, told = cut(source, "prune-groups{params=0.5,criterion=random,round_to=1}", feeds)
+    want, got = run(open_model(masked(source, told)), feeds), run(open_model(model), feeds)
+    np.testing.assert_allclose(got["y"], want["y"], rtol=1e-4, atol=1e-4)
+    assert {slab.axis for slab in told[0][0].activations} == {1}
+    assert any(slab.name == "w15" for slab in told[0][0].parameters)
 
 
 def test_units_are_those_of_the_source_analysis() -> None:

@@ -45,7 +45,7 @@ def matmul(node: gs.Node, facts: Facts) -> str | None:
     facts.couple(node, b, inner_b, left[-1])
     batch = [(a, range(len(left) - 2)), (b, range(len(right) - 2))]
     result = broadcast(node, facts, batch) if max(len(left), len(right)) > 2 else []
-    _label(node, facts, result, left[-1])
+    _label(node, facts, result, (left[-1], right[-1]))
     result += [left[-2]] if len(left) > 1 else []
     columns = [right[-1]] if len(right) > 1 else []
     _count(node, facts, result, (right[inner_b], *columns))
@@ -62,14 +62,14 @@ def _count(node: gs.Node, facts: Facts, rows: Sequence[Axis], weight: tuple[Axis
     facts.work(node, (*known, *weight) if sized else weight, 1 if sized else None)
 
 
-def _label(node: gs.Node, facts: Facts, batch: Sequence[Axis], inner: Axis) -> None:
+def _label(node: gs.Node, facts: Facts, batch: Sequence[Axis], inside: Sequence[Axis]) -> None:
     """In a product of two computed tensors, what is between the batch and the matrices are heads."""
     if any(isinstance(tensor, gs.Constant) for tensor in node.inputs[:2]):
         return
     for axis in batch[1:]:
         facts.algebra.name(axis, "head")
-    if len(batch) > 1:
-        facts.algebra.name(inner, "head dimension")
+    for axis in inside if len(batch) > 1 else ():
+        facts.algebra.name(axis, "head dimension")
 
 
 RULES: dict[str, Rule] = {"Gemm": gemm, "MatMul": matmul}

@@ -44,6 +44,7 @@ def expand(node: gs.Node, facts: Facts) -> str | None:
     for place, axis in enumerate(out):
         if facts.varies(y, place) and axis not in axes:
             facts.pin(node.op, y, place, "computed size", window=True)
+    facts.pin_uneven(node.op, y, range(len(out)))
     facts.patch(node, lambda own, cut: cut.patch_sizes(own, 1))
     return None
 
@@ -94,6 +95,7 @@ def shape(node: gs.Node, facts: Facts) -> str | None:
     if axes is None:
         return None
     start, stop, _ = slice(node.attrs.get("start", 0), node.attrs.get("end")).indices(len(axes))
+    facts.pin_uneven(node.op, x, range(start, stop))
 
     def patch(own: gs.Node, cut: Cut) -> None:
         ratio = np.ones((2, stop - start), np.int64)
@@ -115,6 +117,7 @@ def size(node: gs.Node, facts: Facts) -> str | None:
     axes = facts.of(node.inputs[0])
     if facts.of(node.outputs[0]) is None or axes is None:
         return UNKNOWN_RANK
+    facts.pin_uneven(node.op, node.inputs[0], range(len(axes)))
 
     def patch(own: gs.Node, cut: Cut) -> None:
         before = after = 1

@@ -60,7 +60,9 @@ def axes_of(facts: Facts, tensor: Any, places: Iterable[int]) -> dict[int, Axis]
 
 
 def shrunk(cut: Cut, axes: Mapping[int, Axis]) -> dict[int, Kept]:
-    """Those of the axes that lost indices."""
+    """Those of the axes that lost indices; none where statistics are to be those of what is left."""
+    if cut.statistics == "kept":
+        return {}
     out = {}
     for place, axis in axes.items():
         keep = cut.keep_on(axis)

@@ -26,6 +26,8 @@ from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
 from spa_compiler.analysis.rules.inputs import axis_of, given, pin_window
 from spa_compiler.analysis.rules.reshape import SIZES, regroup
 
+VARIES = "positions on an axis whose size varies"
+
 _END = 2**31 - 1
 _RUNS = 32  # more runs of consecutive indices than this are no pieces but a permutation
 _LONE = 16  # at most one index in so many may become a piece of its own, which can no longer go
@@ -61,6 +63,8 @@ def split(node: gs.Node, facts: Facts) -> str | None:
     if None in sizes or facts.algebra.size(axes[at]) != sum(sizes):
         return "splits into sizes that cannot be told"
     try:
+        if facts.is_mixed(x, at):
+            raise Incompatible(VARIES)
         parts = facts.algebra.split(axes[at], sizes)
     except Incompatible as error:
         facts.pin(node.op, x, at, str(error))
@@ -90,11 +94,14 @@ def split(node: gs.Node, facts: Facts) -> str | None:
 
 @dataclass(frozen=True)
 class _Cutout:
-    """What Slice takes of one axis; `indices` is None where that is known only when the model runs."""
+    """What Slice takes of one axis; `indices` is None where that is known only when the model runs, `is_all` says that
+    it takes all of an axis of any size.
+    """
 
     axis: int
     indices: Indices | None
     step: int
+    is_all: bool
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,10 @@ class _Ranges:
     def _cutout(self, place: int, axis: int, size: int | None) -> _Cutout:
         start, end, step = (int(part[place]) for part in (self.starts, self.ends, self.steps))
         if size is None or not self.fixed[place]:
-            return _Cutout(axis, None, step)
+            return _Cutout(axis, None, step, False)
         stop = None if step < 0 and end < -size else end
-        return _Cutout(axis, np.arange(size, dtype=np.int64)[start:stop:step], step)
+        is_all = start == 0 and end >= _END and step == 1
+        return _Cutout(axis, np.arange(size, dtype=np.int64)[start:stop:step], step, is_all)
 
 
 def slice_(node: gs.Node, facts: Facts) -> str | None:
@@ -135,7 +143,7 @@ def slice_(node: gs.Node, facts: Facts) -> str | None:
     pinned = []
     for cutout in ranges.cutouts([facts.algebra.size(axis) for axis in axes]):
         own, indices = axes[cutout.axis], cutout.indices
-        if indices is None or not indices.size:
+        if indices is None or not indices.size or (facts.is_mixed(x, cutout.axis) and not cutout.is_all):
             out[cutout.axis] = facts.algebra.fresh(y.shape[cutout.axis])
             pinned.append(cutout.axis)
         elif indices.size != facts.algebra.size(own) or cutout.step != 1:
@@ -272,9 +280,13 @@ def gather(node: gs.Node, facts: Facts) -> str | None:
         return None
     value = facts.value(indices)
     size = facts.algebra.size(axes[at])
-    if value is None or size is None or value.ndim > 1:
+    mixed = facts.is_mixed(x, at)
+    if value is None or size is None or value.ndim > 1 or mixed:
         facts.put(node.outputs[0], [*axes[:at], *own, *axes[at + 1 :]])
-        facts.pin(node.op, x, at, "selected by indices that are computed" if value is None else "selected by a table")
+        why = "selected by indices that are computed" if value is None else "selected by a table"
+        facts.pin(node.op, x, at, VARIES if mixed else why)
+        if mixed and value is not None and value.ndim <= 1:
+            facts.pin_tensor(node.op, indices, "indices", window=True)
         return None
     facts.pin_tensor(node.op, indices, "indices", window=True)
     chosen = np.asarray(value, np.int64) % size

@@ -2,8 +2,9 @@
 
     X [N, C, L] -> Y [N, 1, L], or [N, L] without keepdims
 
-A zero adds nothing to a sum. It counts in a mean, so the mean of what is left is scaled by kept / before. It takes part
-in a maximum, a product or a sum of exponentials, so those axes stay.
+A zero adds nothing to a sum. It counts in a mean, so the mean of what is left is scaled by kept / before. A maximum
+with zeros among its elements is not below zero, so that is put behind it, and likewise with a minimum. A zero takes
+part in a product or a sum of exponentials, so those axes stay.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _ZERO_COUNTS = {
     "ReduceLogSumExp": "a zero would take part in a sum of exponentials",
-    "ReduceMax": "a zero would take part in a maximum",
-    "ReduceMin": "a zero would take part in a minimum",
     "ReduceProd": "a zero would take part in a product",
 }
+
+_WITH_ZERO = {"ReduceMax": "Max", "ReduceMin": "Min"}
+_BROADCASTS_SINCE = 8
+"""The opset from which Max and Min take a scalar beside a tensor."""
 
 _OF_STORED: Mapping[str, Callable[..., Array]] = {
     "ReduceL1": lambda x, **over: np.abs(x).sum(**over),
@@ -61,6 +64,8 @@ def reduction(node: gs.Node, facts: Facts) -> str | None:
         _reduce_stored(node, facts, over, keepdims)
     elif node.op == "ReduceMean":
         _scale_mean(node, facts, over)
+    elif node.op in _WITH_ZERO:
+        _bound(node, facts, over)
     elif node.op in _ZERO_COUNTS:
         for axis in over:
             facts.pin(node.op, x, axis, _ZERO_COUNTS[node.op])
@@ -94,6 +99,23 @@ def _scale_mean(node: gs.Node, facts: Facts, over: frozenset[int]) -> None:
         kept = shrunk(cut, axes)
         if kept:
             cut.after(node, 0, "Mul", [np.array(share(kept), dtype)])
+
+    facts.patch(node, patch)
+
+
+def _bound(node: gs.Node, facts: Facts, over: frozenset[int]) -> None:
+    """max(x, 0, .., 0) = max(max(x), 0)."""
+    x = node.inputs[0]
+    dtype = _float_type(x)
+    if dtype is None or facts.opset < _BROADCASTS_SINCE:
+        for axis in over:
+            facts.pin(node.op, x, axis, "a zero would take part in an extreme")
+        return
+    axes = axes_of(facts, x, sorted(over))
+
+    def patch(node: gs.Node, cut: Cut) -> None:
+        if shrunk(cut, axes):
+            cut.after(node, 0, _WITH_ZERO[node.op], [np.zeros((), dtype)])
 
     facts.patch(node, patch)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -47,6 +48,8 @@ def reshape(node: gs.Node, facts: Facts) -> str | None:
         return None
     regroup(node, facts, axes, sizes, [int(size) for size in y.shape])
     if len(node.inputs) > 1:
+        if facts.value(node.inputs[1]) is None:
+            facts.pin_uneven(node.op, y, range(len(y.shape)))
         facts.patch(node, lambda own, cut: cut.patch_sizes(own, 1))
     return None
 
@@ -142,8 +145,9 @@ def regroup(node: gs.Node, facts: Facts, axes: Sequence[Axis], old: Sequence[int
             else:
                 merged = facts.algebra.merge([axes[place] for place in taken] or [facts.algebra.fresh(1)])
                 out += facts.algebra.factor(merged, [new[place] for place in made])
+            _check_second(facts, [(x, axes, place) for place in taken] + [(y, out, place) for place in made])
         except Incompatible as error:
-            out += [facts.algebra.fresh(new[place]) for place in made]
+            out[made.start :] = [facts.algebra.fresh(new[place]) for place in made]
             pins.append((taken, made, str(error)))
     facts.put(y, out)
     for taken, made, reason in pins:
@@ -151,6 +155,26 @@ def regroup(node: gs.Node, facts: Facts, axes: Sequence[Axis], old: Sequence[int
             facts.pin(node.op, x, place, reason)
         for place in made:
             facts.pin(node.op, y, place, reason)
+
+
+def _check_second(facts: Facts, places: Sequence[tuple[Any, Sequence[Axis], int]]) -> None:
+    """Sizes that fit together in the first binding may do so by chance: in the second one they have to, too.
+
+    Args:
+        places: of one block, tensors, their axes and which of them.
+    """
+    if not any(facts.varies(tensor, place) for tensor, _, place in places):
+        return
+    sized = [
+        (axes[place], size)
+        for tensor, axes, place in places
+        if (size := (facts.settled.second.get(tensor.name) or (None,) * len(axes))[place]) is not None
+    ]
+    for axis, size in sized:
+        facts.algebra.note_second(axis, size)
+    for axis, size in sized:
+        if facts.algebra.second(axis) not in (size, None):
+            raise Incompatible("sizes that fit for some inputs alone")
 
 
 def blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[range, range]]:

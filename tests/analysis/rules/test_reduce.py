@@ -9,7 +9,8 @@ from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, we
 
 ENDS = {("w0", 0), ("w1", 1)}
 EXACT = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean"]
-ZERO_COUNTS = ["ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp"]
+EXTREMES = ["ReduceMax", "ReduceMin"]
+ZERO_COUNTS = ["ReduceProd", "ReduceLogSumExp"]
 
 
 def call(op: str, axes: str, opset: int, *, keepdims: int = 1) -> str:
@@ -43,11 +44,27 @@ def test_over_channels(op: str, opset: int) -> None:
 
 
 @pytest.mark.parametrize("opset", [11, 18])
-@pytest.mark.parametrize("op", [*EXACT, *ZERO_COUNTS])
+@pytest.mark.parametrize("op", [*EXACT, *EXTREMES, *ZERO_COUNTS])
 def test_beside_channels(op: str, opset: int) -> None:
     text = gated(call(op, "2, -1", opset))
     assert removable(analysis_of(text, opset)) == {*ENDS, ("b0", 0)}
     assert check_exact(weighted(text, opset), name=op)
+
+
+@pytest.mark.parametrize("opset", [8, 13, 18, 20])
+@pytest.mark.parametrize("op", EXTREMES)
+@pytest.mark.parametrize("sign", ["Softplus", "Neg"])
+def test_an_extreme_knows_of_the_zero(op: str, opset: int, sign: str) -> None:
+    """Of negative numbers the largest is the zero of a removed channel."""
+    text = gated(call(op, "1", opset)).replace("p = Softplus(a)", f"q = Softplus(a)\n  p = {sign}(q)")
+    assert removable(analysis_of(text, opset)) == {*ENDS, ("b0", 0)}
+    assert check_exact(weighted(text, opset), name=op)
+
+
+@pytest.mark.parametrize("op", EXTREMES)
+def test_old_extremes_stay(op: str) -> None:
+    analysis = analysis_of(gated(call(op, "1", 7)), 7)
+    assert "a zero would take part in an extreme" in reasons_of(analysis, "p", 1)
 
 
 @pytest.mark.parametrize("op", ZERO_COUNTS)
@@ -65,10 +82,10 @@ def test_over_channels_and_more(op: str, axes: str) -> None:
     assert check_exact(weighted(text), name=op)
 
 
-@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax"])
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean", "ReduceMax", "ReduceProd"])
 def test_over_all_axes(op: str) -> None:
     text = gated(f"r = {op} <keepdims = 0> (p)")
-    is_free = op != "ReduceMax"
+    is_free = op != "ReduceProd"
     assert (removable(analysis_of(text)) >= ENDS) == is_free
     assert bool(check_exact(weighted(text))) == is_free
 
