@@ -5,9 +5,9 @@
                                   "activations": [{"name", "axis", "indices"}]}]}],
      "pins": [{"tensor", "axis", "op", "reason", "params"}]}
 
-Tensors are named as in the source file. Sizes that the file leaves open (a batch, a sequence) are bound to numbers that
-fit the graph, see `graph.settle`. What is said of them holds for these numbers. `json_schema()` gives the same as a JSON
-Schema.
+Tensors are named as in the source file. Sizes that the file leaves open (a batch, a sequence) are bound to numbers
+that fit the graph, see `graph.settle`. What is said of them holds for these numbers. `json_schema()` gives the same as
+a JSON Schema.
 """
 
 from __future__ import annotations

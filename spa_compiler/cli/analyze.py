@@ -214,3 +214,7 @@ def _table(console: Console, names: Sequence[str], rows: Iterable[Sequence[str]]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a name is no markup
     console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from spa_compiler.errors import ModelError
 from spa_compiler.graph import external, metadata, structure
 from spa_compiler.graph.damage import diagnose
 from spa_compiler.graph.model import Dim, Model, Signature, Source, ValueInfo
+from spa_compiler.graph.structure import has_data
 from spa_compiler.graph.surgeon import import_graph
 from spa_compiler.graph.weights import LARGE_BYTES
 
@@ -83,6 +84,13 @@ def _build(proto: onnx.ModelProto, path: Path | None, size: int) -> Model:
     notes: list[str] = []
     if not proto.HasField("graph"):
         raise ModelError("it holds no graph", where=where, fix="Export the model again")
+    empty = [t.name for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL and not has_data(t)]
+    if empty:
+        raise ModelError(
+            f"{len(empty)} initializers have dims but no values: {_some(empty)}",
+            where=where,
+            fix="Give the whole model, not a graph without its weights",
+        )
     work, large = _set_aside(proto)
     _check_sizes(large.values(), where)
     opset = _normalize_domains(work, where)

@@ -222,7 +222,7 @@ def _checkable(work: onnx.ModelProto) -> onnx.ModelProto:
     bare.ir_version = max(bare.ir_version, 4)
     kept = []
     for tensor in work.graph.initializer:
-        if _has_data(tensor):
+        if has_data(tensor):
             kept.append(tensor)
         else:
             bare.graph.input.append(
@@ -233,7 +233,8 @@ def _checkable(work: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def _has_data(tensor: onnx.TensorProto) -> bool:
+def has_data(tensor: onnx.TensorProto) -> bool:
+    """Whether the tensor's values are in the message, or it has none."""
     payload = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
     return 0 in tensor.dims or any(len(getattr(tensor, name)) for name in payload)
 

@@ -14,6 +14,7 @@ from msgspec import Meta
 from spa_compiler.errors import UsageError
 from spa_compiler.graph import shapes
 from spa_compiler.graph.model import Model
+from spa_compiler.graph.settle import Settled, settle
 from spa_compiler.graph.weights import array_of
 from spa_compiler.passes.pass_ import Change, Context, check_options
 
@@ -74,7 +75,7 @@ class DropBlocks:
             UsageError: an entry matches no residual block.
         """
         shapes.infer(model)
-        blocks = find(model.graph)
+        blocks = find(model)
         dropped: dict[int, Block] = {}
         for entry in self.options.blocks:
             found = _matching(blocks, entry, model.graph)
@@ -98,8 +99,9 @@ class DropBlocks:
         )
 
 
-def find(graph: gs.Graph) -> list[Block]:
+def find(model: Model) -> list[Block]:
     """Every residual block that can be dropped, in topological order."""
+    graph, sizes = model.graph, settle(model)
     outputs = {id(tensor) for tensor in graph.outputs}
     order = {id(node): number for number, node in enumerate(graph.nodes)}
     found = []
@@ -108,7 +110,7 @@ def find(graph: gs.Graph) -> list[Block]:
             continue
         for skip, end in (add.inputs, add.inputs[::-1]):
             branch = _branch(skip, end, add, outputs, order)
-            if branch and _same_shape(skip, add.outputs[0]):
+            if branch and _same_shape(skip.name, add.outputs[0].name, sizes):
                 found.append(Block(add, skip, branch))
                 break
     return found
@@ -157,12 +159,12 @@ def _matching(blocks: Sequence[Block], entry: str, graph: gs.Graph) -> list[Bloc
     return [block for block in blocks if id(block.add) in found]
 
 
-def _same_shape(skip: gs.Tensor, total: gs.Tensor) -> bool:
-    """Equal ranks and sizes; sizes that are not known must have one name."""
-    if skip.shape is None or total.shape is None:
+def _same_shape(skip: str, total: str, sizes: Settled) -> bool:
+    """Equal sizes, whatever the inputs' sizes are; open dimensions are bound to different numbers."""
+    shape = sizes.shapes.get(skip)
+    if shape is None or None in shape:
         return False
-    known = all(isinstance(size, int | str) for size in skip.shape)
-    return known and list(skip.shape) == list(total.shape) and skip.dtype == total.dtype
+    return shape == sizes.shapes.get(total) and sizes.varies[skip] == sizes.varies[total]
 
 
 def _bypass(graph: gs.Graph, blocks: Sequence[Block]) -> None:

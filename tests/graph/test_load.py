@@ -300,3 +300,12 @@ def test_shapes_that_inference_cannot_know_are_no_error() -> None:
       r = Reshape(x, s)
       y = Abs(r)
     }""")
+
+
+def test_a_graph_without_its_weights_is_refused() -> None:
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[600, 600])
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])]
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 600]) for name in "xy"]
+    graph = onnx.helper.make_graph(nodes, "hollow", values[:1], values[1:], [tensor])
+    with pytest.raises(ModelError, match=r"1 initializers have dims but no values: w"):
+        load(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)]))

@@ -99,7 +99,7 @@ NOT_A_BLOCK = {
 def test_what_is_no_block(text: str) -> None:
     model = model_from(text)
     shapes.infer(model)
-    assert find(model.graph) == []
+    assert find(model) == []
     with pytest.raises(UsageError, match="no residual block that could be left out"):
         drop("*")(model)
 
