@@ -60,7 +60,7 @@ class Patch:
 class Work:
     """The multiply-accumulates of the node that makes `node`: `times` x the product of the sizes of `axes`.
 
-    `times` is None where it hangs on sizes that the file does not state.
+    `times` is None where it hangs on sizes that follow from values.
     """
 
     node: str

@@ -47,7 +47,9 @@ def check(before: Model, after: Model, analysis: Analysis, change: Change, feeds
     """
     reference = before
     if not change.exact:
-        reference = mask(before, _gone(change), analysis.facts.settled.shapes)
+        gone, facts = _gone(change), analysis.facts  # the facts know sizes behind operators that inference does not
+        sizes = {name: [facts.algebra.size(axis) for axis in facts.axes[name]] for name, _ in gone}
+        reference = mask(before, gone, sizes)
     try:
         wanted = _outputs(reference, feeds, "all")
         plain = _outputs(reference, feeds, "none")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ import numpy as np
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model, ValueInfo
 from spa_compiler.graph.session import Feeds
+
+DAMAGED = (
+    *(OSError, ValueError, EOFError, TypeError, SyntaxError),
+    *(zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, tokenize.TokenError),
+)
+"""What zipfile and numpy raise on files that are none of theirs, or that are damaged."""
 
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _KINDS = "DATA is an .npz, a folder of .npy or .npz files, or file.py:function"
@@ -147,8 +155,12 @@ def _fit(feed: Feeds, model: Model | None, where: str) -> Feeds:
 def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+            arrays = {name: archive[name] for name in archive.files}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # an entry that is no .npy
+                raise ValueError(f"{name!r} is no array")
+        return arrays
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
 
 
@@ -158,7 +170,7 @@ def _read_npys(paths: list[Path], model: Model | None) -> dict[str, np.ndarray[A
     for path in paths:
         try:
             arrays[path.stem] = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except DAMAGED as error:
             raise _unreadable(path, error) from error
     if model is not None and len(model.signature.inputs) == 1 and model.signature.inputs[0].name not in arrays:
         try:

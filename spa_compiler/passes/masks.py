@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spa_compiler.calibration.data import DAMAGED
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.passes.importance import holders
@@ -59,8 +60,11 @@ def _arrays(path: Path) -> Iterator[tuple[str, NDArray[np.bool_]]]:
                     raise UsageError(f"{entry.filename!r} would take {entry.file_size:,} bytes", where=str(path))
         with np.load(path, allow_pickle=False) as file:
             for key in file.files:
-                yield key, _boolean(file[key], key, path)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+                values = file[key]
+                if not isinstance(values, np.ndarray):  # an entry that is no .npy
+                    raise ValueError(f"{key!r} is no array")
+                yield key, _boolean(values, key, path)
+    except DAMAGED as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(
             f"the masks cannot be read ({reason})",

@@ -191,9 +191,11 @@ class Subject:
 def checked(model: Model, full: bool) -> None:
     """onnx's checker; large weights stand as inputs, so that it is quick and works at any size."""
     proto = skeleton(model)
+    inferred = {value.name: value for value in onnx.shape_inference.infer_shapes(proto).graph.output}
     for value in [*proto.graph.input, *proto.graph.output]:
-        if value.type.HasField("tensor_type"):
-            value.type.tensor_type.shape.SetInParent()
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            known = inferred.get(value.name, value).type.tensor_type.shape
+            value.type.tensor_type.shape.CopyFrom(known)  # the checker wants one, if only that of a scalar
     onnx.checker.check_model(proto, full_check=full)
 
 

@@ -10,10 +10,13 @@ import pytest
 from spa_compiler import compiler, targets
 from spa_compiler.analysis import analyze
 from spa_compiler.artifact import cuts
+from spa_compiler.calibration.examples import example_feeds
 from spa_compiler.errors import VerificationError
+from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save, to_proto
 from spa_compiler.passes import Change, Context, from_flags, prune_groups
+from tests.analysis import architectures
 from tests.convnet import convnet
 
 FEEDS = {"x": np.random.default_rng(1).normal(size=(2, 3, 8, 8)).astype(np.float32)}
@@ -34,6 +37,18 @@ def spoil(model: Model) -> None:
 def test_a_cut_is_what_is_left_of_the_model() -> None:
     before, after, change = pruned()
     assert cuts.check(before, after, analyze(before), change, [FEEDS]) == ""
+
+
+def test_behind_an_operator_that_inference_does_not_know() -> None:
+    before = load(architectures.modern_norms())
+    inputs = {one.name: tuple(d if isinstance(d, int) else 8 for d in one.shape) for one in before.signature.inputs}
+    feeds = [example_feeds(before, inputs, np.random.default_rng(1))]
+    after, analysis = before.copy(), analyze(before)
+    context = Context(targets.parse("cpu"), np.random.default_rng(0), feeds=feeds)
+    change = from_flags("prune-groups{params=0.6,criterion=random,round_to=1}").build()[0].run(after, context)
+    masked = {slab.name for removal in change.removed for slab in removal.activations}
+    assert masked - {name for name, t in before.graph.tensors().items() if t.shape is not None}
+    assert cuts.check(before, after, analysis, change, feeds) == ""
 
 
 def test_a_wrong_cut_is_an_error_that_names_the_pass() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +99,24 @@ def test_python_objects_are_not_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", ids=np.array([{"a": 1}], dtype=object))
     with pytest.raises(UsageError, match="Python objects"):
         list(read(str(tmp_path / "d.npz"))())
+
+
+@pytest.mark.parametrize("entry", [("ids", b"text"), ("ids.npy", b"\x93NUMPY\x01\x00\x04\x00{ (\n")])
+def test_archives_of_something_else(tmp_path: Path, entry: tuple[str, bytes]) -> None:
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr(*entry)
+    with pytest.raises(UsageError, match="cannot be read"):
+        list(read(str(tmp_path / "d.npz"))())
+
+
+def test_damaged_archives(tmp_path: Path) -> None:
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, ids=np.random.default_rng(0).integers(9, size=(1, 4)))
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        with contextlib.suppress(UsageError):
+            list(read(str(path))())
 
 
 def test_what_is_refused(tmp_path: Path, model: Model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -264,6 +266,25 @@ def test_masks_speak_of_the_model_as_it_was_loaded(tmp_path: Path) -> None:
 def test_masks_that_do_not_fit(tmp_path: Path, masks: dict[str, np.ndarray], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         prune(masks=saved(tmp_path / "m.npz", **masks))(model_from(TWO_LAYERS))
+
+
+def test_damaged_masks_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    np.savez_compressed(path, A=np.random.default_rng(0).random((1, 4)) > 0.5)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for value in (0xFF, 0x28):  # an open bracket, for the header
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            with contextlib.suppress(UsageError):
+                prune(masks=str(path))(model_from(TWO_LAYERS))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("A", b"text")
+    with pytest.raises(UsageError, match="'A' is no array"):
+        prune(masks=str(path))(model_from(TWO_LAYERS))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("A.npy", b"\x93NUMPY\x01\x00\x04\x00{ (\n")
+    with pytest.raises(UsageError, match="the masks cannot be read"):
+        prune(masks=str(path))(model_from(TWO_LAYERS))
 
 
 def test_files_that_are_no_masks(tmp_path: Path) -> None:

@@ -220,13 +220,11 @@ def _pin_offset_inputs(node: gs.Node, facts: Facts, zero_point: Any | None, weig
 
 
 def _count(node: gs.Node, facts: Facts, weight: Any, positions: Any) -> None:
-    """MACs: the whole weight at each position; one image where the batch is open."""
+    """MACs: the whole weight at each position; an open batch counts as one image, other open sizes as they are bound."""
     axes = facts.axes[positions.name]
-    sizes = [None if facts.varies(positions, place) else facts.algebra.size(axis) for place, axis in enumerate(axes)]
-    if None in sizes[2:]:
-        facts.work(node, facts.axes[weight.name], None)
-    else:
-        facts.work(node, [*facts.axes[weight.name], *axes[2:], *(axes[:1] if sizes[0] is not None else ())], 1)
+    batch = [] if facts.algebra.size(axes[0]) is None or facts.varies(positions, 0) else [axes[0]]
+    known = all(facts.algebra.size(axis) is not None for axis in axes[2:])
+    facts.work(node, [*facts.axes[weight.name], *(axes[2:] if known else ()), *batch], 1 if known else None)
 
 
 RULES: dict[str, Rule] = {

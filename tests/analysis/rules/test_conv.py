@@ -6,7 +6,10 @@ import re
 
 import pytest
 
+from spa_compiler.analysis import analyze
+from spa_compiler.graph.load import load
 from tests.analysis import nets
+from tests.analysis.cutting import with_weights
 from tests.analysis.exactness import check_each_unit, check_exact
 from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, units_of, weighted
 from tests.analysis.told import group_members, groups_of
@@ -174,12 +177,13 @@ def test_plain() -> None:
     assert group.macs == 2 * 16 * (8 * 27 + 32)
 
 
-def test_macs_of_open_spatial_sizes_are_unknown() -> None:
-    (group,) = groups_of("""g (float[N, 3, H, W] x, float[8, 3, 3, 3] w, float[4, 8, 1, 1] v) => (float[N, 4, A, B] y) {
+def test_macs_of_open_spatial_sizes_are_those_they_are_bound_to() -> None:
+    model = with_weights("""g (float[N, 3, H, W] x, float[8, 3, 3, 3] w, float[4, 8, 1, 1] v) => (float[N, 4, A, B] y) {
       h = Conv(x, w)
       y = Conv(h, v)
     }""")
-    assert (group.size, group.params, group.macs) == (8, 8 * 27 + 32, None)
+    (group,) = analyze(load(model), {"x": (5, 3, 12, 22)}).groups
+    assert (group.size, group.params, group.macs) == (8, 8 * 27 + 32, 10 * 20 * (8 * 27 + 32))
 
 
 def test_macs_of_an_open_batch_are_those_of_one_image() -> None:
