@@ -115,6 +115,7 @@ def _build(proto: onnx.ModelProto, path: Path | None, size: int) -> Model:
         bytes=size,
         notes=tuple(notes),
         outer_constants=frozenset(tensor.name for tensor in work.graph.initializer),
+        stated_shapes=frozenset(value.name for value in work.graph.value_info),
     )
     signature = Signature(
         tuple(value_info(value) for value in work.graph.input), tuple(value_info(value) for value in work.graph.output)

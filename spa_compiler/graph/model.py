@@ -56,7 +56,8 @@ class Source:
     """Facts about the file: nothing in here changes when passes edit the graph.
 
     `bytes` counts the model file and its external data; `outer_constants` names the initializers of the outermost
-    graph, which graphsurgeon may move into control-flow branches; `notes` says what loading had to change.
+    graph, which graphsurgeon may move into control-flow branches; `stated_shapes` names the tensors whose shapes the
+    file states, inputs and outputs aside; `notes` says what loading had to change.
     """
 
     path: Path | None
@@ -66,6 +67,7 @@ class Source:
     bytes: int
     notes: tuple[str, ...] = ()
     outer_constants: frozenset[str] = frozenset()
+    stated_shapes: frozenset[str] = frozenset()
 
 
 @dataclass

@@ -138,8 +138,22 @@ def _export(
     metadata.put_back(model.metadata, proto)
     _add_outputs(proto, extra_outputs)
     if check:
+        _state_no_more(proto, model)
         _check(proto, model)
     return proto, left_out
+
+
+def _state_no_more(proto: onnx.ModelProto, model: Model) -> None:
+    """Leaves out shapes of tensors that the file did not state, but those that no inference knows.
+
+    ONNX Runtime fuses more where it finds them, which can cost: SkipLayerNormalization, which it makes of Add and
+    LayerNormalization, takes many times as long in onnxruntime 1.31.
+    """
+    told = set(model.source.stated_shapes)
+    told.update(name for node in proto.graph.node if node.domain not in ("", "ai.onnx") for name in node.output)
+    infos = [value for value in proto.graph.value_info if value.name in told]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(infos)
 
 
 @contextmanager

@@ -220,7 +220,7 @@ def _pin_offset_inputs(node: gs.Node, facts: Facts, zero_point: Any | None, weig
 
 
 def _count(node: gs.Node, facts: Facts, weight: Any, positions: Any) -> None:
-    """MACs: the whole weight at each position; an open batch counts as one image, other open sizes as they are bound."""
+    """MACs: the whole weight at each position; an open batch counts as one image, other open sizes as bound."""
     axes = facts.axes[positions.name]
     batch = [] if facts.algebra.size(axes[0]) is None or facts.varies(positions, 0) else [axes[0]]
     known = all(facts.algebra.size(axis) is not None for axis in axes[2:])
