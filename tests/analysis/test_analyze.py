@@ -13,15 +13,14 @@ import pytest
 from spa_compiler.analysis import analyze, schema
 from spa_compiler.graph.load import load
 from tests.analysis import nets
-from tests.analysis.cutting import with_weights
-from tests.analysis.told import analysis_of, group_members, groups_of, pins_of
+from tests.analysis.told import analysis_of, group_members, weighted
 from tests.onnx_text import model_from, text_of
 
 
 @pytest.mark.parametrize("name", nets.ALL)
 def test_the_json_is_valid(name: str) -> None:
     """Every index exists, no two units of a group share one on an axis, and the text is what the schema says."""
-    model = load(with_weights(nets.ALL[name]))
+    model = load(weighted(nets.ALL[name]))
     analysis = analyze(model)
     document = msgspec.json.decode(analysis.to_json(), type=schema.Document)
     assert document == analysis.document()
@@ -98,9 +97,10 @@ def test_what_a_rule_refuses_is_pinned_for_its_reason() -> None:
       b = Dropout(a, ratio, yes)
       y = MatMul(b, v)
     }"""
-    assert groups_of(text) == ()
+    assert analysis_of(text).groups == ()
     reason = "dropout that may be in training mode"
-    assert {("a", 1, "Dropout", reason, 24), ("b", 1, "Dropout", reason, 12)} <= pins_of(text)
+    pins = {(pin.tensor, pin.axis, pin.op, pin.reason, pin.params) for pin in analysis_of(text).pins}
+    assert {("a", 1, "Dropout", reason, 24), ("b", 1, "Dropout", reason, 12)} <= pins
 
 
 def test_branches_pin_what_they_read() -> None:
@@ -117,7 +117,8 @@ def test_branches_pin_what_they_read() -> None:
       y = Add(c, c1)
     }"""
     assert group_members(text) == [{("w1", 1), ("a1", 1), ("v1", 0)}]
-    assert {(tensor, axis, params) for tensor, axis, op, _, params in pins_of(text) if op == "If"} >= {("a", 1, 24)}
+    pins = [pin for pin in analysis_of(text).pins if pin.op == "If"]
+    assert ("a", 1, 24) in {(pin.tensor, pin.axis, pin.params) for pin in pins}
 
 
 def test_open_sizes_are_bound() -> None:
@@ -137,7 +138,7 @@ def test_the_caller_chooses_the_sizes() -> None:
       a = MatMul(x, w)
       y = MatMul(a, v)
     }"""
-    analysis = analyze(load(with_weights(text)), {"x": [3, 7, 4]})
+    analysis = analyze(load(weighted(text)), {"x": [3, 7, 4]})
     assert [analysis.facts.algebra.size(axis) for axis in analysis.facts.axes["a"]] == [3, 7, 6]
     assert analysis.groups[0].macs == 7 * (4 * 6 + 6 * 2), "of one sample"
 
@@ -153,7 +154,7 @@ def test_a_graph_output_pins_what_it_gives_out() -> None:
 
 
 def test_one_weight_read_twice_is_one_axis() -> None:
-    (group,) = groups_of(nets.SHARED)
+    (group,) = analysis_of(nets.SHARED).groups
     assert {(m.tensor, m.axis) for m in group.parameters} == {("w0", 1), ("w", 0), ("w", 1), ("w1", 0)}
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spa_compiler.analysis import analyze
 from spa_compiler.analysis.choose import random_units, spare
 from spa_compiler.analysis.groups import Group
-from spa_compiler.graph.load import load
 from tests.analysis import nets
-from tests.analysis.cutting import with_weights
+from tests.analysis.told import analysis_of
 
 
 def group(size: int, *dims: list[int]) -> Group:
@@ -47,7 +45,7 @@ def test_nothing_asked() -> None:
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("name", nets.ALL)
 def test_random_units(name: str, ratio: float) -> None:
-    analysis = analyze(load(with_weights(nets.ALL[name])))
+    analysis = analysis_of(nets.ALL[name])
     removed = random_units(analysis, ratio, np.random.default_rng(1))
     assert removed, "at least one unit of each group, where it has more than one"
     for number, units in removed.items():

@@ -15,7 +15,7 @@ from spa_compiler.analysis.count import Counter, dead, kept
 from spa_compiler.analysis.cut import cut
 from spa_compiler.graph.load import load
 from tests.analysis import nets
-from tests.analysis.cutting import with_weights
+from tests.analysis.told import analysis_of, weighted
 
 RATIOS = (0.1, 0.5, 0.9)
 MOVEMENTS = range(6)
@@ -23,7 +23,7 @@ TRANSFORMERS = range(4)
 
 
 def models() -> dict[str, onnx.ModelProto]:
-    found = {name: with_weights(text) for name, text in nets.ALL.items()}
+    found = {name: weighted(text) for name, text in nets.ALL.items()}
     found |= {f"movement {seed}": nets.random_movement(seed) for seed in MOVEMENTS}
     return found | {f"transformer {seed}": nets.random_transformer(seed) for seed in TRANSFORMERS}
 
@@ -59,14 +59,14 @@ def shape(analysis: Analysis, name: str) -> list[int]:
 
 
 def test_nothing_removed() -> None:
-    analysis = analyze(load(with_weights(nets.MLP)))
+    analysis = analysis_of(nets.MLP)
     params, macs = kept(analysis, {})
     assert params == analysis.params == 6 * 10 + 10 + 10 * 7 + 7 + 7 + 7 * 3 + 3
     assert macs == 6 * 10 + 10 * 7 + 7 * 3
 
 
 def test_two_groups_share_their_crossing() -> None:
-    analysis = analyze(load(with_weights(nets.MLP)))
+    analysis = analysis_of(nets.MLP)
     assert [group.size for group in analysis.groups] == [10, 7]
     params, macs = kept(analysis, {0: [0, 1], 1: [3]})
     assert params == 6 * 8 + 8 + 8 * 6 + 6 + 6 + 6 * 3 + 3
@@ -75,7 +75,7 @@ def test_two_groups_share_their_crossing() -> None:
 
 def test_a_whole_group_is_what_the_group_says() -> None:
     """But for the element that stays, the numbers of a group are those of removing it."""
-    analysis = analyze(load(with_weights(nets.GATED)))
+    analysis = analysis_of(nets.GATED)
     (group,) = analysis.groups
     params, macs = kept(analysis, {0: range(group.size)})
     assert analysis.params - params == group.params
@@ -83,7 +83,7 @@ def test_a_whole_group_is_what_the_group_says() -> None:
 
 
 def test_dead_labels() -> None:
-    analysis = analyze(load(with_weights(nets.MLP)))
+    analysis = analysis_of(nets.MLP)
     gone = dead(analysis, {1: [2]})
     assert gone.size == analysis.numbering.free.size + 1
     assert np.flatnonzero(gone).tolist() == [analysis.groups[1].labels[2]]

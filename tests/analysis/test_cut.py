@@ -16,8 +16,8 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import open_model, run
 from spa_compiler.graph.weights import array_of
-from tests.analysis.cutting import with_weights
 from tests.analysis.exactness import check_each_unit, check_exact
+from tests.analysis.told import weighted
 from tests.onnx_text import text_of
 
 CHAIN = """g (float[N, 4] x, float[4, 6] w, float[6] b, float[6, 2] v) => (float[N, 2] y) {
@@ -30,7 +30,7 @@ TWO = np.array(2, np.float32)
 
 
 def of(text: str) -> tuple[Model, Analysis]:
-    model = load(with_weights(text))
+    model = load(weighted(text))
     return model, analyze(model)
 
 
@@ -84,7 +84,7 @@ def test_a_constant_that_several_read_is_cut_once() -> None:
     smaller = cut(model, analysis, {0: [2]})
     assert values(smaller, "w").shape == (5, 5)
     assert values(smaller, "s").shape == (5,)
-    assert check_exact(with_weights(text)) == 1
+    assert check_exact(weighted(text)) == 1
 
 
 def test_constant_nodes_are_cut_too() -> None:
@@ -98,7 +98,7 @@ def test_constant_nodes_are_cut_too() -> None:
     assert [node.op for node in smaller.graph.nodes] == ["MatMul", "MatMul"]
     np.testing.assert_array_equal(values(smaller, "w"), [[1, 3], [4, 6]])
     assert [node.op for node in model.graph.nodes] == ["Constant", "MatMul", "MatMul"]
-    assert check_exact(with_weights(text)) == 1
+    assert check_exact(weighted(text)) == 1
 
 
 def test_stated_sizes_of_what_shrank_are_forgotten() -> None:
@@ -134,7 +134,7 @@ def test_slabs_of_several_groups_on_one_axis() -> None:
     assert [group.size for group in analysis.groups] == [2, 3]
     parameters, _ = removed_slabs(analysis, {0: [1], 1: [0]})
     assert parameters["w", 1].tolist() == [0, 3, 4, 5]
-    assert check_exact(with_weights(text)) == 2
+    assert check_exact(weighted(text)) == 2
 
 
 # --- what a Patch may ask ---------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_sizes_of_a_constant(before: list[int], after: list[int]) -> None:
     smaller = cut(model, analysis, {0: [1], 1: [3]})
     node = next(node for node in smaller.graph.nodes if node.op == "Reshape")
     assert array_of(node.inputs[1]).tolist() == after
-    assert check_exact(with_weights(text)) == 2
+    assert check_exact(weighted(text)) == 2
 
 
 def test_sizes_follow_on_their_own_axis_alone() -> None:
@@ -297,7 +297,7 @@ def test_sizes_follow_on_their_own_axis_alone() -> None:
     smaller = cut(model, analysis, {heads: [0]})
     node = next(node for node in smaller.graph.nodes if node.op == "Reshape")
     assert array_of(node.inputs[1]).tolist() == [-1, 3, 2, 3]
-    assert check_exact(with_weights(text)) == 2
+    assert check_exact(weighted(text)) == 2
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_sizes_follow_on_their_own_axis_alone() -> None:
 )
 def test_sizes_that_the_graph_computes(shape: str, extra: str) -> None:
     text = reshaped(shape, extra)
-    model = with_weights(text)
+    model = weighted(text)
     assert check_exact(model, sizes={"N": 2}) == 2
     assert check_exact(model, sizes={"N": 3}) == 2
     assert check_each_unit(model)
@@ -346,7 +346,7 @@ def test_sizes_used_as_numbers_stay() -> None:
       c = Add(b, ones)
       y = MatMul(c, v)
     }"""
-    model = load(with_weights(text))
+    model = load(weighted(text))
     analysis = analyze(model)
     assert [group.size for group in analysis.groups] == [6]
     got = run(open_model(cut(model, analysis, {0: [1, 3]})), {"x": np.ones((5, 4), np.float32)})

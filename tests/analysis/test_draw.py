@@ -18,7 +18,7 @@ from spa_compiler.analysis import Analysis, analyze, draw
 from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from tests.analysis import nets
-from tests.analysis.cutting import with_weights
+from tests.analysis.told import weighted
 
 SVG = "{http://www.w3.org/2000/svg}"
 GREY = "#d9d9d9"
@@ -41,7 +41,7 @@ def read(proto: onnx.ModelProto) -> tuple[Model, Analysis]:
 
 
 def of(text: str) -> tuple[Model, Analysis]:
-    return read(with_weights(text))
+    return read(weighted(text))
 
 
 def boxes(svg: str) -> dict[str, ElementTree.Element]:
@@ -84,7 +84,7 @@ class Tags(HTMLParser):
 
 def renamed(names: tuple[str, ...]) -> onnx.ModelProto:
     """RESIDUAL with hostile names everywhere, each made unique by a number behind it."""
-    proto = with_weights(nets.RESIDUAL)
+    proto = weighted(nets.RESIDUAL)
     new: dict[str, str] = {}
 
     def name(old: str) -> str:

@@ -10,23 +10,23 @@ import numpy as np
 import onnx
 import pytest
 
-from spa_compiler.analysis import Analysis, analyze, schema
+from spa_compiler.analysis import Analysis, schema
 from spa_compiler.analysis.choose import random_units
 from spa_compiler.analysis.cut import cut, removed_slabs
-from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from tests.analysis import exactness, nets
-from tests.analysis.cutting import removal, with_weights
+from tests.analysis.cutting import removal
 from tests.analysis.exactness import RATIOS, check_each_unit, check_exact
+from tests.analysis.told import analysis_of, weighted
 
 
 @pytest.mark.parametrize("name", nets.ALL)
 def test_cut_equals_masked(name: str) -> None:
-    assert check_exact(with_weights(nets.ALL[name]), name=name), "there is something to remove in each net"
+    assert check_exact(weighted(nets.ALL[name]), name=name), "there is something to remove in each net"
 
 
 RANDOM: dict[str, Callable[[int], onnx.ModelProto]] = {
-    "convolutional": lambda seed: with_weights(nets.random_convolutional(seed), seed),
+    "convolutional": lambda seed: weighted(nets.random_convolutional(seed), seed=seed),
     "movement": nets.random_movement,
     "transformer": nets.random_transformer,
 }
@@ -54,13 +54,13 @@ def test_cut_equals_masked_in_new_random_nets(kind: str) -> None:
 @pytest.mark.parametrize("name", nets.ALL)
 def test_every_single_unit_counts(name: str) -> None:
     """One unit at a time: its parameters hold what its activations are made of, so no unit may be without either."""
-    assert check_each_unit(with_weights(nets.ALL[name]), name=name)
+    assert check_each_unit(weighted(nets.ALL[name]), name=name)
 
 
 @pytest.mark.parametrize("name", nets.ALL)
 def test_the_json_says_what_is_removed(name: str) -> None:
     """What an outsider reads from the JSON is what the cut goes by."""
-    analysis = analyze(load(with_weights(nets.ALL[name])))
+    analysis = analysis_of(nets.ALL[name])
     document = msgspec.json.decode(analysis.to_json(), type=schema.Document)
     removed = random_units(analysis, 0.5, np.random.default_rng(0))
     for told, gone in zip(removal(document, removed), removed_slabs(analysis, removed), strict=True):
@@ -82,4 +82,4 @@ def test_a_wrong_cut_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exactness, "cut", wrong)
     message = r"mlp, seed 3, ratio 0.3: output y differs by .*\n  alone fails group 1 \(7 x channel: .*\n.*its unit \d"
     with pytest.raises(AssertionError, match=message):
-        check_exact(with_weights(nets.MLP), seeds=[3], ratios=[0.3], name="mlp")
+        check_exact(weighted(nets.MLP), seeds=[3], ratios=[0.3], name="mlp")

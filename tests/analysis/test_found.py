@@ -10,8 +10,8 @@ from spa_compiler.analysis.cut import cut, removed_slabs
 from spa_compiler.analysis.mask import mask
 from spa_compiler.calibration.examples import example_feeds
 from tests.analysis import architectures
-from tests.analysis.cutting import with_weights
 from tests.analysis.exactness import Subject, differences, outputs
+from tests.analysis.told import weighted
 
 _LINES = {
     "w": "float[N, S, 5] x, float[5, 8] w",
@@ -161,7 +161,7 @@ def check_other_sizes(subject: Subject, others: list[dict[str, int]]) -> int:
 @pytest.mark.parametrize("name", NETS)
 def test_cut_equals_masked_at_other_sizes(name: str) -> None:
     text = NETS[name].format(**_LINES) if "{{" in NETS[name] else NETS[name]
-    subject = Subject(with_weights(text), name, BOUND.get(name))
+    subject = Subject(weighted(text), name, BOUND.get(name))
     assert check_other_sizes(subject, OTHERS) >= 3
     if name in PRUNABLE:
         assert sorted((group.size, group.granularity) for group in subject.analysis.groups) == [

@@ -6,15 +6,13 @@ import math
 
 import pytest
 
-from spa_compiler.analysis import analyze
 from spa_compiler.analysis.summary import Reason, _Held, reasons
-from spa_compiler.graph.load import load
 from tests.analysis import nets
-from tests.analysis.cutting import with_weights
+from tests.analysis.told import analysis_of
 
 
 def of(text: str) -> dict[tuple[str, str], Reason]:
-    return {(reason.op, reason.reason): reason for reason in reasons(analyze(load(with_weights(text))))}
+    return {(reason.op, reason.reason): reason for reason in reasons(analysis_of(text))}
 
 
 def test_a_parameter_that_one_reason_holds_twice_counts_once() -> None:
@@ -45,7 +43,7 @@ def test_constants_of_nodes_count() -> None:
 
 @pytest.mark.parametrize("name", nets.ALL)
 def test_no_reason_holds_more_than_is_pinned(name: str) -> None:
-    analysis = analyze(load(with_weights(nets.ALL[name])))
+    analysis = analysis_of(nets.ALL[name])
     found = reasons(analysis)
     assert {(pin.op, pin.reason) for pin in analysis.pins} == {(reason.op, reason.reason) for reason in found}
     assert sum(reason.axes for reason in found) == len(analysis.pins)

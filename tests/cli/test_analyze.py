@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from spa_compiler.analysis import schema
 from spa_compiler.cli.analyze import main
 from tests.analysis import nets
-from tests.analysis.cutting import with_weights
+from tests.analysis.told import weighted
 
 
 def invoke(*arguments: str) -> Result:
@@ -29,7 +29,7 @@ def invoke(*arguments: str) -> Result:
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     path = tmp_path / "net.onnx"
-    onnx.save(with_weights(nets.RESIDUAL), path)
+    onnx.save(weighted(nets.RESIDUAL), path)
     return str(path)
 
 
@@ -51,7 +51,7 @@ def test_pins_are_told_with_their_reasons(tmp_path: Path) -> None:
       b = Softmax(a)
       y = MatMul(b, v)
     }"""
-    onnx.save(with_weights(text), path)
+    onnx.save(weighted(text), path)
     result = invoke(str(path))
     assert result.exit_code == 0
     assert "no groups: nothing can be removed" in result.stdout
@@ -75,7 +75,7 @@ def test_a_model_without_pins_that_hold_says_so(model: str) -> None:
 def test_little_is_not_nothing(tmp_path: Path) -> None:
     path = tmp_path / "wide.onnx"
     onnx.save(
-        with_weights("""g (float[1, 1] x, float[1, 5000] w, float[5000, 2] v, float[2] b) => (float[1, 2] y) {
+        weighted("""g (float[1, 1] x, float[1, 5000] w, float[5000, 2] v, float[2] b) => (float[1, 2] y) {
       h = MatMul(x, w)
       s = MatMul(h, v)
       y = Add(s, b)
@@ -93,7 +93,7 @@ def deep(layers: int) -> onnx.ModelProto:
     lines = "\n".join(f"h{size + 1} = MatMul(h{size}, w{size})" for size in sizes)
     end = layers + 3
     text = f"g (float[N, 2] x, {weights}) => (float[N, {end}] y) {{ h2 = Relu(x)\n{lines}\ny = Relu(h{end}) }}"
-    return with_weights(text)
+    return weighted(text)
 
 
 def test_long_tables_show_the_largest_and_count_the_rest(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_long_tables_show_the_largest_and_count_the_rest(tmp_path: Path) -> None
 
 def test_markup_in_names_is_text(tmp_path: Path) -> None:
     path = tmp_path / "named.onnx"
-    model = with_weights(nets.GATED)
+    model = weighted(nets.GATED)
     for tensor in model.graph.initializer:
         tensor.name = tensor.name.replace("wd", "[red]wd[/nonsense]")
     model.graph.node[-1].input[1] = "[red]wd[/nonsense]"
@@ -124,7 +124,7 @@ def test_markup_in_names_is_text(tmp_path: Path) -> None:
 
 def test_names_give_a_terminal_no_orders(tmp_path: Path) -> None:
     path = tmp_path / "named.onnx"
-    model = with_weights(nets.GATED)
+    model = weighted(nets.GATED)
     name = "\x1b[2J\x07\x9bm\u202e" + "long" * 1000
     for tensor in model.graph.initializer:
         tensor.name = tensor.name.replace("wd", name)

@@ -8,7 +8,7 @@ from spa_compiler.graph.fold import fold_sizes, lift_constants
 from spa_compiler.graph.generators import unshare_generators
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import open_model, run
-from tests.analysis.cutting import with_weights
+from tests.analysis.told import weighted
 
 SHARED = """g (float[N, 4] x, float[4] w) => (float[N, 4] y, float[N, 4] z) {
   s = Shape(x)
@@ -20,7 +20,7 @@ SHARED = """g (float[N, 4] x, float[4] w) => (float[N, 4] y, float[N, 4] z) {
 
 
 def test_every_reader_gets_its_own() -> None:
-    model = load(with_weights(SHARED))
+    model = load(weighted(SHARED))
     feeds = {"x": np.ones((3, 4), np.float32)}
     before = run(open_model(model), feeds)
     assert unshare_generators(model.graph) == 2
@@ -32,7 +32,7 @@ def test_every_reader_gets_its_own() -> None:
 
 def test_what_is_computed_from_data_stays_shared() -> None:
     model = load(
-        with_weights("""g (float[N, 4] x) => (float[N, 4] y, float[N, 4] z) {
+        weighted("""g (float[N, 4] x) => (float[N, 4] y, float[N, 4] z) {
       s = Shape(x)
       c = Expand(x, s)
       y = Mul(x, c)
@@ -44,7 +44,7 @@ def test_what_is_computed_from_data_stays_shared() -> None:
 
 def test_sizes_and_types_of_weights_are_constants() -> None:
     model = load(
-        with_weights("""g (float[N, 4] x, float[4, 3] w) => (float[N, 4] y) {
+        weighted("""g (float[N, 4] x, float[4, 3] w) => (float[N, 4] y) {
       s = Shape <start = 0, end = 1> (w)
       zero = Constant <value = int64 {0}> ()
       c = CastLike(zero, w)

@@ -50,6 +50,14 @@ def mobilenet_v2() -> Path:
     return _built("mobilenet_v2", lambda graphs: graphs.mobilenet_v2())
 
 
+def resnet18() -> Path:
+    """torchvision's ResNet-18 with random weights, BatchNormalization as exported."""
+    path = _folder() / "resnet18.onnx"
+    if not path.exists():
+        onnx.save(_module(SHARED / "graphs" / "zoo.py").load("resnet18"), path)
+    return path
+
+
 def digits() -> dict[str, dict[str, Any]]:
     """The repository's own models as their manifest has them, `file` made absolute; nothing if they are not there."""
     manifest = ROOT / "models" / "manifest.json"

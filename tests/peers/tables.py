@@ -95,6 +95,24 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """A recipe: coupled channels cut until so many of the multiply-accumulates remain.
+
+    What comes out needs no kernels, so `portable.onnx` is raced too, in ONNX Runtime alone.
+    """
+
+    macs: float
+
+    @property
+    def recipe(self) -> Recipe:
+        return from_flags(f"prune-groups{{macs={self.macs}}}")
+
+    @property
+    def text(self) -> str:
+        return f"{1 - self.macs:.0%} of the MACs cut".replace("%", " %")
+
+
+@dataclass(frozen=True)
 class Configuration:
     """One race to run. `source` is asked when it runs, so that only what is raced is built."""
 
@@ -102,7 +120,7 @@ class Configuration:
     model: str
     source: Callable[[bool], Path]  # True: a smaller one, to try the script
     shapes: tuple[str, ...]
-    forms: tuple[Form, ...]
+    forms: tuple[Form | Narrow, ...]
     threads: int = 1
 
 
@@ -120,12 +138,15 @@ B90, U90, U80, B50 = (
     Form(0.8, "unstructured"),
     Form(0.5, "block:4x1"),
 )
+HALF = Narrow(0.5)
+_IMAGE = "1,3,224,224"
 _CONFIGURATIONS = (
-    Configuration("minilm", "MiniLM-L6", lambda _: sources.minilm(), _tokens(1, 128), (B90, U90, U80, B50)),
+    Configuration("minilm", "MiniLM-L6", lambda _: sources.minilm(), _tokens(1, 128), (B90, U90, U80, B50, HALF)),
     Configuration("bert", "BERT-base", _bert, _tokens(1, 128), (B90, U90, U80)),
     Configuration("bert-short", "BERT-base", _bert, _tokens(1, 16), (B90,)),
     Configuration("bert-2-threads", "BERT-base", _bert, _tokens(1, 128), (B90,), threads=2),
-    Configuration("mobilenet", "MobileNetV2", lambda _: sources.mobilenet_v2(), ("input=1,3,224,224",), (U90, B90)),
+    Configuration("mobilenet", "MobileNetV2", lambda _: sources.mobilenet_v2(), (f"input={_IMAGE}",), (U90, B90, HALF)),
+    Configuration("resnet18", "ResNet-18", lambda _: sources.resnet18(), (f"image={_IMAGE}",), (HALF,)),
 )
 _DIGITS_BATCH = 64
 
@@ -146,7 +167,7 @@ def configurations() -> list[Configuration]:
 def measure(configuration: Configuration, workspace: Path, *, quick: bool) -> Race:
     """Compiles the source in every form and races all of them in one run."""
     source = configuration.source(quick)
-    folders: dict[str, tuple[Form, float | None]] = {}
+    folders: dict[str, tuple[Form | Narrow, float | None]] = {}
     for form in configuration.forms:
         folder = workspace / f"{configuration.key}-{form.text.replace(' ', '-')}".replace("%-", "")
         print(f"compiling {configuration.model}, {form.text}", file=sys.stderr, flush=True)
@@ -176,6 +197,8 @@ def measure(configuration: Configuration, workspace: Path, *, quick: bool) -> Ra
         elif row.runtime == engines.ARTIFACT.name:
             form, error = folders[row.model]
             rows.append(Row(what=form.text, compiled=True, error=error, **times))
+        elif (maker := folders.get(row.model.partition("/")[0])) and isinstance(maker[0], Narrow):
+            rows.append(Row(what=f"{maker[0].text}, portable.onnx in onnxruntime alone", compiled=True, **times))
     shapes = parse_shapes(configuration.shapes, load(source))[0]
     return Race(
         key=configuration.key,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 
 from spa_compiler import targets
@@ -20,7 +19,7 @@ from spa_compiler.graph.canonicalize import canonicalize
 from spa_compiler.graph.load import load
 from spa_compiler.graph.save import save
 from spa_compiler.passes import Context, from_command_line
-from tests.peers import graphs, sources
+from tests.peers import sources
 
 pytestmark = [
     pytest.mark.peers,
@@ -32,23 +31,17 @@ BAR = 1.6
 TOKENS = tuple(f"{name}=1,128" for name in ("input_ids", "attention_mask", "token_type_ids"))
 
 
-def resnet18(folder: Path) -> Path:
-    path = folder / "resnet18.onnx"
-    onnx.save(graphs.zoo_graph("resnet18")[0], path)
-    return path
-
-
-MODELS: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
-    "resnet18": (resnet18, ("image=1,3,224,224",)),
-    "mobilenet_v2": (lambda _: sources.mobilenet_v2(), ("input=1,3,224,224",)),
-    "minilm": (lambda _: sources.minilm(), TOKENS),
+MODELS: dict[str, tuple[Callable[[], Path], tuple[str, ...]]] = {
+    "resnet18": (sources.resnet18, ("image=1,3,224,224",)),
+    "mobilenet_v2": (sources.mobilenet_v2, ("input=1,3,224,224",)),
+    "minilm": (sources.minilm, TOKENS),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_half_of_the_macs(name: str, tmp_path: Path) -> None:
     build, shapes = MODELS[name]
-    source = build(tmp_path)
+    source = build()
     loaded = load(source)
     sizes = parse_shapes(shapes, loaded)[0]
     feeds = [example_feeds(loaded, sizes, np.random.default_rng(0))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.fused import analysis_of, groups_of, net, reasons_of
+from tests.analysis.told import analysis_of, groups_of, net, pins_inside
 
 FLAT = """g (float[2, 5, 6] x, float[6, 18] wq, float[6, 9] wk, float[6, 12] wv, float[24, 2] wo)
     => (float[2, 5, 2] y) {
@@ -50,25 +50,25 @@ CACHED = """g (float[2, 5, 6] x, float[2, 2, 7, 4] xk, float[2, 2, 7, 3] xv, flo
 
 
 def test_flat_heads() -> None:
-    assert groups_of(FLAT) == {
+    assert groups_of(net(FLAT)) == {
         "head": (3, {("wq", 1), ("wk", 1), ("wv", 1), ("q", 2), ("k", 2), ("v", 2), ("a", 2), ("wo", 0)}),
         "query head of each key-value head": (2, {("wq", 1), ("q", 2), ("a", 2), ("wo", 0)}),
         "head dimension": (3, {("wq", 1), ("wk", 1), ("q", 2), ("k", 2)}),
         "head dimension of wv": (4, {("wv", 1), ("v", 2), ("a", 2), ("wo", 0)}),
     }
-    assert reasons_of(FLAT) == set()
+    assert pins_inside(net(FLAT)) == set()
 
 
 def test_macs_are_those_of_both_products() -> None:
     open_batch = FLAT.replace("[2, 5, 6] x", "[N, 5, 6] x").replace("[2, 5, 2] y", "[N, 5, 2] y")
     for text, samples in ((FLAT, 2), (open_batch, 1)):
-        macs = {group.granularity: group.macs for group in analysis_of(text).groups}
+        macs = {group.granularity: group.macs for group in analysis_of(net(text)).groups}
         projections = 5 * (6 * (18 + 9 + 12) + 24 * 2)
         assert macs["head"] == samples * (projections + 5 * 5 * (18 + 24))
 
 
 def test_heads_on_an_axis() -> None:
-    groups = groups_of(APART)
+    groups = groups_of(net(APART))
     assert groups == {
         "head dimension": (3, {("wq", 2), ("wk", 2), ("q", 3), ("k", 3)}),
         "head dimension of wv": (7, {("wv", 2), ("v", 3), ("a", 3), ("wo", 1)}),
@@ -77,19 +77,19 @@ def test_heads_on_an_axis() -> None:
 
 def test_a_mask_for_every_head() -> None:
     text = SUMMED.replace("bool[1, 3, 5, 5] xmask", "float[3, 5, 5] mask").replace("(q, k, v)", "(q, k, v, mask)")
-    size, members = groups_of(text)["head"]
+    size, members = groups_of(net(text))["head"]
     assert size == 3
     assert members >= {("mask", 0), ("wq", 0), ("wk", 0), ("wv", 0), ("wo", 0), ("a", 1)}
     check_exact(net(text))
 
 
 def test_a_mask_from_outside_keeps_the_heads() -> None:
-    assert set(groups_of(SUMMED)) == {"head", "head dimension", "head dimension of wv"}
-    assert "head" not in groups_of(SUMMED.replace("(q, k, v)", "(q, k, v, xmask)"))
+    assert set(groups_of(net(SUMMED))) == {"head", "head dimension", "head dimension of wv"}
+    assert "head" not in groups_of(net(SUMMED.replace("(q, k, v)", "(q, k, v, xmask)")))
 
 
 def test_a_cache_keeps_its_heads_but_not_their_queries() -> None:
-    assert set(groups_of(CACHED)) == {"query head of each key-value head"}
+    assert set(groups_of(net(CACHED))) == {"query head of each key-value head"}
 
 
 @pytest.mark.parametrize("text", [FLAT, APART, SUMMED, CACHED], ids=["flat", "apart", "summed", "cached"])
@@ -100,7 +100,7 @@ def test_attention_is_cut_exactly(text: str) -> None:
 
 def test_the_scores_as_an_output() -> None:
     text = FLAT.replace("a = Att", "a, , , s = Att").replace("=> (", "=> (float[2, 6, 5, 5] s, ")
-    assert set(groups_of(text)) == {"head dimension", "head dimension of wv"}
+    assert set(groups_of(net(text))) == {"head dimension", "head dimension of wv"}
     check_exact(net(text))
 
 
@@ -113,7 +113,7 @@ def test_open_sizes_and_a_split_projection() -> None:
       a = Attention <q_num_heads = 3, kv_num_heads = 3, is_causal = 1> (q, k, v)
       y = MatMul(a, wo)
     }"""
-    groups = groups_of(text)
+    groups = groups_of(net(text))
     assert {name: size for name, (size, _) in groups.items()} == {
         "head": 3,
         "head dimension": 6,
@@ -142,7 +142,7 @@ PARTLY = "rotary_embedding_dim = 8, "
 def test_rotary_embedding(interleaved: int, width: int) -> None:
     attributes = f"interleaved = {interleaved}, " + (PARTLY if width > 8 else "")
     text = ROTARY.format(h=3 * width, a=attributes)
-    groups = groups_of(text)
+    groups = groups_of(net(text))
     assert groups["rotary pair"] == (
         4,
         {("wq", 1), ("wk", 1), ("q0", 2), ("k0", 2), ("q", 2), ("k", 2), ("cos", 1), ("sin", 1)},
@@ -156,7 +156,7 @@ def test_rotary_embedding(interleaved: int, width: int) -> None:
 
 @pytest.mark.parametrize(("interleaved", "indices"), [(0, [0, 4, 8, 12, 16, 20]), (1, [0, 1, 8, 9, 16, 17])])
 def test_a_rotary_unit_is_a_pair(interleaved: int, indices: list[int]) -> None:
-    analysis = analysis_of(ROTARY.format(h=24, a=f"interleaved = {interleaved}, "))
+    analysis = analysis_of(net(ROTARY.format(h=24, a=f"interleaved = {interleaved}, ")))
     (group,) = (group for group in analysis.groups if group.granularity == "rotary pair")
     (slab,) = (slab for slab in group.units[0].parameters if slab.name == "wq")
     assert slab.indices == indices
@@ -176,7 +176,7 @@ def test_rotary_embedding_of_heads_on_an_axis() -> None:
       o = MatMul(a, wo)
       y = ReduceSum <keepdims = 0> (o, axis)
     }"""
-    assert {name: size for name, (size, _) in groups_of(text).items()} == {
+    assert {name: size for name, (size, _) in groups_of(net(text)).items()} == {
         "head": 3,
         "rotary pair": 4,
         "head dimension": 4,
@@ -186,7 +186,7 @@ def test_rotary_embedding_of_heads_on_an_axis() -> None:
 
 def test_tables_from_outside_keep_the_pairs() -> None:
     text = ROTARY.format(h=24, a="").replace("] cos", "] xcos").replace("0, cos", "0, xcos")
-    assert {name: size for name, (size, _) in groups_of(text).items()} == {"head": 3, "head dimension": 2}
+    assert {name: size for name, (size, _) in groups_of(net(text)).items()} == {"head": 3, "head dimension": 2}
     check_exact(net(text))
 
 
@@ -197,7 +197,7 @@ def test_tensor_scatter() -> None:
       c = TensorScatter <axis = -2> (cache, h, at)
       y = MatMul(c, v)
     }"""
-    assert groups_of(text) == {"channel": (8, {("w", 1), ("h", 2), ("cache", 2), ("c", 2), ("v", 0)})}
+    assert groups_of(net(text)) == {"channel": (8, {("w", 1), ("h", 2), ("cache", 2), ("c", 2), ("v", 0)})}
     check_exact(net(text))
 
 
@@ -221,7 +221,7 @@ LINEAR = """g (float[2, 5, 6] x, float[6, 16] wq, float[6, 8] wk, float[6, 6] wv
 @pytest.mark.parametrize("rate", [1, 2])
 def test_linear_attention(decay: int, rate: int) -> None:
     text = LINEAR.format(g=decay, b=rate, domain="com.microsoft.")
-    groups = groups_of(text)
+    groups = groups_of(net(text))
     assert {name: size for name, (size, _) in groups.items()} == {
         "head": 2,
         "query head of each key-value head": 2,
@@ -235,4 +235,4 @@ def test_linear_attention(decay: int, rate: int) -> None:
 
 def test_linear_attention_of_ai_onnx() -> None:
     newest = LINEAR.format(g=8, b=2, domain="")
-    assert groups_of(newest, 27) == groups_of(LINEAR.format(g=8, b=2, domain="com.microsoft."))
+    assert groups_of(net(newest, 27)) == groups_of(net(LINEAR.format(g=8, b=2, domain="com.microsoft.")))

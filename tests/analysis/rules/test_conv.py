@@ -9,10 +9,8 @@ import pytest
 from spa_compiler.analysis import analyze
 from spa_compiler.graph.load import load
 from tests.analysis import nets
-from tests.analysis.cutting import with_weights
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, units_of, weighted
-from tests.analysis.told import group_members, groups_of
+from tests.analysis.told import analysis_of, group_members, reasons_of, removable, units_of, weighted
 
 GROUPED = """g (float[2, 3, 4, 4] x, float[6, 3, 1, 1] w0, float[4, 3, 1, 1] w1, float[5, 4, 1, 1] w2)
     => (float[2, 5, 4, 4] y) {
@@ -167,18 +165,18 @@ def test_cut_equals_masked(name: str) -> None:
 
 
 def test_plain() -> None:
-    (group,) = groups_of("""g (float[2, 3, 6, 6] x, float[8, 3, 3, 3] w, float[8] b, float[4, 8, 1, 1] v)
+    (group,) = analysis_of("""g (float[2, 3, 6, 6] x, float[8, 3, 3, 3] w, float[8] b, float[4, 8, 1, 1] v)
         => (float[2, 4, 4, 4] y) {
       h = Conv(x, w, b)
       y = Conv(h, v)
-    }""")
+    }""").groups
     assert {(m.tensor, m.axis) for m in group.members} == {("w", 0), ("b", 0), ("h", 1), ("v", 1)}
     assert (group.size, group.granularity, group.params) == (8, "channel", 8 * 27 + 8 + 32)
     assert group.macs == 2 * 16 * (8 * 27 + 32)
 
 
 def test_macs_of_open_spatial_sizes_are_those_they_are_bound_to() -> None:
-    model = with_weights("""g (float[N, 3, H, W] x, float[8, 3, 3, 3] w, float[4, 8, 1, 1] v) => (float[N, 4, A, B] y) {
+    model = weighted("""g (float[N, 3, H, W] x, float[8, 3, 3, 3] w, float[4, 8, 1, 1] v) => (float[N, 4, A, B] y) {
       h = Conv(x, w)
       y = Conv(h, v)
     }""")
@@ -187,10 +185,12 @@ def test_macs_of_open_spatial_sizes_are_those_they_are_bound_to() -> None:
 
 
 def test_macs_of_an_open_batch_are_those_of_one_image() -> None:
-    (group,) = groups_of("""g (float[N, 3, 6, 6] x, float[8, 3, 3, 3] w, float[4, 8, 1, 1] v) => (float[N, 4, 4, 4] y) {
+    (group,) = (
+        analysis_of("""g (float[N, 3, 6, 6] x, float[8, 3, 3, 3] w, float[4, 8, 1, 1] v) => (float[N, 4, 4, 4] y) {
       h = Conv(x, w)
       y = Conv(h, v)
-    }""")
+    }""").groups
+    )
     assert group.macs == 16 * (8 * 27 + 32)
 
 
@@ -232,13 +232,13 @@ def test_a_kernel_of_one_that_jumps_or_pads_pins_positions(attributes: str, size
 
 
 def test_residual_is_one_group() -> None:
-    spine, inner = groups_of(nets.RESIDUAL)
+    spine, inner = analysis_of(nets.RESIDUAL).groups
     assert {(m.tensor, m.axis) for m in spine.parameters} == {("w0", 0), ("w1", 1), ("w2", 0), ("b2", 0), ("w3", 1)}
     assert {(m.tensor, m.axis) for m in inner.parameters} == {("w1", 0), ("b1", 0), ("w2", 1)}
 
 
 def test_depthwise_with_a_multiplier() -> None:
-    channel, slot = groups_of(nets.DEPTHWISE)
+    channel, slot = analysis_of(nets.DEPTHWISE).groups
     assert (channel.size, channel.granularity) == (6, "channel")
     assert {s.name: s.indices for s in channel.units[2].parameters} == {
         "w0": [2],

@@ -6,7 +6,7 @@ import pytest
 
 from spa_compiler.analysis.rules.einsum import Equation, parse
 from tests.analysis.exactness import check_exact
-from tests.analysis.rules.said import analysis_of, group_members, weighted
+from tests.analysis.told import analysis_of, group_members, weighted
 
 
 def test_parse() -> None:

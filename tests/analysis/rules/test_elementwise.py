@@ -6,8 +6,7 @@ import pytest
 
 from spa_compiler.analysis.rules import elementwise
 from tests.analysis.exactness import check_exact
-from tests.analysis.rules import said
-from tests.analysis.told import analysis_of, group_members
+from tests.analysis.told import analysis_of, group_members, weighted
 
 
 def between(lines: str, weights: str = "") -> str:
@@ -68,7 +67,7 @@ def test_where_joins_all_three() -> None:
 
 
 def test_an_axis_of_unknown_size_pins_what_it_meets() -> None:
-    analysis = said.analysis_of("""g (float[N, 4] x, bool[6] x_some, float[6] s, float[4, 6] w, float[6, 2] v) => (float[N, 2] y) {
+    analysis = analysis_of("""g (float[N, 4] x, bool[6] x_some, float[6] s, float[4, 6] w, float[6, 2] v) => (float[N, 2] y) {
       a = MatMul(x, w)
       c = Compress <axis = 0> (s, x_some)
       b = Add(a, c)
@@ -125,17 +124,17 @@ def test_cut_is_masked(op: str) -> None:
       {lines}
       y = MatMul(b, v)
     }}"""
-    model = said.weighted(text, opset)
+    model = weighted(text, opset)
     assert check_exact(model, seeds=(0,), ratios=(0.5,)) == 1
     if wide:
-        assert any(("w", 0) in members and ("u", 1) in members for members in said.group_members(text, opset))
+        assert any(("w", 0) in members and ("u", 1) in members for members in group_members(analysis_of(text, opset)))
 
 
 def test_newest() -> None:
     gate = between("g = MatMul(x, s)\n b = SwiGLU(a, g)", ", float[4, 6] s")
     bits = between("c = BitCast <to = 6> (s)\n d = BitCast <to = 1> (c)\n b = Add(a, d)", ", float[1, 6] s")
     for text in (gate, bits):
-        assert any({("w", 1), ("s", 1), ("v", 0)} <= members for members in said.group_members(text, opset=28))
+        assert any({("w", 1), ("s", 1), ("v", 0)} <= members for members in group_members(analysis_of(text, opset=28)))
 
 
 @pytest.mark.parametrize("opset", [7, 9, 11, 13])
@@ -143,6 +142,6 @@ def test_old_opsets(opset: int) -> None:
     limit = "a0 = Constant <value = float {0.5}> ()\n c = Clip(a, , a0)"
     clip = "c = Clip <min = -0.5, max = 0.5> (a)" if opset < 11 else limit
     text = between(f"{clip}\n d, m = Dropout(c)\n b = PRelu(d, s)", ", float[5, 6] s")
-    (members,) = said.group_members(text, opset)
+    (members,) = group_members(analysis_of(text, opset))
     assert {("w", 1), ("c", 2), ("d", 2), ("s", 1), ("v", 0)} <= members
-    assert check_exact(said.weighted(text, opset)) == 1
+    assert check_exact(weighted(text, opset)) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.analysis.exactness import check_exact
-from tests.analysis.rules.said import group_members, pins_of, weighted
+from tests.analysis.told import group_members, pins_of, weighted
 
 
 def between(lines: str, more: str = "") -> str:

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from tests.analysis.exactness import check_exact
-from tests.analysis.rules.said import group_members, pins_of, weighted
+from tests.analysis.told import group_members, pins_of, weighted
 
 
 def between(lines: str, weights: str = "", last: str = "b") -> str:

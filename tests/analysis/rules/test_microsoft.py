@@ -6,13 +6,13 @@ import pytest
 
 from spa_compiler.analysis.cut import cut, removed_slabs
 from tests.analysis.exactness import FLOOR, Subject, check_each_unit, check_exact, differences, outputs
-from tests.analysis.rules.fused import groups_of, net, reasons_of
+from tests.analysis.told import groups_of, net, pins_inside, pins_of, reasons_of
 
 SLOT = "query head of each key-value head"
 
 
 def sizes_of(text: str) -> dict[str, int]:
-    return {name: size for name, (size, _) in groups_of(text).items()}
+    return {name: size for name, (size, _) in groups_of(net(text)).items()}
 
 
 ATTENTION = """g (float[2, 5, 6] x, float[6, 7] w0, float[7, 33] w, float[33] b, float[3, 5, 5] m, float[15, 2] wo)
@@ -26,13 +26,13 @@ ATTENTION = """g (float[2, 5, 6] x, float[6, 7] w0, float[7, 33] w, float[33] b,
 
 
 def test_attention() -> None:
-    groups = groups_of(ATTENTION)
+    groups = groups_of(net(ATTENTION))
     assert groups["head"] == (3, {("w", 1), ("b", 0), ("m", 0), ("m4", 1), ("a", 2), ("wo", 0)})
     assert groups["head dimension"] == (5, {("w", 1), ("b", 0), ("a", 2), ("wo", 0)})
     assert groups["channel"] == (7, {("w0", 1), ("h", 2), ("w", 0)})
     assert len(groups) == 3
     inside = "computed and used inside of the operator, where no activation can be masked"
-    assert reasons_of(ATTENTION) == {("w", 1, inside)}
+    assert pins_inside(net(ATTENTION)) == {("w", 1, "Attention", inside)}
     check_exact(net(ATTENTION))
     check_each_unit(net(ATTENTION))
 
@@ -40,7 +40,7 @@ def test_attention() -> None:
 def test_attention_of_equal_sizes_gets_to_name_them() -> None:
     text = ATTENTION.replace("num_heads = 3, qkv_hidden_sizes = [9, 9, 15]", "num_heads = 3")
     text = text.replace("33", "45")
-    assert groups_of(text)["head dimension"][0] == 5
+    assert groups_of(net(text))["head dimension"][0] == 5
     check_exact(net(text))
 
 
@@ -62,7 +62,7 @@ MULTI_HEAD = """g (float[2, 5, 6] x, float[2, 7, 6] xt, float[6, 12] wq, float[6
 
 
 def test_multi_head_attention() -> None:
-    assert groups_of(MULTI_HEAD) == {
+    assert groups_of(net(MULTI_HEAD)) == {
         "head": (
             3,
             {("wq", 1), ("wk", 1), ("wv", 1), ("q", 2), ("k", 2), ("v", 2), ("b", 0), ("m", 1), ("a", 2), ("wo", 0)},
@@ -79,7 +79,7 @@ def test_multi_head_attention_without_bias_is_attention() -> None:
     plain = fused.replace(
         "com.microsoft.MultiHeadAttention <num_heads = 3>", "Attention <q_num_heads = 3, kv_num_heads = 3>"
     )
-    assert groups_of(fused) == groups_of(plain)
+    assert groups_of(net(fused)) == groups_of(net(plain))
     ours, theirs = Subject(net(fused)), Subject(net(plain))
     removed = {group.id: [0] for group in ours.analysis.groups}
     gone = [removed_slabs(subject.analysis, removed)[0] for subject in (ours, theirs)]
@@ -99,7 +99,7 @@ def test_a_bias_on_new_keys_alone_keeps_the_size_of_a_key() -> None:
       y = MatMul(a, wo)
     }"""
     assert sizes_of(text) == {"head": 3}
-    assert ("q", 2, "a bias on some of the keys") in reasons_of(text)
+    assert "a bias on some of the keys" in reasons_of(net(text), "q", 2)
     check_exact(net(text))
     free = text.replace("(q, k, v, b,", "(q, k, v, ,")
     assert sizes_of(free) == {"head": 3, "head dimension": 4}
@@ -115,7 +115,7 @@ def test_keys_and_values_from_another_sequence_share_their_size() -> None:
       a = com.microsoft.MultiHeadAttention <num_heads = 3> (q, k, v)
       y = MatMul(a, wo)
     }"""
-    groups = groups_of(text)
+    groups = groups_of(net(text))
     assert sizes_of(text) == {"head": 3, "head dimension": 4}
     assert groups["head dimension"][1] >= {("wq", 1), ("wk", 2), ("wv", 2), ("wo", 0)}
     check_exact(net(text))
@@ -132,8 +132,8 @@ def test_packed_keys_and_values_share_their_size(parts: int) -> None:
       a = com.microsoft.MultiHeadAttention <num_heads = 3> ({rest})
       y = MatMul(a, wo)
     }}"""
-    assert groups_of(text)["head"][1] >= {("w", 1), ("k0", 2), ("k", 2), ("a", 2), ("wo", 0)}
-    assert groups_of(text)["head dimension"][1] >= {("w", 1), ("k0", 2), ("k", 4), ("a", 2), ("wo", 0)}
+    assert groups_of(net(text))["head"][1] >= {("w", 1), ("k0", 2), ("k", 2), ("a", 2), ("wo", 0)}
+    assert groups_of(net(text))["head dimension"][1] >= {("w", 1), ("k0", 2), ("k", 4), ("a", 2), ("wo", 0)}
 
 
 GROUP_QUERY = """g (float[1, 4, 6] x, float[6, 64] wq, float[6, 16] wk, float[6, 16] wv, float[1, 8, 4, 4] m,
@@ -150,11 +150,11 @@ GROUP_QUERY = """g (float[1, 4, 6] x, float[6, 64] wq, float[6, 16] wk, float[6,
 
 
 def test_group_query_attention() -> None:
-    groups = groups_of(GROUP_QUERY)
+    groups = groups_of(net(GROUP_QUERY))
     assert {name: size for name, (size, _) in groups.items()} == {"head": 2, SLOT: 4}
     assert groups["head"][1] >= {("wq", 1), ("wk", 1), ("wv", 1), ("m", 1), ("a", 2), ("wo", 0), ("ck", 1), ("cv", 1)}
     assert groups[SLOT][1] == {("wq", 1), ("q", 2), ("m", 1), ("a", 2), ("wo", 0)}
-    assert ("q", 2, "the kernel wants one size for all heads of queries, keys and values") in reasons_of(GROUP_QUERY)
+    assert "the kernel wants one size for all heads of queries, keys and values" in reasons_of(net(GROUP_QUERY), "q", 2)
     check_exact(net(GROUP_QUERY))
     check_each_unit(net(GROUP_QUERY))
 
@@ -170,7 +170,7 @@ def test_packed_group_query_attention_with_rotation() -> None:
       y = MatMul(a, wo)
     }"""
     assert sizes_of(text) == {"head": 2, SLOT: 4}
-    assert groups_of(text)[SLOT][1] == {("w", 1), ("q", 2), ("sink", 0), ("a", 2), ("wo", 0)}
+    assert groups_of(net(text))[SLOT][1] == {("w", 1), ("q", 2), ("sink", 0), ("a", 2), ("wo", 0)}
     check_exact(net(text))
 
 
@@ -193,7 +193,7 @@ def test_rotary_embedding(named: str, interleaved: int) -> None:
     }}"""
     rest = {"head dimension": 4} if named else {}
     assert sizes_of(text) == {"head": 2, "rotary pair": 3, **rest}
-    assert groups_of(text)["rotary pair"][1] == {("w", 1), ("h", 2), ("r", 2), ("cos", 1), ("sin", 1), ("wo", 0)}
+    assert groups_of(net(text))["rotary pair"][1] == {("w", 1), ("h", 2), ("r", 2), ("cos", 1), ("sin", 1), ("wo", 0)}
     check_exact(net(text))
 
 
@@ -207,7 +207,7 @@ def test_fused_matmul(left: int, right: int) -> None:
       i = com.microsoft.FusedMatMul <transB = {right}, alpha = 0.5> (h, w)
       y = MatMul(i, v)
     }}"""
-    assert [members for _, members in groups_of(text).values()] == [
+    assert [members for _, members in groups_of(net(text)).values()] == [
         {("w0", 1), ("h", 2), ("w", right)},
         {("w", 1 - right), ("i", 2), ("v", 0)},
     ]
@@ -220,7 +220,7 @@ def test_fused_matmul_with_the_batch_inside() -> None:
       i = com.microsoft.FusedMatMul <transBatchA = 1> (h, u)
       y = com.microsoft.FusedMatMul <transBatchB = 1> (i, v)
     }"""
-    assert [members for _, members in groups_of(text).values()] == [
+    assert [members for _, members in groups_of(net(text)).values()] == [
         {("w", 1), ("h", 2), ("u", 1)},
         {("u", 2), ("i", 2), ("v", 0)},
     ]
@@ -232,9 +232,9 @@ def test_fused_gemm() -> None:
       h = com.microsoft.FusedGemm <activation = "Relu", transB = 1> (x, w, b)
       y = MatMul(h, v)
     }"""
-    assert groups_of(text) == {"channel": (4, {("w", 0), ("b", 0), ("h", 1), ("v", 0)})}
+    assert groups_of(net(text)) == {"channel": (4, {("w", 0), ("b", 0), ("h", 1), ("v", 0)})}
     check_exact(net(text))
-    assert ("h", 1, "Softmax of a product") in reasons_of(text.replace("Relu", "Softmax"))
+    assert "Softmax of a product" in reasons_of(net(text.replace("Relu", "Softmax")), "h", 1)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_activations(op: str) -> None:
       y = MatMul(i, v)
     }}"""
     members = {("w", 1), ("h", 2), ("i", 2), ("v", 0)} | ({("b", 0)} if "b" in op.split("(")[1] else set())
-    assert groups_of(text) == {"channel": (8, members)}
+    assert groups_of(net(text)) == {"channel": (8, members)}
     if "BiasAdd" not in op:  # no kernel for CPUs
         check_exact(net(text))
 
@@ -258,7 +258,7 @@ def test_bias_split_gelu() -> None:
       i = com.microsoft.BiasSplitGelu(h, b)
       y = MatMul(i, v)
     }"""
-    assert groups_of(text) == {"channel": (4, {("w", 1), ("h", 2), ("b", 0), ("i", 2), ("v", 0)})}
+    assert groups_of(net(text)) == {"channel": (4, {("w", 1), ("h", 2), ("b", 0), ("i", 2), ("v", 0)})}
 
 
 def test_mixture_of_experts() -> None:
@@ -269,10 +269,10 @@ def test_mixture_of_experts() -> None:
       m = com.microsoft.MoE <k = 2, activation_type = "gelu"> (h, p, in, bi, out, bo)
       y = MatMul(m, v)
     }"""
-    assert groups_of(text) == {
+    assert groups_of(net(text)) == {
         "channel": (4, {("w", 1), ("h", 1), ("in", 2), ("out", 1), ("bo", 1), ("m", 1), ("v", 0)})
     }
-    assert {(name, axis) for name, axis, _ in reasons_of(text)} >= {
+    assert {pin[:2] for pin in pins_inside(net(text))} >= {
         ("p", 1),
         ("in", 0),
         ("in", 1),
@@ -289,7 +289,7 @@ def test_relative_position_bias() -> None:
       a = com.microsoft.Attention <num_heads = 2> (x, w, b, , , m)
       y = MatMul(a, wo)
     }"""
-    assert groups_of(text)["head"] == (2, {("table", 1), ("m", 1), ("w", 1), ("b", 0), ("a", 2), ("wo", 0)})
+    assert groups_of(net(text))["head"] == (2, {("table", 1), ("m", 1), ("w", 1), ("b", 0), ("a", 2), ("wo", 0)})
 
 
 def test_packed_weights_are_pinned() -> None:
@@ -299,7 +299,7 @@ def test_packed_weights_are_pinned() -> None:
       i = com.microsoft.MatMulNBits <K = 16, N = 8, bits = 4, block_size = 16> (h, codes, scales)
       y = MatMul(i, v)
     }"""
-    assert groups_of(text) == {}
+    assert groups_of(net(text)) == {}
     reason = "weights are packed in blocks of bits"
-    assert reasons_of(text) >= {("h", 1, reason), ("i", 1, reason)}
+    assert pins_of(net(text)) >= {("h", 1, "MatMulNBits", reason), ("i", 1, "MatMulNBits", reason)}
     check_exact(net(text))

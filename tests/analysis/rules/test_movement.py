@@ -13,8 +13,7 @@ from spa_compiler.graph.session import open_model, run
 from spa_compiler.graph.weights import array_of
 from tests.analysis.builder import Net
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.said import analysis_of, group_members, group_sizes, pins_of, weighted
-from tests.analysis.rules.weighted import units_of
+from tests.analysis.told import analysis_of, group_members, group_sizes, pins_of, units_of, weighted
 
 
 def exact(model: onnx.ModelProto) -> int:
@@ -65,7 +64,7 @@ def grouped_queries(target: str) -> onnx.ModelProto:
 def test_key_heads_that_are_repeated(target: str) -> None:
     """A key head takes its queries along, a copy the same query of all heads; the output has all heads, so it pins."""
     model = grouped_queries(target)
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     assert [group.size for group in analysis.groups] == [4], "the width, as heads are given out"
 
 
@@ -80,7 +79,7 @@ def test_key_heads_that_are_repeated_and_summed(target: str) -> None:
     )
     last.input[0] = "sum"
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     assert sorted(group.size for group in analysis.groups) == [2, 3, 4]
     gain = next(tensor.name for tensor in model.graph.initializer if list(tensor.dims) == [6, 1, 1])
     found = [unit[gain, 0] for head in range(6) for unit in units_of(analysis, gain, 0, head)]
@@ -101,7 +100,7 @@ def test_expand_of_channels(opset: int) -> None:
           c = Mul(b, s)
           y = MatMul(c, v)
         }}"""
-        (members,) = [found for found in group_members(text, opset) if ("w", 1) in found]
+        (members,) = [found for found in group_members(analysis_of(text, opset)) if ("w", 1) in found]
         assert {("a", 2), ("b", 2), ("v", 0)} <= members
         assert exact(weighted(text, opset)) == 1
 

@@ -7,13 +7,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from spa_compiler.analysis import Analysis, analyze
+from spa_compiler.analysis import analyze
 from spa_compiler.analysis.choose import random_units
 from spa_compiler.analysis.cut import cut, removed_slabs
 from spa_compiler.analysis.mask import mask
 from spa_compiler.graph.load import load
 from tests.analysis.exactness import check_each_unit, check_exact, outputs
-from tests.analysis.rules.weighted import reasons_of, removable, weighted
+from tests.analysis.told import analysis_of, reasons_of, removable, weighted
 
 
 def model_of(text: str, opset: int) -> onnx.ModelProto:
@@ -24,10 +24,6 @@ def model_of(text: str, opset: int) -> onnx.ModelProto:
             values = numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array((np.abs(values) + 0.1).astype(values.dtype), tensor.name))
     return model
-
-
-def analysis_of(text: str, opset: int) -> Analysis:
-    return analyze(load(model_of(text, opset)))
 
 
 def conv(lines: str, weights: str = "", size: str = "4, 4") -> str:
@@ -69,20 +65,20 @@ def exported_group_norm(groups: int) -> str:
 @pytest.mark.parametrize("opset", [7, 9, 13, 14, 15, 21])
 def test_batch_norm(opset: int) -> None:
     text = conv("b = BatchNormalization(a, s, c, m, v)", VECTORS)
-    assert removable(analysis_of(text, opset)) == {*ENDS, ("s", 0), ("c", 0), ("m", 0), ("v", 0)}
+    assert removable(model_of(text, opset)) == {*ENDS, ("s", 0), ("c", 0), ("m", 0), ("v", 0)}
     assert check_exact(model_of(text, opset))
     assert check_each_unit(model_of(text, opset))
 
 
 def test_batch_norm_of_vectors() -> None:
     text = dense("b = BatchNormalization(a, s, c, m, v)", VECTORS, "6")
-    assert removable(analysis_of(text, 17)) == {*DENSE_ENDS, ("s", 0), ("c", 0), ("m", 0), ("v", 0)}
+    assert removable(model_of(text, 17)) == {*DENSE_ENDS, ("s", 0), ("c", 0), ("m", 0), ("v", 0)}
     assert check_exact(model_of(text, 17))
 
 
 def test_batch_norm_that_takes_its_own_statistics() -> None:
     text = conv("b, m1, v1 = BatchNormalization <training_mode = 1> (a, s, c, m, v)", VECTORS)
-    assert removable(analysis_of(text, 15)) == {*ENDS, ("s", 0), ("c", 0), ("m", 0), ("v", 0)}
+    assert removable(model_of(text, 15)) == {*ENDS, ("s", 0), ("c", 0), ("m", 0), ("v", 0)}
     assert check_exact(model_of(text, 15))
 
 
@@ -103,20 +99,20 @@ def test_weight_standardization() -> None:
     lines = """flat = Constant <value = int64[3] {1, 5, -1}> ()
       f = Reshape(w, flat)"""
     text = STANDARDIZED.format(shape="5, 12, 3, 3", lines=lines)
-    assert {("w0", 0), ("w", 0), ("w", 1), ("s", 0), ("w1", 1)} <= removable(analysis_of(text, 17))
+    assert {("w0", 0), ("w", 0), ("w", 1), ("s", 0), ("w1", 1)} <= removable(model_of(text, 17))
     assert check_exact(model_of(text, 17)) == 2
 
 
 def test_weight_standardization_of_a_stored_matrix() -> None:
     text = STANDARDIZED.format(shape="1, 5, 108", lines="").replace("(f, s", "(w, s")
-    assert {("w0", 0), ("w", 1), ("w", 2), ("s", 0), ("w1", 1)} <= removable(analysis_of(text, 17))
+    assert {("w0", 0), ("w", 1), ("w", 2), ("s", 0), ("w1", 1)} <= removable(model_of(text, 17))
     assert check_exact(model_of(text, 17)) == 2
 
 
 @pytest.mark.parametrize("opset", [7, 13, 22])
 def test_instance_norm(opset: int) -> None:
     text = conv("b = InstanceNormalization(a, s, c)", GAIN)
-    assert removable(analysis_of(text, opset)) == {*ENDS, ("s", 0), ("c", 0)}
+    assert removable(model_of(text, opset)) == {*ENDS, ("s", 0), ("c", 0)}
     assert check_exact(model_of(text, opset))
 
 
@@ -124,7 +120,7 @@ def test_instance_norm(opset: int) -> None:
 @pytest.mark.parametrize("groups", [1, 3, 4])
 def test_exported_group_norm(opset: int, groups: int) -> None:
     text = conv(exported_group_norm(groups), ", float[12, 1, 1] s, float[12, 1, 1] c")
-    analysis = analysis_of(text, opset)
+    analysis = analysis_of(model_of(text, opset))
     assert {*ENDS, ("s", 0), ("c", 0)} <= removable(analysis)
     assert sorted(group.size for group in analysis.groups) == sorted({groups, 12 // groups} - {1})
     assert check_exact(model_of(text, opset))
@@ -148,7 +144,7 @@ def test_exported_group_norm_of_images_of_any_size(size: str, groups: int) -> No
 
 def test_without_a_pad_of_computed_sizes_they_stay() -> None:
     text = conv(exported_group_norm(3), ", float[12, 1, 1] s, float[12, 1, 1] c", "H, W")
-    analysis = analysis_of(text, 10)
+    analysis = analysis_of(model_of(text, 10))
     assert [group.size for group in analysis.groups] == [3]
     assert reasons_of(analysis, "r", 2) == {"statistics over an axis whose size varies"}
 
@@ -157,20 +153,20 @@ def test_without_a_pad_of_computed_sizes_they_stay() -> None:
 @pytest.mark.parametrize("arguments", ["a, s, c", "a, s"])
 def test_layer_norm(opset: int, arguments: str) -> None:
     text = dense(f"b = LayerNormalization <epsilon = 0.1> ({arguments})", GAIN)
-    assert {*DENSE_ENDS, ("s", 0)} <= removable(analysis_of(text, opset))
+    assert {*DENSE_ENDS, ("s", 0)} <= removable(model_of(text, opset))
     assert check_exact(model_of(text, opset))
     assert check_each_unit(model_of(dense("b = LayerNormalization(a, s)", ", float[12] s"), opset))
 
 
 def test_layer_norm_over_several_axes() -> None:
     text = conv("b = LayerNormalization <axis = 1> (a, s, c)", ", float[12, 4, 4] s, float[12, 4, 4] c")
-    assert removable(analysis_of(text, 17)) == {*ENDS, ("s", 0), ("c", 0)}
+    assert removable(model_of(text, 17)) == {*ENDS, ("s", 0), ("c", 0)}
     assert check_exact(model_of(text, 17))
 
 
 def test_layer_norm_beside_channels() -> None:
     text = conv("b = LayerNormalization <axis = 2> (a, s)", ", float[4, 4] s")
-    assert removable(analysis_of(text, 17)) == ENDS
+    assert removable(model_of(text, 17)) == ENDS
     assert check_exact(model_of(text, 17))
 
 
@@ -180,7 +176,7 @@ def test_layer_norm_with_a_computed_gain_and_its_statistics() -> None:
       p = Mul(n, mean)
       b = Div(p, deviation)"""
     text = dense(lines, GAIN + ", float[12] u").replace("float[N, 5, 3] x,", "float[N, 5, 3] x, float[1] x1,")
-    assert {*DENSE_ENDS, ("s", 0), ("c", 0)} <= removable(analysis_of(text, 17))
+    assert {*DENSE_ENDS, ("s", 0), ("c", 0)} <= removable(model_of(text, 17))
     assert check_exact(model_of(text, 17))
 
 
@@ -190,7 +186,7 @@ def test_what_varies_stays_in_a_layer_norm() -> None:
       b = LayerNormalization <axis = 1> (a, s)
       y = MatMul(b, w1)
     }"""
-    analysis = analysis_of(text, 17)
+    analysis = analysis_of(model_of(text, 17))
     assert reasons_of(analysis, "a", 1) >= {"statistics over an axis whose size varies"}
     assert removable(analysis) == DENSE_ENDS
 
@@ -199,7 +195,7 @@ def test_what_varies_stays_in_a_layer_norm() -> None:
 @pytest.mark.parametrize("attributes", ["", "<epsilon = 0.3>"])
 def test_rms_norm(opset: int, attributes: str) -> None:
     text = dense(f"b = RMSNormalization {attributes} (a, s)", ", float[12] s")
-    assert removable(analysis_of(text, opset)) == {*DENSE_ENDS, ("s", 0)}
+    assert removable(model_of(text, opset)) == {*DENSE_ENDS, ("s", 0)}
     assert check_exact(model_of(text, opset))
     assert check_each_unit(model_of(text, opset))
 
@@ -207,13 +203,13 @@ def test_rms_norm(opset: int, attributes: str) -> None:
 @pytest.mark.parametrize("gain", ["t = Softplus(s)", "t = Constant <value = float[1] {1.5}> ()"])
 def test_rms_norm_with_another_gain(gain: str) -> None:
     text = dense(f"{gain}\n b = RMSNormalization <epsilon = 0.3> (a, t)", ", float[12] s")
-    assert removable(analysis_of(text, 23)) >= DENSE_ENDS
+    assert removable(model_of(text, 23)) >= DENSE_ENDS
     assert check_exact(model_of(text, 23))
 
 
 def test_rms_norm_over_several_axes() -> None:
     text = conv("b = RMSNormalization <axis = 1, epsilon = 0.3> (a, s)", ", float[12, 4, 4] s")
-    assert removable(analysis_of(text, 23)) == {*ENDS, ("s", 0)}
+    assert removable(model_of(text, 23)) == {*ENDS, ("s", 0)}
     assert check_exact(model_of(text, 23))
 
 
@@ -221,7 +217,7 @@ def test_rms_norm_over_several_axes() -> None:
 @pytest.mark.parametrize("size", ["4, 4", "H, W"])
 def test_group_norm(size: str, groups: int) -> None:
     text = conv(f"b = GroupNormalization <num_groups = {groups}, epsilon = 0.1> (a, s, c)", GAIN, size)
-    analysis = analysis_of(text, 21)
+    analysis = analysis_of(model_of(text, 21))
     assert removable(analysis) == {*ENDS, ("s", 0), ("c", 0)}
     assert sorted(group.size for group in analysis.groups) == sorted({groups, 12 // groups} - {1})
     assert check_exact(model_of(text, 21))
@@ -238,7 +234,7 @@ def test_group_norm_with_computed_parameters() -> None:
 ])  # fmt: skip
 def test_mean_variance_norm(attributes: str, opset: int) -> None:
     text = conv(f"b = MeanVarianceNormalization {attributes} (a)")
-    assert removable(analysis_of(text, opset)) == ENDS
+    assert removable(model_of(text, opset)) == ENDS
     assert check_exact(model_of(text, opset))
 
 
@@ -247,7 +243,7 @@ def test_mean_variance_norm(attributes: str, opset: int) -> None:
 def test_lp_norm(opset: int, p: int) -> None:
     for axis in (1, 3):
         text = conv(f"b = LpNormalization <p = {p}, axis = {axis}> (a)")
-        assert removable(analysis_of(text, opset)) == ENDS
+        assert removable(model_of(text, opset)) == ENDS
         assert check_exact(model_of(text, opset))
 
 
@@ -256,7 +252,7 @@ def test_lp_norm(opset: int, p: int) -> None:
 ])  # fmt: skip
 def test_half_precision(norm: str, opset: int) -> None:
     text = dense(f"b = {norm}", VECTORS, "6").replace("float[", "float16[")
-    assert removable(analysis_of(text, opset)) >= DENSE_ENDS
+    assert removable(model_of(text, opset)) >= DENSE_ENDS
     assert check_exact(model_of(text, opset))
 
 
@@ -271,5 +267,5 @@ def test_norms_of_stored_values() -> None:
         ("MeanVarianceNormalization <axes = [1]> (k)", 13, True),
     ):
         text = dense(lines.format(norm), GAIN + ", float[5, 12] k")
-        assert (("w0", 1) in removable(analysis_of(text, opset))) == is_free
+        assert (("w0", 1) in removable(model_of(text, opset))) == is_free
         check_exact(model_of(text, opset))

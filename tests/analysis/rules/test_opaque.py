@@ -6,7 +6,7 @@ import pytest
 
 from spa_compiler.analysis.rules import opaque
 from tests.analysis.exactness import check_exact
-from tests.analysis.rules.said import group_members, pins_of, weighted
+from tests.analysis.told import group_members, pins_of, weighted
 
 
 def between(lines: str) -> str:

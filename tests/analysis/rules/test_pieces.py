@@ -13,18 +13,13 @@ from spa_compiler.analysis.cut import cut
 from spa_compiler.graph.load import load
 from tests.analysis.builder import Net
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.said import analysis_of, group_members, group_sizes, pins_of, weighted
-from tests.analysis.rules.weighted import reasons_of, units_of
+from tests.analysis.told import analysis_of, group_members, group_sizes, pins_of, reasons_of, units_of, weighted
 
 
 def exact(model: onnx.ModelProto) -> int:
     """Random units and single ones; the number of groups."""
     assert check_each_unit(model)
     return check_exact(model, seeds=(0,))
-
-
-def sizes_of(model: onnx.ModelProto) -> list[int]:
-    return sorted(group.size for group in analyze(load(model)).groups)
 
 
 class Chain:
@@ -56,7 +51,7 @@ def test_concat_puts_axes_one_after_another() -> None:
         {("w", 0), ("a", 1), ("c", 1), ("d", 1), ("u", 1)},
         {("v", 0), ("b", 1), ("c", 1), ("d", 1), ("u", 1)},
     ]
-    (unit,) = units_of(analysis_of(text), "v", 0, 2)
+    (unit,) = units_of(text, "v", 0, 2)
     assert unit == {("v", 0): [2], ("u", 1): [6]}
     assert exact(weighted(text)) == 2
 
@@ -69,7 +64,7 @@ def test_concat_of_an_axis_with_itself() -> None:
       c = Concat <axis = -1> (a, b, a)
       y = MatMul(c, v)
     }"""
-    (unit,) = units_of(analysis_of(text), "w", 1, 1)
+    (unit,) = units_of(text, "w", 1, 1)
     assert unit == {("w", 1): [1], ("v", 0): [1, 7, 13]}
     assert exact(weighted(text)) == 1
 
@@ -125,14 +120,14 @@ def split_model(opset: int, form: str, sizes: list[int]) -> onnx.ModelProto:
 @pytest.mark.parametrize("form, sizes", [("sizes", [4, 3, 5]), ("even", [4, 4, 4])])
 def test_split(opset: int, form: str, sizes: list[int]) -> None:
     model = split_model(opset, form, sizes)
-    assert sizes_of(model) == sorted(sizes)
+    assert group_sizes(model) == sorted(sizes)
     assert exact(model) == 3
 
 
 def test_split_into_parts_that_do_not_divide() -> None:
     """num_outputs = 3 of 10 makes 4, 4 and 2."""
     model = split_model(18, "even", [4, 4, 2])
-    assert sizes_of(model) == [2, 4, 4]
+    assert group_sizes(model) == [2, 4, 4]
     assert exact(model) == 3
 
 
@@ -141,7 +136,7 @@ def test_halves_that_meet_are_one() -> None:
     chain = Chain(12)
     gate, up = chain.net.split(chain.x, 6, 6, axis=-1)
     model = chain.model(chain.net.mul(chain.net.sigmoid(gate), up), 6)
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     (unit,) = units_of(analysis, chain.weight, 1, 2)
     assert unit == {(chain.weight, 1): [2, 8], (chain.reader, 0): [2]}
     assert exact(model) == 1
@@ -151,7 +146,7 @@ def test_a_piece_that_nobody_reads_goes_with_its_weights() -> None:
     chain = Chain(12)
     chain.net.named("Split", [chain.x, chain.net.ints(4, 8)], ["unread", "rest"], axis=2)
     model = chain.model("rest", 8)
-    assert sizes_of(model) == [4, 8]
+    assert group_sizes(model) == [4, 8]
     assert check_exact(model, seeds=(0,)) == 2
 
 
@@ -193,7 +188,7 @@ def slice_model(size: int, start: int, end: int, step: int, opset: int, left: in
 def test_slice(opset: int, start: int, end: int) -> None:
     left = len(range(12)[start:end])
     model = slice_model(12, start, end, 1, opset, left)
-    assert sum(sizes_of(model)) == 12
+    assert sum(group_sizes(model)) == 12
     assert check_exact(model, seeds=(0,))
 
 
@@ -215,14 +210,14 @@ def slice_of_all(opset: int, start: int, end: int, step: int, size: int = 12) ->
 def test_slice_with_steps(opset: int, start: int, end: int, step: int) -> None:
     """Whatever is taken, every channel can go: none is lost to a piece of one index."""
     model, _ = slice_of_all(opset, start, end, step)
-    assert 0.9 * 12 <= sum(sizes_of(model)) <= 12 or step in (2, 3)
+    assert 0.9 * 12 <= sum(group_sizes(model)) <= 12 or step in (2, 3)
     assert exact(model)
 
 
 def test_a_step_that_fits_splits_the_axis() -> None:
     """x[.., ::2] are the first of (6, 2): pairs go together, as in rotary embeddings that are interleaved."""
     model, _ = slice_of_all(13, 0, 12, 2)
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     assert [group.size for group in analysis.groups][:1] == [6]
     assert "selected by Slice" in {pin.reason for pin in analysis.pins}
 
@@ -234,14 +229,14 @@ def slices_in(model: onnx.ModelProto, removed: dict[int, list[int]]) -> list[str
 
 def test_what_is_left_of_a_slice_is_a_range_where_it_can_be() -> None:
     model, _ = slice_of_all(13, 3, 9, 1)
-    everything = {group.id: [1] for group in analyze(load(model)).groups}
+    everything = {group.id: [1] for group in analysis_of(model).groups}
     assert slices_in(model, everything) == ["Slice"]
 
 
 def test_what_is_no_range_any_more_is_gathered() -> None:
     """Every fifth of eleven: without index 2 the places are 1, 5, 10."""
     model, _ = slice_of_all(13, 1, 12, 5, 11)
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     (group,) = analysis.groups
     assert group.size == 11
     assert slices_in(model, {0: [2]}) == ["Slice", "Gather"]
@@ -303,7 +298,7 @@ def test_a_slice_of_positions_and_of_channels() -> None:
       y = MatMul(c, v)
     }"""
     model = weighted(text)
-    assert sizes_of(model) == [2, 3, 7]
+    assert group_sizes(model) == [2, 3, 7]
     for length in (5, 9):
         assert check_exact(model, seeds=(0,), sizes={"S": length}) == 3
 
@@ -338,7 +333,7 @@ def gather_model(indices: list[int], size: int = 12, opset: int = 13) -> tuple[C
     chain = Chain(size, opset)
     x = chain.net.gather(chain.x, chain.net.ints(*indices), axis=2)
     model = chain.model(x, len(indices))
-    return chain, model, analyze(load(model))
+    return chain, model, analysis_of(model)
 
 
 @pytest.mark.parametrize("opset", [7, 13])
@@ -380,7 +375,7 @@ def test_gather_of_what_was_gathered() -> None:
     net = chain.net
     first = net.gather(chain.x, net.ints(3, 1, 7, 2, 7, 9), axis=2)
     model = chain.model(net.gather(first, net.ints(5, 0, 2, 2, 4), axis=2), 5)
-    (unit,) = units_of(analyze(load(model)), chain.weight, 1, 7)
+    (unit,) = units_of(model, chain.weight, 1, 7)
     assert unit == {(chain.weight, 1): [7], (chain.reader, 0): [2, 3, 4]}
     assert check_exact(model, seeds=(0,)) == 1
 
@@ -413,7 +408,7 @@ def test_gather_of_one_keeps_that_one() -> None:
     chain = Chain(12)
     x = chain.net.unsqueeze(chain.net.gather(chain.x, chain.net.number(-2), axis=2), 2)
     model = chain.model(x, 1)
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     (group,) = analysis.groups
     assert group.size == 11
     assert units_of(analysis, chain.weight, 1, 10) == []
@@ -428,7 +423,7 @@ def test_queries_keys_and_values_that_are_gathered() -> None:
     y = net.transpose(net.reshape(chain.x, 0, 5, 3, 4), 2, 0, 1, 3)
     q, k, v = (net.gather(y, net.number(place)) for place in range(3))
     model = chain.model(net.mul(net.mul(q, k), v), 4)
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     assert [group.size for group in analysis.groups] == [4]
     (unit,) = units_of(analysis, chain.weight, 1, 1)
     assert unit == {(chain.weight, 1): [1, 5, 9], (chain.reader, 0): [1]}
@@ -461,7 +456,7 @@ def test_a_table_of_indices() -> None:
     for tensor in model.graph.initializer:
         if tensor.name == "index":
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.arange(9).reshape(3, 3) % 5, "index"))
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     assert reasons_of(analysis, "table", 0) == {"selected by a table"}
     assert {(m.tensor, m.axis) for group in analysis.groups for m in group.parameters} == {
         ("w", 0),
@@ -492,37 +487,33 @@ def pad_model(
 @pytest.mark.parametrize("low, high", [(2, 3), (0, 4), (3, 0)])
 def test_pad(opset: int, form: str, low: int, high: int) -> None:
     model = pad_model(opset, form, low, high)
-    assert sizes_of(model) == sorted(size for size in (8, low, high) if size > 1)
+    assert group_sizes(model) == sorted(size for size in (8, low, high) if size > 1)
     assert check_exact(model, seeds=(0,))
 
 
 @pytest.mark.parametrize("mode", ["reflect", "edge"])
 def test_padding_that_repeats_pins(mode: str) -> None:
     model = pad_model(13, "", 2, 2, mode=mode)
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     assert analysis.groups == ()
     assert f"padded ({mode})" in {pin.reason for pin in analysis.pins}
 
 
 def test_padding_that_cuts_off_pins() -> None:
     model = pad_model(13, "", -2, 3)
-    assert analyze(load(model)).groups == ()
+    assert analysis_of(model).groups == ()
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_padded_pixels_leave_channels_alone(mode: str) -> None:
-    text = f"""g (float[N, 3, 4, 4] x, float[6, 3, 1, 1] w, int64[8] pads, float[5, 6, 3, 3] v)
-        => (float[N, 5, 4, 4] y) {{
+    text = f"""g (float[N, 3, 4, 4] x, float[6, 3, 1, 1] w, float[5, 6, 3, 3] v)
+        => (float[N, 5, 4, 4] y) <int64[8] pads = {{0, 0, 1, 1, 0, 0, 1, 1}}> {{
       a = Conv(x, w)
       b = Pad <mode = "{mode}"> (a, pads)
       y = Conv(b, v)
     }}"""
-    model = weighted(text)
-    for tensor in model.graph.initializer:
-        if tensor.name == "pads":
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([0, 0, 1, 1] * 2, np.int64), "pads"))
-    assert sizes_of(model) == [6]
-    assert exact(model) == 1
+    assert group_sizes(text) == [6]
+    assert exact(weighted(text)) == 1
 
 
 def test_amounts_that_are_computed_stay() -> None:
@@ -558,7 +549,7 @@ def test_a_shortcut_without_weights() -> None:
     z = net.relu(net.add(y, short))
     last = net.weight(5, 8, 1, 1)
     model = net.model(net.op("Conv", z, last))
-    analysis = analyze(load(model))
+    analysis = analysis_of(model)
     assert sorted(group.size for group in analysis.groups) == [2, 2, 4]
     (unit,) = units_of(analysis, first, 0, 1)
     assert unit == {(first, 0): [1], (second, 0): [3], (second, 1): [1], (last, 1): [3]}

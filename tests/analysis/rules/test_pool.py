@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, weighted
+from tests.analysis.told import analysis_of, reasons_of, removable, weighted
 
 
 def pooled(lines: str, dims: str = "8, 8", stated: str = "") -> str:
@@ -83,8 +83,8 @@ def test_max_roi_pool_passes_channels() -> None:
       b = MaxRoiPool <pooled_shape = [2, 2]> (a, r)
       y = Conv(b, w1)
     }"""
-    assert reasons_of(analysis_of(text), "b", 0) == {"chosen by regions"}
-    assert removable(analysis_of(text)) == {("w0", 0), ("w1", 1)}
+    assert reasons_of(text, "b", 0) == {"chosen by regions"}
+    assert removable(text) == {("w0", 0), ("w1", 1)}
     assert check_exact(weighted(text))
 
 
@@ -94,8 +94,8 @@ def test_a_window_of_one_position_passes() -> None:
       b = MaxPool <kernel_shape = [2, 1], strides = [2, 1]> (a)
       y = MatMul(b, wb)
     }"""
-    assert removable(analysis_of(text)) == {("wa", 1), ("wb", 0)}
-    assert reasons_of(analysis_of(text), "b", 2) == {"pooling window"}
+    assert removable(text) == {("wa", 1), ("wb", 0)}
+    assert reasons_of(text, "b", 2) == {"pooling window"}
     assert check_exact(weighted(text))
 
 
@@ -105,8 +105,8 @@ def test_windows_are_pinned() -> None:
       b = AveragePool <kernel_shape = [1, 2], strides = [1, 2]> (a)
       y = MatMul(b, wb)
     }"""
-    assert not removable(analysis_of(text))
-    assert reasons_of(analysis_of(text), "a", 3) == reasons_of(analysis_of(text), "b", 3) == {"pooling window"}
+    assert not removable(text)
+    assert reasons_of(text, "a", 3) == reasons_of(text, "b", 3) == {"pooling window"}
 
 
 def test_indices_that_are_read_pin_channels() -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from spa_compiler.analysis import Analysis, analyze
-from spa_compiler.graph.load import load
 from tests.analysis.exactness import check_exact
-from tests.analysis.rules.said import weighted
+from tests.analysis.told import analysis_of, group_sizes, pins_of, weighted
 
 
 def proto(text: str) -> onnx.ModelProto:
@@ -24,18 +22,6 @@ def proto(text: str) -> onnx.ModelProto:
             values = (values * 0 + range(1, 1 + values.shape[-1])).astype(values.dtype)
         tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     return model
-
-
-def analysis_of(text: str) -> Analysis:
-    return analyze(load(proto(text)))
-
-
-def group_sizes(text: str) -> list[int]:
-    return sorted(group.size for group in analysis_of(text).groups)
-
-
-def reasons_of(text: str) -> set[tuple[str, int, str, str]]:
-    return {(pin.tensor, pin.axis, pin.op, pin.reason) for pin in analysis_of(text).pins}
 
 
 def net(lines: str, weights: str, last: str = "b") -> str:
@@ -74,22 +60,22 @@ QLINEAR = net(
     [(PER_TENSOR, [6]), (PER_AXIS, [6]), (WEIGHT, [6, 8]), (BLOCKED, [3, 8]), (DYNAMIC, [6, 8]), (QLINEAR, [6, 8])],
 )
 def test_exact(text: str, sizes: list[int]) -> None:
-    assert group_sizes(text) == sizes
+    assert group_sizes(proto(text)) == sizes
     assert check_exact(proto(text)) == len(sizes)
 
 
 def test_scales_follow() -> None:
-    (group,) = analysis_of(PER_AXIS).groups
+    (group,) = analysis_of(proto(PER_AXIS)).groups
     assert {("s", 0), ("z", 0), ("u", 1), ("v", 0)} <= {(m.tensor, m.axis) for m in group.members}
-    columns = [{(m.tensor, m.axis) for m in group.members} for group in analysis_of(QLINEAR).groups]
+    columns = [{(m.tensor, m.axis) for m in group.members} for group in analysis_of(proto(QLINEAR)).groups]
     assert any({("c", 1), ("s2", 0), ("z2", 0), ("v", 0)} <= members for members in columns)
 
 
 def test_codes_of_what_is_masked_need_no_mask() -> None:
     """The code of zero is the zero point, whatever that is; a mask would put 0 there."""
     offset = QLINEAR.replace("n1", "z1")
-    assert group_sizes(offset) == [6, 8]
-    assert not any((m.tensor, m.axis) == ("q", 1) for group in analysis_of(offset).groups for m in group.members)
+    assert group_sizes(proto(offset)) == [6, 8]
+    assert not any((m.tensor, m.axis) == ("q", 1) for group in analysis_of(proto(offset)).groups for m in group.members)
     assert check_exact(proto(offset)) == 2
 
 
@@ -98,13 +84,13 @@ def test_a_zero_point_pins_what_is_summed_up() -> None:
         "b = DequantizeLinear(i, s3, z3)",
         "j = QLinearMatMul(i, s3, z3, e, s3, z3, s3, z3)\n b = DequantizeLinear(j, s3, z3)",
     ).replace("float[8, 2] v", "uint8[8, 4] e, float[4, 2] v")
-    assert group_sizes(chain) == [4, 6]
-    assert ("e", 0, "QLinearMatMul", "summed over codes whose zero point is not 0") in reasons_of(chain)
+    assert group_sizes(proto(chain)) == [4, 6]
+    assert ("e", 0, "QLinearMatMul", "summed over codes whose zero point is not 0") in pins_of(proto(chain))
     assert check_exact(proto(chain)) == 2
 
 
 def test_blocks_go_as_a_whole() -> None:
-    (group,) = (group for group in analysis_of(BLOCKED).groups if group.size == 3)
+    (group,) = (group for group in analysis_of(proto(BLOCKED)).groups if group.size == 3)
     assert group.granularity == "block of one scale"
     unit = {(slab.name, slab.axis): slab.indices for slab in group.units[1].parameters}
     assert unit == {("c", 0): [2, 3], ("s", 0): [1], ("z", 0): [1], ("u", 1): [2, 3]}
@@ -112,8 +98,8 @@ def test_blocks_go_as_a_whole() -> None:
 
 def test_blocks_that_do_not_fill_the_axis() -> None:
     text = BLOCKED.replace("block_size = 2", "block_size = 4").replace("[3, 8]", "[2, 8]")
-    assert group_sizes(text) == [8]
-    assert reasons_of(text) >= {
+    assert group_sizes(proto(text)) == [8]
+    assert pins_of(proto(text)) >= {
         ("c", 0, "DequantizeLinear", "blocks of one scale that do not fill the axis"),
         ("s", 0, "DequantizeLinear", "blocks of one scale that do not fill the axis"),
     }
@@ -159,5 +145,5 @@ MICROSOFT = {
 @pytest.mark.parametrize("op", MICROSOFT)
 def test_microsoft(op: str) -> None:
     sizes = {"QLinearConcat": [6]}.get(op, [6, 8])
-    assert group_sizes(MICROSOFT[op]) == sizes
+    assert group_sizes(proto(MICROSOFT[op])) == sizes
     assert check_exact(proto(MICROSOFT[op])) == len(sizes)

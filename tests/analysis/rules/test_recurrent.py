@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.said import analysis_of, group_members, weighted
+from tests.analysis.told import analysis_of, group_members, weighted
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, weighted
+from tests.analysis.told import analysis_of, reasons_of, removable, weighted
 
 ENDS = {("w0", 0), ("w1", 1)}
 EXACT = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceMean"]
@@ -78,7 +78,7 @@ def test_a_zero_takes_part(op: str) -> None:
 @pytest.mark.parametrize("axes", ["1, 2", "0, 1, 2, 3"])
 def test_over_channels_and_more(op: str, axes: str) -> None:
     text = gated(call(op, axes, 21))
-    assert removable(analysis_of(text)) >= ENDS
+    assert removable(text) >= ENDS
     assert check_exact(weighted(text), name=op)
 
 
@@ -86,14 +86,14 @@ def test_over_channels_and_more(op: str, axes: str) -> None:
 def test_over_all_axes(op: str) -> None:
     text = gated(f"r = {op} <keepdims = 0> (p)")
     is_free = op != "ReduceProd"
-    assert (removable(analysis_of(text)) >= ENDS) == is_free
+    assert (removable(text) >= ENDS) == is_free
     assert bool(check_exact(weighted(text))) == is_free
 
 
 def test_over_no_axis_at_all() -> None:
     text = gated("""none = Constant <value = int64[0] {}> ()
       r = ReduceMax <noop_with_empty_axes = 1> (p, none)""")
-    assert removable(analysis_of(text)) >= ENDS
+    assert removable(text) >= ENDS
     assert check_exact(weighted(text))
 
 
@@ -111,7 +111,7 @@ def test_dropped_axes(op: str) -> None:
       q = {op} <keepdims = 0> (p, channels)
       z = MatMul(q, w2)
     }}"""
-    assert removable(analysis_of(text)) == {("w0", 0), ("w1", 0)}
+    assert removable(text) == {("w0", 0), ("w1", 0)}
     assert check_exact(weighted(text)) == 1
 
 
@@ -135,7 +135,7 @@ def test_integers(op: str, is_free: bool) -> None:
 
 def test_a_mean_over_images_of_any_size() -> None:
     text = gated(call("ReduceMean", "1, 2, 3", 21), size="H, W")
-    assert removable(analysis_of(text)) >= ENDS
+    assert removable(text) >= ENDS
     assert check_exact(weighted(text))
 
 

@@ -7,9 +7,7 @@ import pytest
 from spa_compiler.analysis.rules.reshape import blocks
 from tests.analysis import nets
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.said import analysis_of, group_members, group_sizes, pins_of, weighted
-from tests.analysis.rules.weighted import units_of
-from tests.analysis.told import groups_of
+from tests.analysis.told import analysis_of, group_members, group_sizes, pins_of, units_of, weighted
 
 
 def exact(text: str, opset: int = 21) -> int:
@@ -359,7 +357,7 @@ def test_a_shuffle_that_others_read_splits_the_axis() -> None:
 
 def test_a_shuffle_ties_channels_as_it_permutes_them() -> None:
     text = SHUFFLE.format(front="0, 3, 4, 4, 4", perm="0, 2, 1, 3, 4", back="0, 12, 4, 4")
-    (unit,) = units_of(analysis_of(text), "w", 0, 5)  # row 1, column 1 of 3 x 4 -> row 1, column 1 of 4 x 3
+    (unit,) = units_of(text, "w", 0, 5)  # row 1, column 1 of 3 x 4 -> row 1, column 1 of 4 x 3
     assert unit == {("w", 0): [5], ("d", 0): [4], ("v", 1): [4]}
 
 
@@ -399,7 +397,7 @@ def test_a_transposed_factor_is_no_shuffle_where_something_happens_in_between() 
 
 
 def test_flatten_makes_runs_of_columns() -> None:
-    groups = groups_of(nets.CONV_FLATTEN)
+    groups = analysis_of(nets.CONV_FLATTEN).groups
     unit = next(group for group in groups if group.size == 5).units[2]
     assert {s.name: (s.axis, s.indices) for s in unit.parameters} == {
         "w2": (0, [2]),
@@ -489,7 +487,7 @@ def test_squeeze_without_axes(opset: int) -> None:
       a = MatMul(x, w1)
       y = MatMul(a, v)
     }"""
-    assert group_members(text, opset) == [{("w", 2), ("w1", 1), ("a", 1), ("v", 0)}]
+    assert group_members(analysis_of(text, opset)) == [{("w", 2), ("w1", 1), ("a", 1), ("v", 0)}]
     assert exact(text, opset) == 1
 
 

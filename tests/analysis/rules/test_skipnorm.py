@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, weighted
+from tests.analysis.told import analysis_of, reasons_of, removable, weighted
 
 ENDS = {("w0", 1), ("w2", 1), ("w1", 0)}
 

@@ -6,7 +6,7 @@ import pytest
 
 from spa_compiler.analysis.rules.softmax import REASON
 from tests.analysis.exactness import check_exact
-from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, weighted
+from tests.analysis.told import analysis_of, reasons_of, removable, weighted
 
 HEADS = """g (float[2, 5, 8] x, float[8, 12] wq, float[8, 12] wk, float[4, 1, 1] s, float[4, 5, 3] wo) => (float[2, 4, 5, 3] y) {{
   split = Constant <value = int64[4] {{2, 5, 4, 3}}> ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.analysis.exactness import check_each_unit, check_exact
-from tests.analysis.rules.weighted import analysis_of, reasons_of, removable, units_of, weighted
+from tests.analysis.told import analysis_of, reasons_of, removable, units_of, weighted
 
 
 def between(lines: str, before: int = 6, after: int = 6, dims: str = "4, 4") -> str:
@@ -70,8 +70,8 @@ def test_resized_positions_are_pinned() -> None:
       b = Resize(a, , s)
       y = MatMul(b, wb)
     }"""
-    assert reasons_of(analysis_of(text), "a", 3) == {"resized positions"}
-    assert not removable(analysis_of(text))
+    assert reasons_of(text, "a", 3) == {"resized positions"}
+    assert not removable(text)
 
 
 def test_positions_that_stay_pass() -> None:
@@ -81,7 +81,7 @@ def test_positions_that_stay_pass() -> None:
       b = Resize(a, , s)
       y = MatMul(b, wb)
     }"""
-    assert removable(analysis_of(text)) == {("wa", 1), ("wb", 0)}
+    assert removable(text) == {("wa", 1), ("wb", 0)}
     assert check_exact(weighted(text))
 
 
@@ -134,7 +134,7 @@ def test_depth_to_space_strides_over_blocks() -> None:
 
 def test_depth_to_space_with_depth_outside_takes_runs() -> None:
     text = between('b = DepthToSpace <blocksize = 2, mode = "CRD"> (a)', 12, 3)
-    assert units_of(analysis_of(text), "w1", 1, 1) == [{("w0", 0): [4, 5, 6, 7], ("w1", 1): [1]}]
+    assert units_of(text, "w1", 1, 1) == [{("w0", 0): [4, 5, 6, 7], ("w1", 1): [1]}]
     assert check_exact(weighted(text))
 
 
@@ -158,7 +158,7 @@ def test_space_to_depth_strides_over_blocks() -> None:
 
 def test_there_and_back() -> None:
     text = between("d = SpaceToDepth <blocksize = 2> (a)\ne = Sigmoid(d)\nb = DepthToSpace <blocksize = 2> (e)")
-    assert units_of(analysis_of(text), "w0", 0, 5) == [{("w0", 0): [5], ("w1", 1): [5]}]
+    assert units_of(text, "w0", 0, 5) == [{("w0", 0): [5], ("w1", 1): [5]}]
     assert check_exact(weighted(text))
 
 
