@@ -118,7 +118,7 @@ def compile(
         options={"shapes": list(shapes), "samples": samples, "max_size": max_size},
         isa=goal.arch,
     )
-    stages = _Stages(report)
+    stages = _Stages(report, progress)
     rng = np.random.default_rng(seed)
     passes = recipe.build()  # options are checked before any work
 
@@ -147,8 +147,7 @@ def compile(
             report.passes.append(assemble.pass_change(change, removed.tell(groups, change)))
             graph_shapes.infer(current)
             if change.removed:
-                unverified = cuts.check(before, current, groups, change, feeds)
-                report.notes += [unverified] if unverified else []
+                report.notes.append(cuts.check(before, current, groups, change, feeds))
             if each is not passes[-1] and not change.sites:  # zeros alone move no channel
                 groups = analysis.analyze(current, bindings[0])
     if dry_run:
@@ -274,17 +273,21 @@ class _Origin:
 
 
 class _Stages:
-    """Times the stages, for the report; names the stage in which an error arose."""
+    """Times the stages, for the report and the log, and shows which one is at work."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self, report: Report, progress: Progress) -> None:
+        self._report, self._progress = report, progress
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         _log.info("%s", name)
+        self._progress(name, 0, 1)
         yield
-        self._report.stages.append(assemble.stage(name, time.perf_counter() - begin))
+        self._progress(name, 1, 1)
+        seconds = time.perf_counter() - begin
+        _log.info("%s: %.1f s", name, seconds)
+        self._report.stages.append(assemble.stage(name, seconds))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def check(before: Model, after: Model, analysis: Analysis, change: Change, feeds
         analysis: of `before`.
 
     Returns:
-        Why nothing could be compared, or the empty string.
+        What came out, or why nothing could be compared, in words.
 
     Raises:
         VerificationError: the cut model does not run, or an output is beyond its tolerance.
@@ -65,6 +65,7 @@ def check(before: Model, after: Model, analysis: Analysis, change: Change, feeds
         raise _failure(change, f"the cut model does not run: {_first_line(error)}") from error
     if change.unlike:
         return f"{change.pass_name} is not verified: {change.unlike}"
+    worst = (0.0, TOLERANCE)
     for want, other, have in zip(wanted, plain, got, strict=True):
         for name, value in want.items():
             allowed = _allowed(value, noise(value, other[name]))
@@ -73,7 +74,9 @@ def check(before: Model, after: Model, analysis: Analysis, change: Change, feeds
                 text = "its shape, type or NaNs differ" if apart is None else f"its error is {apart:.1e}"
                 what = f"output {name!r} of the cut model is wrong: {text}, {allowed:.1e} is allowed"
                 raise _failure(change, what)
-    return ""
+            worst = max(worst, (apart, allowed))
+    against = "the model before it" if change.exact else "the model with what was removed masked"
+    return f"{change.pass_name}: verified against {against}: error {worst[0]:.1e}, {worst[1]:.1e} allowed"
 
 
 def _gone(change: Change) -> dict[tuple[str, int], list[int]]:

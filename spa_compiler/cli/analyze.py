@@ -27,6 +27,7 @@ Examples:
   spa-analyze model.onnx                       groups and pins as tables
   spa-analyze model.onnx --json > groups.json  with every unit and its indices, for programs
   spa-analyze model.onnx --html model.html     the graph, coloured by group, beside the tables
+  spa-analyze bert.onnx --shape input_ids=1,128 --shape attention_mask=1,128
 
 \b
 A group holds units that can be removed one by one, each from all of its members at once. A pin names an axis
@@ -43,6 +44,13 @@ _NAME = 160  # characters of a name that are shown
 
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="INPUT=1,128",
+    help="Sizes to count MACs with, where the model leaves them open; repeatable  [default: small ones that fit]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else to stdout")
 @click.option("--html", metavar="FILE", type=click.Path(path_type=Path), help="Write a page: the graph and the tables")
 @click.option("--svg", metavar="FILE", type=click.Path(path_type=Path), help="Write the drawing of the graph alone")
@@ -50,7 +58,15 @@ _NAME = 160  # characters of a name that are shown
 @click.option("-v", "--verbose", is_flag=True, help="Log to stderr what is done")
 @click.version_option(__version__, prog_name="spa-analyze")
 @exit_codes
-def main(model: Path, as_json: bool, html: Path | None, svg: Path | None, everything: bool, verbose: bool) -> None:
+def main(
+    model: Path,
+    shapes: tuple[str, ...],
+    as_json: bool,
+    html: Path | None,
+    svg: Path | None,
+    everything: bool,
+    verbose: bool,
+) -> None:
     """Show the groups of coupled channels of MODEL.onnx, and what pins the rest.
 
     Nothing is written but the files of --html and --svg, which are replaced if they exist.
@@ -62,6 +78,7 @@ def main(model: Path, as_json: bool, html: Path | None, svg: Path | None, everyt
 
     from spa_compiler.analysis import analyze, draw
     from spa_compiler.analysis.summary import reasons
+    from spa_compiler.calibration.shapes import parse_shapes
     from spa_compiler.graph.load import load
 
     drawings: list[tuple[Path | None, Callable[[Model, Analysis], str]]] = [(html, draw.page), (svg, draw.svg)]
@@ -70,7 +87,7 @@ def main(model: Path, as_json: bool, html: Path | None, svg: Path | None, everyt
         loaded = load(model)
         progress("reading", 1, 1)
         progress("analyzing", 0, 1)
-        analysis = analyze(loaded)
+        analysis = analyze(loaded, parse_shapes(shapes, loaded)[0] if shapes else None)
         progress("analyzing", 1, 1)
         for path, drawing in drawings:
             if path is not None:
@@ -85,9 +102,23 @@ def main(model: Path, as_json: bool, html: Path | None, svg: Path | None, everyt
     held_by = reasons(analysis)
     _pins(held_by, console, everything)
     _summary(analysis, held_by, console)
+    _sizes(loaded, analysis, console)
     for path, _ in drawings:
         if path is not None:
             console.print(f"written: {path}", markup=False, soft_wrap=True)
+
+
+def _sizes(model: Model, analysis: Analysis, console: Console) -> None:
+    """Which sizes the MACs were counted with, where the model leaves some open."""
+    settled = analysis.facts.settled
+    opened = [value.name for value in model.signature.inputs if any(not isinstance(dim, int) for dim in value.shape)]
+    sizes = [f"{name}={','.join(map(str, settled.shapes[name]))}" for name in opened if name in settled.shapes]
+    if sizes:
+        console.print(
+            f"MACs are those of one sample, counted with {' '.join(sizes)} (--shape counts with others)",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _log() -> Console:

@@ -27,7 +27,7 @@ def select(
         granularity: what units must be; empty takes all.
 
     Raises:
-        UsageError: an entry of `targets` or `granularity` matches nothing.
+        UsageError: an entry matches nothing.
     """
     names = _names(analysis, graph)
     kinds = {group.id: frozenset({group.granularity, *group.granularity.split(", ")}) for group in analysis.groups}
@@ -45,7 +45,10 @@ def select(
     unwanted = _matching(ignore, names, kinds)
     for entry in ignore:
         if not unwanted[entry]:
-            _log.warning("ignore: %r matches no tensor, node or granularity that any group touches", entry)
+            raise UsageError(
+                f"ignore: {entry!r} matches no tensor, node or granularity that any group touches",
+                fix=did_you_mean(entry, [*known, *names]),
+            )
     inside = set().union(*wanted.values()) if targets else set(kinds)
     outside = set().union(*unwanted.values())
     return [

@@ -12,6 +12,7 @@ from spa_compiler.analysis import Analysis, analyze
 from spa_compiler.analysis.count import Counter
 from spa_compiler.analysis.cut import Statistics, apply, removed_slabs
 from spa_compiler.analysis.schema import Slab
+from spa_compiler.analysis.summary import reasons
 from spa_compiler.graph import shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.passes.pass_ import Context, Removal
@@ -63,23 +64,14 @@ def shares(analysis: Analysis, removed: Mapping[int, Units]) -> dict[str, float]
 
 def what_holds_the_rest(analysis: Analysis) -> str:
     """The pins that hold most parameters, in words; empty where none holds any."""
-    by_reason: dict[tuple[str, str], int] = {}
-    for pin in analysis.pins:
-        key = (pin.op, pin.reason)
-        by_reason[key] = max(by_reason.get(key, 0), pin.params)
-    worth_a_word = [item for item in by_reason.items() if item[1] >= _LEAST_PIN * analysis.params]
-    most = sorted(worth_a_word, key=lambda item: (-item[1], item[0]))[:_NAMED_PINS]
+    most = [one for one in reasons(analysis) if one.params >= _LEAST_PIN * analysis.params][:_NAMED_PINS]
     if not most:
         return ""
-    named = {
-        key: next(pin for pin in analysis.pins if (pin.op, pin.reason, pin.params) == (*key, n)) for key, n in most
-    }
     texts = [
-        f"{pin.tensor!r} axis {pin.axis} ({pin.op}: {pin.reason}; "
-        f"{pin.params / max(1, analysis.params):.0%} of the parameters)"
-        for pin in named.values()
+        f"{one.params / max(1, analysis.params):.0%} of the parameters by {one.op}, {one.reason} ({one.example})"
+        for one in most
     ]
-    return "pins hold most of the rest: " + ", ".join(texts)
+    return "pins hold " + "; ".join(texts)
 
 
 def _removal(analysis: Analysis, group: int, units: Units) -> Removal:

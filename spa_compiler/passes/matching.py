@@ -53,6 +53,25 @@ def slabs(analysis: Analysis, removed: Mapping[int, Sequence[int] | np.ndarray[A
     return out
 
 
+def held_back(analysis: Analysis, gone: Gone) -> list[str]:
+    """For each axis of which something should go that a pin holds: how much, and the pin, in words."""
+    facts, numbering = analysis.facts, analysis.numbering
+    out = []
+    for (name, axis), mask in gone.items():
+        if name not in facts.axes or axis >= len(facts.axes[name]):
+            continue
+        labels = numbering.on(facts.axes[name][axis])
+        if not labels.size or labels.shape[1] != mask.size:
+            continue
+        asked = labels[:, mask]
+        stuck = np.unique(asked[(asked >= 0) & ~numbering.free[asked]])
+        if stuck.size:
+            pins = zip(facts.pins, numbering.held, strict=True)
+            pin = next(own for own, held in pins if np.isin(stuck, held, assume_unique=True).any())
+            out.append(f"{stuck.size} indices of {name!r} axis {axis} ({pin.op}: {pin.reason})")
+    return out
+
+
 def _fits(known: NDArray[np.bool_] | None, mask: NDArray[np.bool_]) -> bool:
     return known is not None and known.size == mask.size
 

@@ -21,7 +21,7 @@ from spa_compiler.passes.budget import Removed
 from spa_compiler.passes.contestants import select
 from spa_compiler.passes.cutting import analysis_of, analyzed, cut, shares, what_holds_the_rest
 from spa_compiler.passes.importance import Criterion, Importance
-from spa_compiler.passes.matching import match, slabs
+from spa_compiler.passes.matching import held_back, match, slabs
 from spa_compiler.passes.pass_ import Change, Context, Removal, check_options
 from spa_compiler.targets import Target
 
@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 _BUDGETS = ("channels", "macs", "params")
 _WORDS = {"channels": "units", "macs": "MACs", "params": "parameters"}
+_SHOWN = 3
+"""Masked axes that a warning names."""
 _MET = 1e-6
 """Shares that differ by less are equal: they are quotients of integers."""
 _WIDE = frozenset({"x86-64-v4"})
@@ -150,8 +152,6 @@ class PruneGroups:
             removed, warnings = self._to_budget(model, analysis, groups, context)
         got = shares(analysis, removed)
         told = cut(model, analysis, removed, self.options.statistics)
-        for warning in warnings:
-            _log.warning("%s: %s", self.name, warning)
         return Change(
             pass_name=self.name,
             summary=self._summary(told, got),
@@ -224,7 +224,7 @@ class PruneGroups:
         limits = [f"min_keep={self.options.min_keep:g}"]
         limits += [f"round_to={self.options.round_to}"] if self.options.round_to > 1 else []
         limits += [name for name in ("targets", "ignore", "granularity") if getattr(self.options, name)]
-        reasons = f"as much as {', '.join(limits)} allow was removed"
+        reasons = f"more is not possible with {', '.join(limits)}" if analysis.groups else "nothing in it can be removed"
         pins = what_holds_the_rest(analysis)
         return [
             f"asked to keep {asked:.1%} of the {_WORDS[self.goal]}, kept {got:.1%}: {reasons}"
@@ -238,7 +238,8 @@ class PruneGroups:
         warnings = []
         source = model if context.original is None else context.original
         told = analysis if source is model else analyzed(source, context)
-        found = match(told, masks.read(Path(str(self.options.masks)), source))
+        asked = masks.read(Path(str(self.options.masks)), source)
+        found, pinned = match(told, asked), held_back(told, asked)
         partly, removed = found.partly, found.removed
         if source is not model:
             wanted = sum(map(len, removed.values()))
@@ -259,8 +260,11 @@ class PruneGroups:
             back += len(kept_again)
         if back:
             warnings.append(f"{back} masked units stay, as every axis must keep one")
-        if not removed and not partly:
-            warnings.append("the masks remove nothing")
+        if pinned:
+            more = f" and {len(pinned) - _SHOWN} more" if len(pinned) > _SHOWN else ""
+            warnings.append(f"masked, but pinned: {', '.join(pinned[:_SHOWN])}{more}")
+        elif not removed and not partly:
+            warnings.append("the masks keep everything")
         return {group: units for group, units in removed.items() if units.size}, warnings
 
     def _summary(self, told: Sequence[Removal], got: dict[str, float]) -> str:

@@ -36,7 +36,7 @@ def spoil(model: Model) -> None:
 
 def test_a_cut_is_what_is_left_of_the_model() -> None:
     before, after, change = pruned()
-    assert cuts.check(before, after, analyze(before), change, [FEEDS]) == ""
+    assert cuts.check(before, after, analyze(before), change, [FEEDS]).startswith("prune-groups: verified")
 
 
 def test_behind_an_operator_that_inference_does_not_know() -> None:
@@ -48,7 +48,7 @@ def test_behind_an_operator_that_inference_does_not_know() -> None:
     change = from_flags("prune-groups{params=0.6,criterion=random,round_to=1}").build()[0].run(after, context)
     masked = {slab.name for removal in change.removed for slab in removal.activations}
     assert masked - {name for name, t in before.graph.tensors().items() if t.shape is not None}
-    assert cuts.check(before, after, analysis, change, feeds) == ""
+    assert cuts.check(before, after, analysis, change, feeds).startswith("prune-groups: verified")
 
 
 def test_a_wrong_cut_is_an_error_that_names_the_pass() -> None:

@@ -283,3 +283,16 @@ def test_every_field_of_the_schema_is_documented() -> None:
     for name, definition in schema.json_schema()["$defs"].items():
         for key in definition["properties"]:
             assert re.search(rf"`(\w+\[\]\.)*{key}(`|\[\])", DOCS), f"{name}.{key}"
+
+
+def test_macs_are_counted_with_the_sizes_that_are_given(tmp_path: Path) -> None:
+    text = """g (float[N, S, 4] x, float[4, 8] w, float[8, 3] v) => (float[N, S, 3] y) {
+      a = MatMul(x, w)
+      y = MatMul(a, v)
+    }"""
+    path = tmp_path / "open.onnx"
+    onnx.save(weighted(text), path)
+    result = CliRunner().invoke(main, [str(path), "--shape", "x=1,50,4"])
+    assert result.exit_code == 0, result.output
+    assert f"{50 * (4 * 8 + 8 * 3):,}" in result.output
+    assert "counted with x=1,50,4" in result.output

@@ -85,14 +85,15 @@ def test_at_least_one_unit_stays_and_the_shortfall_is_told() -> None:
     model = model_from(TWO_LAYERS)
     change = prune(macs=0.01)(model)
     assert change.got["macs"] == 0.25
-    assert change.warnings[0].startswith("asked to keep 1.0% of the MACs, kept 25.0%: as much as min_keep=0.1")
+    assert change.warnings[0].startswith("asked to keep 1.0% of the MACs, kept 25.0%: more is not possible with min_keep=0.1")
 
 
 def test_a_shortfall_names_the_pins_that_hold_the_rest() -> None:
     change = prune(params=0.1)(model_from(TWO_LAYERS.replace("[2, 1] y", "[2, 1] y, float[2, 4] h")))
     assert change.removed == ()
     assert "kept 100.0%" in change.warnings[0]
-    assert "graph output: interface" in change.warnings[0]
+    assert "nothing in it can be removed" in change.warnings[0]
+    assert "graph output, interface" in change.warnings[0]
 
 
 def widths(model: Model) -> tuple[int, int]:
@@ -234,7 +235,7 @@ def test_masks_leave_one(tmp_path: Path) -> None:
     assert change.removed[0].units == (1, 2, 3)
     assert "1 masked units stay" in change.warnings[0]
     change = prune(masks=saved(tmp_path / "m.npz", a=np.ones(4)))(model_from(TWO_LAYERS))
-    assert change.warnings == ("the masks remove nothing",)
+    assert change.warnings == ("the masks keep everything",)
 
 
 def test_masks_speak_of_the_model_as_it_was_loaded(tmp_path: Path) -> None:
@@ -346,3 +347,15 @@ def test_norms_of_what_is_left_alone_are_another_model() -> None:
     change = prune(channels=0.5, round_to=1, statistics="kept")(model)
     assert [node.op for node in model.graph.nodes] == ["MatMul", "LayerNormalization", "MatMul"]
     assert "no masked model" in change.unlike
+
+
+def test_masks_of_what_is_pinned_are_told(tmp_path: Path) -> None:
+    text = """agraph (float[2, 3] x) => (float[2, 4] y)
+<float[3, 4] A = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}>
+{
+    [one] y = MatMul (x, A)
+}"""
+    masks = saved(tmp_path / "m.npz", **{"A:1": np.array([0, 0, 1, 1])})
+    change = prune(masks=masks)(model_from(text))
+    assert change.removed == ()
+    assert change.warnings == ("masked, but pinned: 2 indices of 'A' axis 1 (graph output: interface)",)
