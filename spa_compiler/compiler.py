@@ -1,4 +1,7 @@
-"""The flow, top to bottom: load, canonicalize, analyze, passes, place, generate and link, verify, report, write."""
+"""The flow, top to bottom: load, canonicalize, analyze, passes, place, generate and link, verify, report, write.
+
+The first four stages are `compression.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import logging
 import math
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +21,20 @@ import onnx
 
 import spa_compiler
 from spa_compiler import analysis, targets
-from spa_compiler.artifact import cuts, manifest, verify, write
-from spa_compiler.calibration import data, examples
-from spa_compiler.calibration.shapes import default_shapes, parse_shapes
-from spa_compiler.errors import BudgetError, ModelError, SpaError, UsageError, VerificationError
+from spa_compiler.artifact import manifest, verify, write
+from spa_compiler.calibration import examples
+from spa_compiler.compression import Progress, Request, Stages, Watcher, new_report, run_passes
+from spa_compiler.errors import BudgetError, SpaError, UsageError, VerificationError
 from spa_compiler.graph import shapes as graph_shapes
-from spa_compiler.graph.canonicalize import canonicalize
 from spa_compiler.graph.load import load as load_model
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds, open_model, open_session, run
-from spa_compiler.passes.pass_ import Context
 from spa_compiler.passes.recipe import Recipe
+from spa_compiler.passes.restore import restore
 from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.report import assemble, console
-from spa_compiler.report.removed import InSource
 from spa_compiler.report.report import Report
 from spa_compiler.report.report import read as read_report
 from spa_compiler.runtime.link import link
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 _log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-Watcher = Callable[[Report], None]
 
 
 @dataclass(frozen=True)
@@ -71,8 +68,10 @@ def compile(
     recipe: Recipe | None = None,
     shapes: Sequence[str] = (),
     samples: str | None = None,
+    calib: str | None = None,
     threads: int | None = None,
     seed: int = 0,
+    restore_unused: bool = False,
     records: str | Path | None = None,
     max_size: int | None = None,
     force: bool = False,
@@ -89,7 +88,9 @@ def compile(
         recipe: passes to run; None: exact rewrites only, and zeros that are already there become time.
         shapes: as `--shape`, e.g. `["input_ids=1,128", "attention_mask=1,128"]`.
         samples: DATA to time and verify with, see docs/recipes.md.
+        calib: DATA that passes take statistics from, or `synthetic` for noise.
         threads: intra-op threads to measure with; default: physical cores.
+        restore_unused: give sites whose sparse form is not faster their dense weights back.
         records: SQLite file of earlier measurements, whole-model races included, to replay and to extend.
         max_size: the most bytes that model.onnx and kernels.so may take.
         force: replace a folder that this tool did not write.
@@ -108,48 +109,13 @@ def compile(
         shapes = shapes or origin.before.asked.options.get("shapes", ())
         threads = threads or min(origin.before.machine.threads, cores)
     threads = threads or cores
-    report = assemble.new(
-        spa_compiler.__version__,
-        source=origin.name,
-        target=str(goal),
-        threads=threads,
-        seed=seed,
-        recipe=msgspec.to_builtins(recipe) if origin.before is None else origin.before.asked.recipe,
-        options={"shapes": list(shapes), "samples": samples, "max_size": max_size},
-        isa=goal.arch,
-    )
-    stages = _Stages(report, progress)
-    rng = np.random.default_rng(seed)
-    passes = recipe.build()  # options are checked before any work
-
-    with stages("load"):
-        loaded = load_model(origin.model)
-        report.notes += loaded.source.notes
-        bindings = parse_shapes(shapes, loaded) if shapes else [default_shapes(loaded)]
-        feeds = _feeds(loaded, bindings, samples if samples else None, rng)
-        report.shapes = [assemble.shape_of(f) for f in feeds]
-    started(report)
-
-    with stages("canonicalize"):
-        canonical = canonicalize(loaded, feeds)
-        report.notes += canonical.notes
-        current = canonical.model
-        graph_shapes.infer(current)
-    with stages("analyze"):
-        groups = analysis.analyze(current, bindings[0])
-        _require_weights(current)
-    with stages("passes"), nullcontext() if dry_run else _report_of_failure(report, origin.output):
-        context = Context(goal, rng, groups, loaded, feeds, None, progress)
-        removed = InSource(loaded)
-        for each in passes:
-            before = current.copy()
-            change = each.run(current, replace(context, analysis=groups))
-            report.passes.append(assemble.pass_change(change, removed.tell(groups, change)))
-            graph_shapes.infer(current)
-            if change.removed:
-                report.notes.append(cuts.check(before, current, groups, change, feeds))
-            if each is not passes[-1] and not change.sites:  # zeros alone move no channel
-                groups = analysis.analyze(current, bindings[0])
+    request = Request(recipe, goal, shapes, samples, calib, threads, seed, progress, started)
+    told = msgspec.to_builtins(recipe) if origin.before is None else origin.before.asked.recipe
+    report = new_report(request, origin.name, told, {"restore_unused": restore_unused, "max_size": max_size})
+    stages = Stages(report, progress)
+    with nullcontext() if dry_run else _report_of_failure(report, origin.output):
+        done = run_passes(origin.model, request, report, stages)
+    loaded, current, feeds, rng, passes = done.loaded, done.model, done.feeds, done.rng, recipe.passes
     if dry_run:
         assemble.plan(report, current, goal, feeds)
         return Result(None, report)
@@ -163,24 +129,34 @@ def compile(
         with stages("place"), timing_lock():
             source = origin.path or save(loaded, workspace / "source.onnx")[0]
             book = Records(Path(records) if records else cache_dir() / "records.sqlite", assemble.machine_key(report))
-            placed = place(
-                current,
-                source,
-                feeds,
-                goal,
-                threads,
-                book,
-                workspace,
-                progress,
-                rng,
-                odd=odd,
-                replay=records is not None,
-                original=None if passes else loaded,
-            )
+
+            def placed_in(folder: Path) -> Placed:
+                folder.mkdir()
+                return place(
+                    current,
+                    source,
+                    feeds,
+                    goal,
+                    threads,
+                    book,
+                    folder,
+                    progress,
+                    rng,
+                    odd=odd,
+                    replay=records is not None,
+                    original=None if passes else loaded,
+                )
+
+            plans = workspace / "plans"
+            placed = placed_in(plans)
+            if restore_unused and (names := restore(current, done.canonical, placed.plan.rows)):
+                report.notes.append(f"{len(names)} layers that zeros make no faster have their dense weights back")
+                plans = workspace / "plans-restored"
+                placed = placed_in(plans)
             book.close()
         assemble.placed(report, placed)
         with stages("generate, link"):
-            _collect(placed, workspace, folder)
+            _collect(placed, plans, folder)
             if not (folder / "kernels.so").exists():  # it is always there, and loads, even when no site gained
                 link([], goal.mcpu, folder / "kernels.so")
             (folder / "recipe.yaml").write_text(origin.recipe)
@@ -272,24 +248,6 @@ class _Origin:
         return _Origin(path, path.resolve(), path.name, target.resolve(), source, recipe.to_yaml(), (path,), None)
 
 
-class _Stages:
-    """Times the stages, for the report and the log, and shows which one is at work."""
-
-    def __init__(self, report: Report, progress: Progress) -> None:
-        self._report, self._progress = report, progress
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        _log.info("%s", name)
-        self._progress(name, 0, 1)
-        yield
-        self._progress(name, 1, 1)
-        seconds = time.perf_counter() - begin
-        _log.info("%s: %.1f s", name, seconds)
-        self._report.stages.append(assemble.stage(name, seconds))
-
-
 @contextmanager
 def _report_of_failure(report: Report, output: Path) -> Iterator[None]:
     """After a failed verification nothing is written but the report, beside the folder: an older result stays whole."""
@@ -307,32 +265,6 @@ def _scratch(folder: Path) -> Iterator[Path]:
     """A folder for plans, beside the one being filled: on the same disk, and removed with it when a run is killed."""
     with tempfile.TemporaryDirectory(prefix="plans-", dir=folder.parent) as path:
         yield Path(path)
-
-
-def _feeds(
-    model: Model, bindings: Sequence[dict[str, tuple[int, ...]]], samples: str | None, rng: np.random.Generator
-) -> list[Feeds]:
-    """One feed for each shape: the user's samples where one has that shape, else drawn within the graph's bounds."""
-    feeds = [examples.example_feeds(model, shapes, rng) for shapes in bindings]
-    if samples is None:
-        return feeds
-    wanted = [{n: a.shape for n, a in f.items()} for f in feeds]
-    for sample in data.read(samples, model)():
-        shape = {n: a.shape for n, a in sample.items()}
-        for i, want in enumerate(wanted):
-            stacked = _stack(sample, want)
-            if stacked is not None and (shape == want or stacked is not sample):
-                feeds[i] = stacked
-    return feeds
-
-
-def _stack(sample: Feeds, want: dict[str, tuple[int, ...]]) -> Feeds | None:
-    """A sample repeated along the first axis to the shape wanted, if all else agrees."""
-    if all(sample[n].shape == s for n, s in want.items() if n in sample) and set(sample) == set(want):
-        return sample
-    if set(sample) != set(want) or any(not sample[n].shape or sample[n].shape[1:] != s[1:] for n, s in want.items()):
-        return None
-    return {n: np.resize(sample[n], s) for n, s in want.items()}
 
 
 def _odd_feeds(model: Model, feed: Feeds, rng: np.random.Generator) -> list[Feeds]:
@@ -357,17 +289,6 @@ def _odd_feeds(model: Model, feed: Feeds, rng: np.random.Generator) -> list[Feed
         _log.info("not verified at %s, the model does not run there: %s", shapes, str(error).splitlines()[0])
         return []
     return [odd]
-
-
-def _require_weights(model: Model) -> None:
-    from spa_compiler.graph.model import constants
-
-    if not any(np.prod(c.shape) > 1 for c in constants(model.graph)):
-        raise ModelError(
-            "the model has no constant weights",
-            where=model.source.name,
-            fix="Export it with its parameters stored in the file (as initializers), not as inputs",
-        )
 
 
 def _collect(placed: Placed, workspace: Path, folder: Path) -> None:

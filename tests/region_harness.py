@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import activation, rx1
 from spa_compiler.runtime import link
-from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec
+from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
 from spa_compiler.targets import host
 from tests.kernel_harness import sparse
 
@@ -56,34 +56,45 @@ class Recorder:
         index = len(self.builder.inputs)
         return Value(self.builder.pack(features), lambda inputs: inputs[index])
 
-    def _weight(
-        self, source: Value, n: int, rows: int, act: str, residual: Value | None, options: dict[str, Any]
-    ) -> tuple[LinearSpec, Evaluate]:
+    def _product(self, source: Value, n: int, rows: int, options: dict[str, Any]) -> tuple[rx1.Packed, Evaluate]:
         k = source.panel.features
         weight = sparse(self.rng, n, k, rows, options.pop("density", 0.3)) / np.float32(k**0.5)
         bias = self.rng.standard_normal(n).astype(np.float32)
-        low, high = options.pop("low", 0.0), options.pop("high", 0.0)
         packed = rx1.pack(weight, bias, rows, **options)
-        number = len(self.builder.linears)
+        number = len(self.linears) // len(ARRAY_NAMES)
         self.linears += [(f"{a}{number}", v) for a, v in zip(ARRAY_NAMES, packed.arrays, strict=True)]
+        return packed, lambda inputs: source.evaluate(inputs) @ weight.T.astype(np.float64)
+
+    def _weight(
+        self, source: Value, n: int, rows: int, act: str, residual: Value | None, options: dict[str, Any]
+    ) -> tuple[LinearSpec, Term | None, Evaluate]:
+        bounds = options.pop("low", 0.0), options.pop("high", 0.0)
+        second: tuple[Value, int, float] | None = options.pop("term", None)  # what it reads, R, density
+        packed, product = self._product(source, n, rows, options)
+        parts, term = [product], None
+        spec = LinearSpec(n, packed.k, rows, packed.chunk, packed.k_block, "none" if second else act, *bounds)
+        if second:
+            other, also = self._product(second[0], n, second[1], {"density": second[2], "chunk": packed.chunk})
+            term = Term(second[0].panel, LinearSpec(n, other.k, other.rows, other.chunk, other.k_block, act, *bounds))
+            parts.append(also)
 
         def evaluate(inputs: Sequence[F64]) -> F64:
-            y = source.evaluate(inputs) @ weight.T.astype(np.float64) + bias
-            return activation.reference(y + residual.evaluate(inputs) if residual else y, act, low, high)
+            y = sum(part(inputs) for part in parts) + packed.bias[:n].astype(np.float64)
+            return activation.reference(y + residual.evaluate(inputs) if residual else y, act, *bounds)
 
-        return LinearSpec(n, k, rows, packed.chunk, packed.k_block, act, low, high), evaluate
+        return spec, term, evaluate
 
     def linear(
         self, source: Value, n: int, rows: int, act: str = "none", residual: Value | None = None, **options: Any
     ) -> Value:
-        spec, evaluate = self._weight(source, n, rows, act, residual, options)
-        return Value(self.builder.linear(source.panel, spec, residual.panel if residual else None), evaluate)
+        spec, term, evaluate = self._weight(source, n, rows, act, residual, options)
+        return Value(self.builder.linear(source.panel, spec, residual.panel if residual else None, term), evaluate)
 
     def linear_out(
         self, source: Value, n: int, rows: int, act: str = "none", residual: Value | None = None, **options: Any
     ) -> None:
-        spec, evaluate = self._weight(source, n, rows, act, residual, options)
-        self.builder.linear_out(source.panel, spec, residual.panel if residual else None)
+        spec, term, evaluate = self._weight(source, n, rows, act, residual, options)
+        self.builder.linear_out(source.panel, spec, residual.panel if residual else None, term)
         self.outputs.append(evaluate)
 
     def norm(self, source: Value) -> Value:
@@ -219,7 +230,25 @@ def _planes() -> Case:
     return r.finish()
 
 
-CASES: dict[str, Callable[[], Case]] = {"mlp": _mlp, "single": _single, "wide": _wide, "planes": _planes}
+def _sum() -> Case:
+    """Sparse + low rank in one pass: blocks of other heights, several blocks of columns, odd sizes, both ways out."""
+    r = Recorder("rows", np.random.default_rng(5))
+    x, other = r.pack(301), r.pack(600)
+    thin = r.linear(x, 13, 4, density=1.0)
+    y = r.linear(x, 600, 1, "silu", residual=other, term=(thin, 4, 1.0))
+    r.unpack(y)
+    r.linear_out(y, 530, 8, "clip", low=-0.5, high=0.5, term=(x, 1, 0.1))
+    r.linear_out(x, 24, 1, term=(thin, 8, 1.0))
+    return r.finish()
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "mlp": _mlp,
+    "single": _single,
+    "wide": _wide,
+    "planes": _planes,
+    "sum": _sum,
+}
 
 
 @functools.cache

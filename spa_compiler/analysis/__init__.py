@@ -1,6 +1,7 @@
 """Coupled channels: which parts of a model's axes live and die together, and what must stay.
 
-`axes` is the algebra, `facts` what is stated, `rules` who states it, `groups` what follows, `schema` how it is told.
+`terms`, `unify` and `axes` are the algebra, `facts` is what is stated, `rules` who states it, `groups` what follows,
+`schema` how it is told.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis import schema
-from spa_compiler.analysis.axes import Incompatible
 from spa_compiler.analysis.facts import Facts, Pin
 from spa_compiler.analysis.groups import Group, partition
 from spa_compiler.analysis.numbering import Numbering
 from spa_compiler.analysis.rules import find
+from spa_compiler.analysis.rules.inputs import stored
+from spa_compiler.analysis.unify import Incompatible
 from spa_compiler.graph import settle
 from spa_compiler.graph.model import Model, scopes
 
@@ -165,6 +166,6 @@ def _constants(graph: gs.Graph) -> dict[str, bool]:
     """Constants and outputs of Constant nodes, and whether each counts as parameters."""
     out: dict[str, bool] = {}
     for tensor in graph.tensors().values():
-        if isinstance(tensor, gs.Constant) or (tensor.inputs and tensor.inputs[0].op == "Constant"):
+        if stored(tensor):
             out[tensor.name] = tensor.dtype not in _NO_PARAMETERS
     return out

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from spa_compiler.analysis.analyze import Analysis
-from spa_compiler.analysis.axes import Indices
 from spa_compiler.analysis.groups import Group
+from spa_compiler.analysis.terms import Indices
 
 
 def spare(group: Group, units: Iterable[int]) -> list[int]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from spa_compiler.analysis.axes import Axis
 from spa_compiler.analysis.numbering import Mask
+from spa_compiler.analysis.terms import Axis
 
 if TYPE_CHECKING:
     from spa_compiler.analysis.analyze import Analysis

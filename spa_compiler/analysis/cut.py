@@ -8,14 +8,15 @@ used as numbers; what takes them as sizes is patched.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis import count
-from spa_compiler.analysis.axes import Axis, Indices
+from spa_compiler.analysis.count import Removed
+from spa_compiler.analysis.facts import Array
+from spa_compiler.analysis.terms import Axis, Indices
 from spa_compiler.graph.fold import lift_constants
 from spa_compiler.graph.model import Model, constants
 from spa_compiler.graph.weights import array_of
@@ -23,8 +24,6 @@ from spa_compiler.graph.weights import array_of
 if TYPE_CHECKING:
     from spa_compiler.analysis.analyze import Analysis
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-Removed: TypeAlias = Mapping[int, Iterable[int]]
 Statistics: TypeAlias = Literal["masked", "kept"]
 Slabs: TypeAlias = dict[tuple[str, int], Indices]
 """(tensor, axis) -> indices, ascending."""

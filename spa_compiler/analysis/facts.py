@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from spa_compiler.analysis.axes import Axes, Axis, Dim, Incompatible, Link
+from spa_compiler.analysis.axes import Axes, Link
+from spa_compiler.analysis.terms import Axis, Dim
+from spa_compiler.analysis.unify import Incompatible
 from spa_compiler.graph.settle import Settled
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import networkx as nx
 import numpy as np
 
 from spa_compiler.analysis import schema
-from spa_compiler.analysis.axes import Axis, Dim, Indices
 from spa_compiler.analysis.facts import Facts, Pin, Work
 from spa_compiler.analysis.numbering import Mask, Numbering, distinct
+from spa_compiler.analysis.terms import Axis, Dim, Indices
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from spa_compiler.analysis.axes import Indices
+from spa_compiler.analysis.terms import Indices
 from spa_compiler.errors import UsageError
 from spa_compiler.graph import settle
 from spa_compiler.graph import shapes as graph_shapes

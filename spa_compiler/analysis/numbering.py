@@ -12,8 +12,9 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from spa_compiler.analysis.axes import Axis, Dim, Indices, Link
+from spa_compiler.analysis.axes import Link
 from spa_compiler.analysis.facts import Facts, Pin
+from spa_compiler.analysis.terms import Axis, Dim, Indices
 
 Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from spa_compiler.analysis import schema
 from spa_compiler.analysis.analyze import Analysis
-from spa_compiler.analysis.axes import Indices
 from spa_compiler.analysis.numbering import Mask
+from spa_compiler.analysis.terms import Indices
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
 _KINDS = "DATA is an .npz, a folder of .npy or .npz files, or file.py:function"
 
 
+def is_function(data: str) -> bool:
+    """Whether DATA is `file.py:function`, whose feeds are batches of the user's own making."""
+    return _FUNCTION.fullmatch(data) is not None and not Path(data).exists()
+
+
 def read(data: str, model: Model | None = None) -> Callable[[], Iterator[Feeds]]:
     """Opens DATA; each call of the result yields its feeds from the start.
 
@@ -47,7 +52,7 @@ def read(data: str, model: Model | None = None) -> Callable[[], Iterator[Feeds]]
         UsageError: no such file, an unknown kind, or (when iterated) contents that do not fit.
     """
     match = _FUNCTION.fullmatch(data)
-    if match is not None and not Path(data).exists():
+    if match is not None and is_function(data):
         function = _load_function(Path(match["file"]), match["name"], data)
         return lambda: (_fit(feed, model, data) for feed in _called(function, data))
     path = Path(data)

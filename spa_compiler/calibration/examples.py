@@ -23,6 +23,9 @@ _SAME_VALUES = frozenset(
 )
 """Operators that move integers about without changing them (or only towards the bounds)."""
 
+_TOWARDS_BOUNDS = frozenset({"Where", "Clip", "Max", "Min"})
+"""Those that may put integers right before they index."""
+
 
 @dataclass(frozen=True)
 class _Use:
@@ -50,6 +53,12 @@ def example_feeds(model: Model, shapes: Mapping[str, tuple[int, ...]], rng: np.r
     return feeds
 
 
+def bounds(model: Model) -> dict[str, int]:
+    """For each whole-number input that indexes tables as it is, the entries of the smallest one."""
+    found = ((tensor.name, _use_of(tensor, _SAME_VALUES - _TOWARDS_BOUNDS).bound) for tensor in model.graph.inputs)
+    return {name: bound for name, bound in found if bound is not None}
+
+
 def _draw(
     value: ValueInfo, shape: tuple[int, ...], tensor: gs.Tensor | None, rng: np.random.Generator
 ) -> np.ndarray[Any, Any]:
@@ -71,7 +80,7 @@ def _draw(
     return np.asarray(rng.integers(0, max(use.bound, 1), shape)).astype(dtype)
 
 
-def _use_of(tensor: gs.Tensor | None) -> _Use:
+def _use_of(tensor: gs.Tensor | None, passing: frozenset[str] = _SAME_VALUES) -> _Use:
     """Follows an integer input to the tables it indexes; the smallest one bounds it."""
     bounds: list[int] = []
     unknown = False
@@ -89,7 +98,7 @@ def _use_of(tensor: gs.Tensor | None) -> _Use:
                     unknown = True
                 else:
                     bounds.append(size)
-            elif node.op in _SAME_VALUES and not node.domain:
+            elif node.op in passing and not node.domain:
                 queue.extend(node.outputs)
     return _Use(min(bounds) if bounds else None, unknown)
 

@@ -20,6 +20,7 @@ _EPILOG = """\b
 Examples:
   spa-compile model.onnx                                       zeros that are there become time, exactly
   spa-compile model.onnx --sparsity 0.8 --pattern block:4x1    set weights to zero first (lossy: measure your accuracy)
+  spa-compile model.onnx --calib data.npz --sparsity 0.6       the same, and what stays makes up for what goes
   spa-compile model.onnx --prune 0.3                           cut channels away, with 30 % of the MACs (lossy, too)
   spa-compile model.onnx --passes "prune-groups{masks=m.npz}"  cut what a trainer has masked
   spa-compile model.onnx --shape ids=1,128 --threads 1         time at this shape, with one thread
@@ -56,6 +57,7 @@ _WIDTH = 200  # of tables where stdout is no terminal
 @click.option("--prune", type=float, metavar="F", help="Share of the MACs to cut away; short for the pass prune-groups")
 @click.option("--passes", metavar="TEXT", help="Passes in order, e.g. 'sparsify{sparsity=0.8,pattern=block:4x1}'")
 @click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(), help="Passes from a YAML file")
+@click.option("--calib", metavar="DATA", help="Samples that passes learn from, as --samples; or synthetic, for noise")
 @click.option("--samples", metavar="DATA", help="Inputs to time and verify with: .npz, folder, or file.py:function")
 @click.option(
     "--shape",
@@ -66,6 +68,7 @@ _WIDTH = 200  # of tables where stdout is no terminal
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads to time with  [default: physical cores]")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--restore-unused", is_flag=True, help="Dense weights back where zeros make no layer faster")
 @click.option("--max-size", type=_size, metavar="SIZE", help="Fail (exit 5) when the result is larger, e.g. 50MB")
 @click.option("--records", metavar="FILE", type=click.Path(), help="Replay the measurements of this file, add new ones")
 @click.option("--dry-run", is_flag=True, help="Analysis and plan only; nothing is timed or written")
@@ -88,10 +91,12 @@ def main(
     prune: float | None,
     passes: str | None,
     recipe_file: str | None,
+    calib: str | None,
     samples: str | None,
     shapes: tuple[str, ...],
     threads: int | None,
     seed: int,
+    restore_unused: bool,
     max_size: int | None,
     records: str | None,
     dry_run: bool,
@@ -156,8 +161,10 @@ def main(
             recipe=recipe,
             shapes=shapes,
             samples=samples,
+            calib=calib,
             threads=threads,
             seed=seed,
+            restore_unused=restore_unused,
             records=records,
             max_size=max_size,
             force=force,

@@ -113,8 +113,16 @@ class WeightedOp:
 
     def rows(self) -> Rows:
         """The weight as `[n, k]` in its own dtype: a view or a copy, never to be written to."""
-        values = weights.array_of(self.weight)
+        return self.rows_of(weights.array_of(self.weight))
+
+    def rows_of(self, values: Rows) -> Rows:
+        """An array in the weight's layout as `[n, k]`."""
         return values.T if self.transposed else values.reshape(self.n, self.k)
+
+    def laid_out(self, rows: Rows) -> Rows:
+        """`rows [n, k]` in the weight's layout and dtype, a new array."""
+        values = rows.T if self.transposed else rows.reshape(self.weight.shape)
+        return np.array(values, dtype=self.weight.dtype, order="C")
 
     def replace(self, rows: Rows) -> None:
         """Puts `rows` `[n, k]` in the weight's place, as a new array in the file's own layout and dtype.
@@ -123,8 +131,7 @@ class WeightedOp:
         """
         if rows.shape != (self.n, self.k):
             raise ValueError(f"{self.name}: {rows.shape} rows for a weight of {(self.n, self.k)}")
-        laid_out = rows.T if self.transposed else rows.reshape(self.weight.shape)
-        values = np.array(laid_out, dtype=self.weight.dtype, order="C")
+        values = self.laid_out(rows)
         if len(self.weight.outputs) > 1:
             own = gs.Constant(f"{self.weight.name}_{self.node.outputs[0].name}", values)
             self.node.inputs[1] = own

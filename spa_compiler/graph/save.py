@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from spa_compiler.errors import ModelError, UsageError
-from spa_compiler.graph import metadata, weights
+from spa_compiler.graph import metadata, runtime_ops, weights
 from spa_compiler.graph.model import Model, constants
 
 OLDEST_IR, NEWEST_IR = 4, 10
@@ -23,7 +23,7 @@ OLDEST_IR, NEWEST_IR = 4, 10
 EXTERNAL_ABOVE = 1 << 30
 """Weights of more than this many bytes go into `<name>.data` beside the model."""
 
-_PROTOBUF_LIMIT = (1 << 31) - (1 << 20)
+PROTOBUF_LIMIT = (1 << 31) - (1 << 20)
 _PAGE = 4096  # ONNX Runtime maps external tensors into memory by pages
 _MARK = "spa-stub"  # location of a tensor whose data was left out of an exported graph
 
@@ -43,7 +43,7 @@ def to_proto(model: Model, *, extra_outputs: Sequence[str] = ()) -> onnx.ModelPr
         ModelError: it is above protobuf's 2 GB (`save` writes any size), or the graph is not valid ONNX.
     """
     size = weight_bytes(model)
-    if size > _PROTOBUF_LIMIT:
+    if size > PROTOBUF_LIMIT:
         raise ModelError(
             f"the model has {size / 2**30:.1f} GiB of weights, more than one protobuf message holds",
             where=model.source.name,
@@ -77,7 +77,7 @@ def save(model: Model, path: Path, *, threshold: int = EXTERNAL_ABOVE, extra_out
         ModelError: the graph is not valid ONNX.
         OSError: the disk is full or the folder not writable.
     """
-    if weight_bytes(model) <= min(threshold, _PROTOBUF_LIMIT):
+    if weight_bytes(model) <= min(threshold, PROTOBUF_LIMIT):
         path.write_bytes(to_proto(model, extra_outputs=extra_outputs).SerializeToString(deterministic=True))
         return [path]
     proto, left_out = _export(model, extra_outputs)
@@ -241,6 +241,7 @@ def _check(proto: onnx.ModelProto, model: Model) -> None:
             value.type.tensor_type.elem_type = TensorProto.FLOAT  # extra outputs have no type; any one satisfies
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()  # the checker wants a rank, ONNX Runtime and we do not
+    runtime_ops.hide(bare)
     try:
         onnx.checker.check_model(bare)
     except onnx.checker.ValidationError as error:

@@ -12,6 +12,7 @@ import onnx.shape_inference
 from onnx import AttributeProto
 
 from spa_compiler.errors import EnvironmentFault, ModelError
+from spa_compiler.graph import runtime_ops
 from spa_compiler.graph.session import open_session, runtime
 
 _EXPORT_AGAIN = "Export the model again, or repair it with a graph editor"
@@ -46,6 +47,7 @@ def check(work: onnx.ModelProto, opset: int, where: str) -> bool:
     for value in [*bare.graph.input, *bare.graph.output]:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()  # the checker wants a rank, ONNX Runtime and we do not
+    runtime_ops.hide(bare)
     try:
         onnx.checker.check_model(bare)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
@@ -109,6 +111,8 @@ def _check_operators(graph: onnx.GraphProto, opset: int, domains: set[str], wher
                     where=where,
                     fix=_EXPORT_AGAIN,
                 )
+            continue
+        if node.op_type in runtime_ops.NAMES:
             continue
         try:
             schema = onnx.defs.get_schema(node.op_type, opset, "")

@@ -41,6 +41,7 @@ AHEAD = 2048  # floats of values to prefetch ahead, 8 KiB: 4 to 16 KiB measured 
 CHUNK_STEP = 16  # a multiple of every R, and a whole cache line of outputs
 SMALL = 64  # fewer rows are one chunk
 L1_COLUMNS, L2_COLUMNS = 128, 768  # x 64 lanes: 32 KiB and 192 KiB
+FULL = 0.9  # of the blocks stored
 
 # how a group's accumulators begin
 ACCUMULATE, BIAS, RESIDUAL = 0, 1, 2
@@ -71,27 +72,28 @@ class Packed:
         return float(np.count_nonzero(self.values) / self.values.size) if self.values.size else 1.0
 
 
-def default_blocking(n: int, k: int, rows: int) -> tuple[int, int]:
+def default_blocking(n: int, k: int, rows: int, full: bool = False) -> tuple[int, int]:
     """(chunk, k_block) for 64 lanes.
 
-    R = 1 does one panel load per multiply-add, so a block of the panel must stay in L1; larger R read it from L2. An
-    even number of equal chunks lets two threads share a single tile of tokens.
+    R = 1 does one panel load per multiply-add, so a block of the panel must stay in L1; larger R read it from L2. A
+    `full` weight (next to no zeros) has so many entries in a block that L1 pays for any R: with R = 4 the kernel then
+    runs at the peak of dense products. An even number of equal chunks lets two threads share a single tile of tokens.
     """
     chunks = 2 * -(-n // (2 * MAX_CHUNK)) if n >= SMALL else 1
     chunk = -(-n // (chunks * CHUNK_STEP)) * CHUNK_STEP
-    return min(chunk, -(-n // rows) * rows), min(k, L1_COLUMNS if rows == 1 else L2_COLUMNS)
+    return min(chunk, -(-n // rows) * rows), min(k, L1_COLUMNS if rows == 1 or full else L2_COLUMNS)
 
 
 def pack(weight: F32, bias: F32 | None, rows: int, chunk: int | None = None, k_block: int | None = None) -> Packed:
     """`weight` [n, k] and `bias` [n] (or None) -> Packed. Exact: nothing but zeros is left out."""
     n, k = weight.shape
-    default = default_blocking(n, k, rows)
-    chunk, k_block = chunk or default[0], k_block or default[1]
     groups = -(-n // rows)
     padded = np.zeros((groups * rows, k), np.float32)
     padded[:n] = weight
     blocks = padded.reshape(groups, rows, k).transpose(0, 2, 1)  # [group, k, R]
     mask = (blocks != 0).any(axis=2)
+    default = default_blocking(n, k, rows, full=bool(mask.mean() >= FULL))
+    chunk, k_block = chunk or default[0], k_block or default[1]
     counts, order, columns, values, per_chunk = [], [], [], [], chunk // rows
     for first in range(0, groups, per_chunk):
         for k0 in range(0, k, k_block):
@@ -102,9 +104,6 @@ def pack(weight: F32, bias: F32 | None, rows: int, chunk: int | None = None, k_b
             order.append(places)
             columns.append(column)
             values.append(blocks[first + places[group], k0 + column])
-    padded_bias = np.zeros(groups * rows, np.float32)
-    if bias is not None:
-        padded_bias[:n] = bias
     return Packed(
         n,
         k,
@@ -115,8 +114,16 @@ def pack(weight: F32, bias: F32 | None, rows: int, chunk: int | None = None, k_b
         np.concatenate(order).astype(np.int32),
         np.concatenate(columns).astype(np.uint16),
         np.ascontiguousarray(np.concatenate(values), np.float32),
-        padded_bias,
+        pad_bias(bias, n, rows),
     )
+
+
+def pad_bias(bias: F32 | None, n: int, rows: int) -> F32:
+    """`bias` [n] (None: zeros), as long as the groups of R rows."""
+    padded = np.zeros(-(-n // rows) * rows, np.float32)
+    if bias is not None:
+        padded[:n] = bias
+    return padded
 
 
 def unpack(packed: Packed) -> F32:

@@ -8,22 +8,18 @@ A unit goes when every given array masks all of its slabs there. Names are those
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spa_compiler.calibration.data import DAMAGED
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
+from spa_compiler.passes.arrays import boolean, named
 from spa_compiler.passes.importance import holders
 from spa_compiler.passes.names import did_you_mean
 
-_LARGEST = 1 << 33
-"""Bytes of one array that we unpack: more than any mask of a model that fits a machine."""
+_FIX = "Write them with numpy.savez: one array of 0 and 1 for each parameter"
 
 
 def read(path: Path, model: Model) -> dict[tuple[str, int], NDArray[np.bool_]]:
@@ -37,7 +33,8 @@ def read(path: Path, model: Model) -> dict[tuple[str, int], NDArray[np.bool_]]:
     """
     shapes = {name: tuple(int(size) for size in tensor.shape or ()) for name, tensor in holders(model.graph).items()}
     gone: dict[tuple[str, int], NDArray[np.bool_]] = {}
-    for key, keep in _arrays(path):
+    for key, values in named(path, "masks", _FIX):
+        keep = boolean(values, key, path)
         name, axis = _place(key, shapes, path)
         shape = shapes[name]
         want = shape if axis is None else (shape[axis],)
@@ -49,36 +46,6 @@ def read(path: Path, model: Model) -> dict[tuple[str, int], NDArray[np.bool_]]:
             known = gone.get((name, number))
             gone[name, number] = goes if known is None else goes & known
     return gone
-
-
-def _arrays(path: Path) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Every array of the file as booleans."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.file_size > _LARGEST:
-                    raise UsageError(f"{entry.filename!r} would take {entry.file_size:,} bytes", where=str(path))
-        with np.load(path, allow_pickle=False) as file:
-            for key in file.files:
-                values = file[key]
-                if not isinstance(values, np.ndarray):  # an entry that is no .npy
-                    raise ValueError(f"{key!r} is no array")
-                yield key, _boolean(values, key, path)
-    except DAMAGED as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UsageError(
-            f"the masks cannot be read ({reason})",
-            where=str(path),
-            fix="Write them with numpy.savez: one array of 0 and 1 for each parameter",
-        ) from error
-
-
-def _boolean(values: np.ndarray[Any, Any], key: str, path: Path) -> NDArray[np.bool_]:
-    if values.dtype.kind == "b":
-        return values
-    if values.dtype.kind not in "iuf" or not np.isin(values, (0, 1)).all():
-        raise UsageError(f"{key!r} has other values than 0 and 1", where=str(path), fix="0 removes, 1 keeps")
-    return np.asarray(values != 0)
 
 
 def _place(key: str, shapes: dict[str, tuple[int, ...]], path: Path) -> tuple[str, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from spa_compiler.analysis.schema import Slab
+from spa_compiler.calibration.samples import Samples
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds
@@ -37,8 +38,10 @@ class Context:
     """The model as it was loaded: users name its tensors, some of which canonicalization folds into others."""
     feeds: Sequence[Feeds] = ()
     """Inputs that the model runs on."""
-    calibration: Callable[[], Iterator[Feeds]] | None = None
-    """Each call goes through the user's samples from the start; None without `--calib`."""
+    calibration: Samples | None = None
+    """The user's samples; None without `--calib`."""
+    workers: int = 1
+    """Layers that may be solved at a time; results do not depend on it."""
     progress: Callable[[str, int, int], None] = no_progress
     """Called with what is being worked on, how many are done, and how many there are."""
 
@@ -58,6 +61,10 @@ class SiteChange(msgspec.Struct, frozen=True, kw_only=True):
     density_after: float
     error: float
     """Relative error of the layer's output where there was calibration data, else of its weight, ||W' - W|| / ||W||."""
+    method: str
+    """How the weights were chosen."""
+    seconds: float
+    """How long that took."""
 
 
 class SkippedSite(msgspec.Struct, frozen=True):
@@ -89,6 +96,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One sentence for the console."""
     sites: tuple[SiteChange, ...] = ()
     skipped: tuple[SkippedSite, ...] = ()
+    zeros_alone: bool = False
+    """Whether all that changed is the values of weights: then the groups of coupled channels are what they were."""
     removed: tuple[Removal, ...] = ()
     """What was cut, one entry for each group."""
     exact: bool = False

@@ -224,7 +224,9 @@ class PruneGroups:
         limits = [f"min_keep={self.options.min_keep:g}"]
         limits += [f"round_to={self.options.round_to}"] if self.options.round_to > 1 else []
         limits += [name for name in ("targets", "ignore", "granularity") if getattr(self.options, name)]
-        reasons = f"more is not possible with {', '.join(limits)}" if analysis.groups else "nothing in it can be removed"
+        reasons = (
+            f"more is not possible with {', '.join(limits)}" if analysis.groups else "nothing in it can be removed"
+        )
         pins = what_holds_the_rest(analysis)
         return [
             f"asked to keep {asked:.1%} of the {_WORDS[self.goal]}, kept {got:.1%}: {reasons}"

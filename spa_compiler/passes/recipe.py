@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from spa_compiler import patterns
 from spa_compiler.errors import UsageError
 from spa_compiler.passes.flags import parse_flags
 from spa_compiler.passes.names import did_you_mean
@@ -117,14 +118,17 @@ def from_command_line(
         raise UsageError(
             f"{' and '.join(used)} contradict each other", fix="Give one; --passes can hold several passes"
         )
-    if pattern is not None and sparsity is None:
-        raise UsageError("--pattern needs --sparsity", fix="Give --sparsity S too, the share of zeros, such as 0.9")
+    if pattern is not None and (passes is not None or recipe is not None or prune is not None):
+        raise UsageError("--pattern goes with --sparsity alone", fix="Name the pattern where the pass is named")
     if recipe is not None:
         return read(recipe)
     if passes is not None:
         return from_flags(passes)
-    if sparsity is not None:
-        options = {"sparsity": sparsity} | ({} if pattern is None else {"pattern": pattern})
+    if sparsity is not None or pattern is not None:
+        if sparsity is None and patterns.parse(str(pattern)).sparsity is None:
+            raise UsageError("--pattern needs --sparsity", fix="Give --sparsity S too, the share of zeros, such as 0.9")
+        given_both = {"sparsity": sparsity, "pattern": pattern}
+        options = {name: value for name, value in given_both.items() if value is not None}
         return Recipe(passes=(_shorthand("sparsify", options),))
     if prune is not None:
         if not 0 <= prune < 1:
@@ -212,7 +216,8 @@ def _build(name: str, given: Mapping[Any, object], path: str, *, strict: bool) -
     try:
         cls(options)
     except UsageError as error:
-        raise UsageError(error.what, where=error.where or _guilty(error, plain, path), fix=error.fix) from error
+        where = f"{path}.{error.where}" if error.where in types else error.where or _guilty(error, plain, path)
+        raise UsageError(error.what, where=where, fix=error.fix) from error
     return Step(name, options)
 
 

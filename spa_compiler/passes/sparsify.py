@@ -3,71 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-from msgspec import Meta
 from numpy.typing import NDArray
 
 from spa_compiler import patterns
-from spa_compiler.criteria import magnitude
-from spa_compiler.errors import ModelError
+from spa_compiler.calibration.samples import Samples
+from spa_compiler.calibration.stream import Stream
+from spa_compiler.criteria import symbolic
+from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
+from spa_compiler.passes import arrays, shares
+from spa_compiler.passes.gated import gates
+from spa_compiler.passes.layerwise import Outcome, leaders, rewrite
+from spa_compiler.passes.methods import METHODS, REFITTED, Method, exchangeable
+from spa_compiler.passes.outcomes import apply, check_finite, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, check_options
-from spa_compiler.passes.selection import Keep, keep_highest, keep_highest_with_floor
 from spa_compiler.passes.sites import select
+from spa_compiler.passes.sparsify_options import SparsifyOptions, method_name, share_of_zeros
+from spa_compiler.passes.zeroing import Zeroing
+from spa_compiler.patterns import Pattern
+from spa_compiler.solvers.problem import F64, Zeros
+
+__all__ = ["Sparsify", "SparsifyOptions"]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SparsifyOptions:
-    """Options of `sparsify`."""
-
-    sparsity: Annotated[
-        float, Meta(ge=0, lt=1, description="share of zeros among the elements of the weights that are taken")
-    ]
-    pattern: Annotated[str, Meta(description="which zeros are allowed: `unstructured`, `block:4x1`, `block:Rx1`")] = (
-        "unstructured"
-    )
-    scope: Annotated[
-        Literal["layer", "global"],
-        Meta(
-            description="`layer`: every weight gets the same share; `global`: the share holds for all of them together"
-        ),
-    ] = "layer"
-    method: Annotated[
-        Literal["auto", "magnitude"],
-        Meta(description="what goes first: `magnitude` the smallest squares; `auto` the best that the data allows"),
-    ] = "auto"
-    min_keep: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1,
-            description="with scope `global`, what every weight keeps at least, as a share of `1 - sparsity`",
-        ),
-    ] = 0.2
-    targets: Annotated[
-        tuple[str, ...],
-        Meta(description="what to take: names or globs of nodes or weights, or op types; empty takes all"),
-    ] = ()
-    ignore: Annotated[
-        tuple[str, ...], Meta(description="what to leave alone, written like `targets`, and stronger")
-    ] = ()
-
-
 class Sparsify:
     """x -> MatMul(W) -> y    becomes    x -> MatMul(W') -> y        and the same for Gemm and Conv
-    W'[i, j] = W[i, j] where the unit of (i, j) is kept, else 0
+    W'[i, j] = 0 where the unit of (i, j) goes, and what keeps y best elsewhere
 
-    Sets the least important units of constant MatMul, Gemm and Conv weights to zero. A unit is one element
-    (`unstructured`) or R consecutive outputs of one input (`block:Rx1`; where R does not divide the outputs, the last
-    ones form a shorter block). For a k x k convolution the inputs are channels x kernel positions. The share of zeros
-    is met to one unit, zeros that are there already count, and ties go by position, so the result is always the same.
+    Sets the least important units of constant MatMul, Gemm and Conv weights to zero. A unit is what the pattern makes
+    it: one element, or R x C of them (where R or C does not divide the weight, the last units are shorter). For a
+    k x k convolution the inputs are channels x kernel positions. The share of zeros is met to one unit, and the result
+    is the same for the same seed.
+
+    With calibration data, layers are solved in the order of the graph, each from what it reads once those before it are
+    rewritten, and biases take up the shift of the means. `sparsegpt`, `admm`, `swap`, `envelope` and `auto` give the
+    weights that stay new values; the other methods leave them.
 
     Embeddings, depthwise convolutions, the first convolution, and a layer that reaches an output with no residual or
     norm after it are left alone, unless `targets` names them (a name or a glob, not an op type).
@@ -77,114 +56,191 @@ class Sparsify:
     Options: ClassVar[type[Any]] = SparsifyOptions
 
     def __init__(self, options: SparsifyOptions) -> None:
-        """Raises UsageError for a sparsity outside of [0, 1) or an unknown pattern."""
+        """Raises UsageError for options that are out of bounds, contradict each other, or lack a part."""
         check_options(options)
         self.options = options
         self.pattern = patterns.parse(options.pattern)
+        self.method = method_name(options)
+        self.allocate: shares.Name = "global" if options.scope == "global" else options.allocate
+        self.expression = None if options.expression is None else symbolic.parse(options.expression)
+        self.sparsity = share_of_zeros(options, self.pattern)
+        if self.method in ("dsnot", "swap") and not exchangeable(self.pattern):
+            raise UsageError(
+                f"method={self.method} cannot exchange zeros in the pattern {self.pattern.name}",
+                where="pattern",
+                fix="Take method=admm, or a pattern such as block:4x1",
+            )
+        if options.scope == "global" and options.allocate not in ("auto", "global"):
+            raise UsageError(f"scope=global and allocate={options.allocate} contradict each other", fix="Give one")
+        fixed = self.pattern.sparsity is not None or self.method == "masks"
+        if fixed and self.allocate not in ("auto", "uniform"):
+            raise UsageError(
+                f"allocate={self.allocate}: how many zeros each weight has is said by "
+                + ("the masks" if self.method == "masks" else f"the pattern {options.pattern}"),
+                fix="Leave `allocate` and `scope` out",
+            )
 
     def run(self, model: Model, context: Context) -> Change:
-        """Sets weights of `model` to zero in place; arrays are replaced, never written to.
+        """Sets weights of `model` to zero; arrays are replaced, never written to.
 
         Raises:
-            UsageError: an entry of `targets` matches nothing.
+            UsageError: an entry of `targets` matches nothing, the method needs samples and there are none, or a file of
+                scores or masks does not fit.
             ModelError: a weight that is taken has a NaN or an infinity.
         """
         ops, skipped = select(model.graph, self.options.targets, self.options.ignore)
         for op in ops:
-            _check_finite(op)
-        keeps: Sequence[Keep | None] = self._global(ops) if self.options.scope == "global" else [None] * len(ops)
-        writer = _Writer()
-        sites = []
-        for done, (op, keep) in enumerate(zip(ops, keeps, strict=True)):
-            context.progress(f"{self.name} {op.name}", done, len(ops))
-            sites.append(self._zero(op, self._layer(op) if keep is None else keep, writer))
-        context.progress(self.name, len(ops), len(ops))
-        if not sites:
+            check_finite(op)
+        samples = context.calibration
+        method = self._method(samples)
+        pattern_of = [self.pattern.on(int(np.prod(op.kernel or (1,)))) for op in ops]
+        scores, masks = self._files(ops, pattern_of)
+        allocation = self._allocation(method, samples)
+        share = self._shares(allocation, model, ops, pattern_of, context)
+        layers = Zeroing(
+            ops,
+            [Zeros(pattern, float(part)) for pattern, part in zip(pattern_of, share, strict=True)],
+            method,
+            int(context.rng.integers(1 << 62)),
+            scores,
+            masks,
+            self._gated(model, ops, samples),
+            self.expression,
+        )
+        if samples is None:
+            outcomes = self._without_data(layers, context)
+        else:
+            outcomes = rewrite(
+                model,
+                ops,
+                samples,
+                layers.solve,
+                repair=method.moves,
+                threads=context.workers,
+                progress=context.progress,
+                seed=layers.seed,
+            )
+        changes = apply(ops, outcomes, [pattern.name for pattern in pattern_of], self._label(samples))
+        if not changes:
             _log.warning("%s took no weight: every MatMul, Gemm and Conv was left alone", self.name)
-        return Change(pass_name=self.name, summary=self._summary(sites), sites=tuple(sites), skipped=tuple(skipped))
-
-    def _layer(self, op: WeightedOp) -> Keep:
-        """The asked share of this weight alone."""
-        scores = self.pattern.scores(magnitude(op.rows()))
-        return keep_highest([scores], [self.pattern.sizes(op.n)], self.options.sparsity)[0]
-
-    def _global(self, ops: Sequence[WeightedOp]) -> list[Keep]:
-        """One threshold on the importance per element for all weights together, with a floor per weight.
-
-        Scores are not scaled by layer: on MiniLM (STS-B, 60 % unstructured, 40 % in 4x1 blocks) the plain squares keep
-        1.6 and 0.8 points more than squares over each layer's mean, and both keep more than scope `layer`. These are
-        scores on the dev split by which the choice was made, of one model: no held-out evidence.
-        """
-        if not ops:
-            return []
-        scores = [self.pattern.scores(magnitude(op.rows())) for op in ops]
-        sizes = [self.pattern.sizes(op.n) for op in ops]
-        sparsity = self.options.sparsity
-        return keep_highest_with_floor(scores, sizes, sparsity, self.options.min_keep * (1 - sparsity))
-
-    def _zero(self, op: WeightedOp, keep: Keep, writer: _Writer) -> SiteChange:
-        """Writes the zeros and says what that came to."""
-        rows, name = op.rows(), op.weight.name
-        mask = self.pattern.mask(keep, op.n)
-        pruned = np.where(mask, rows, rows.dtype.type(0))
-        importance = magnitude(rows)
-        whole = float(importance.sum())
-        writer.replace(op, pruned)
-        return SiteChange(
-            node=op.name,
-            op=op.kind,
-            weight=name,
-            pattern=self.pattern.name,
-            n=op.n,
-            k=op.k,
-            density_before=_density(rows),
-            density_after=_density(pruned),
-            error=float(np.sqrt(importance.sum(where=~mask) / whole)) if whole else 0.0,
+        return Change(
+            pass_name=self.name,
+            summary=self._summary(changes, samples, allocation),
+            sites=tuple(changes),
+            skipped=tuple(skipped),
+            zeros_alone=True,
+            warnings=scarce(ops, outcomes),
         )
 
-    def _summary(self, sites: Sequence[SiteChange]) -> str:
-        elements = sum(site.n * site.k for site in sites)
+    def _label(self, samples: Samples | None) -> str:
+        return "magnitude" if self.method == "auto" and samples is None else self.method
+
+    def _method(self, samples: Samples | None) -> Method:
+        if self.method == "masks" and samples is not None:
+            return REFITTED
+        method = METHODS[self._label(samples)]
+        if method.data and samples is None:
+            raise UsageError(
+                f"the method {self.method} works from calibration samples, and there are none",
+                where="method",
+                fix="Give them with --calib DATA (or --calib synthetic), or take method=magnitude",
+            )
+        return method
+
+    def _files(
+        self, ops: Sequence[WeightedOp], pattern_of: Sequence[Pattern]
+    ) -> tuple[Mapping[int, F64], Mapping[int, NDArray[np.bool_]]]:
+        """What `scores` and `masks` hold, by site."""
+        scores: dict[int, F64] = {}
+        masks: dict[int, NDArray[np.bool_]] = {}
+        if self.options.scores is not None:
+            found = arrays.for_weights(Path(self.options.scores), "scores", ops)
+            scores = {place: np.asarray(values, np.float64) for place, values in found.items()}
+            _require_all(scores, ops, "scores", self.options.scores)
+        if self.options.masks is not None:
+            path = Path(self.options.masks)
+            for place, values in arrays.for_weights(path, "masks", ops).items():
+                masks[place] = arrays.boolean(values, ops[place].weight.name, path)
+                if not pattern_of[place].fits(masks[place]):
+                    raise UsageError(
+                        f"the mask of {ops[place].weight.name!r} does not follow the pattern {self.options.pattern}",
+                        where=str(path),
+                        fix="Leave `pattern` out, or make the mask in its units",
+                    )
+            _require_all(masks, ops, "masks", self.options.masks)
+        return scores, masks
+
+    def _allocation(self, method: Method, samples: Samples | None) -> shares.Name | None:
+        """None where the pattern or the masks say how many zeros each weight has."""
+        if self.pattern.sparsity is not None or self.method == "masks":
+            return None
+        if self.allocate == "auto":
+            return "error" if method.moves and samples is not None else "uniform"
+        return self.allocate
+
+    def _shares(
+        self,
+        name: shares.Name | None,
+        model: Model,
+        ops: Sequence[WeightedOp],
+        pattern_of: Sequence[Pattern],
+        context: Context,
+    ) -> F64:
+        if name is None:
+            return np.full(len(ops), self.sparsity)
+        return shares.allocate(
+            name,
+            shares.Request(
+                model,
+                ops,
+                pattern_of,
+                self.sparsity,
+                self.options.min_keep,
+                context.rng,
+                context.calibration,
+                context.workers,
+                context.progress,
+            ),
+        )
+
+    def _gated(self, model: Model, ops: Sequence[WeightedOp], samples: Samples | None) -> Mapping[int, F64]:
+        """For `dass`: of each gate and up projection the root mean square of the product, `[n]`, before any change."""
+        pairs = gates(ops) if self.method == "dass" and samples is not None else {}
+        downs = sorted(set(pairs.values()))
+        norms: dict[int, F64] = {}
+        if samples is not None and downs:
+            for wave in Stream(model, [ops[down] for down in downs], samples, sequential=False):
+                for collected in wave:
+                    gram = collected.fit.get("gram")[0]
+                    norms[downs[collected.site]] = np.sqrt(np.maximum(np.diagonal(gram), 0))
+        return {place: norms[down] for place, down in pairs.items()}
+
+    def _without_data(self, layers: Zeroing, context: Context) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for site, leader in enumerate(leaders(layers.ops)):
+            context.progress(f"{self.name} {layers.ops[site].name}", site, len(layers.ops))
+            start = time.perf_counter()
+            result = layers.of_weights(site) if leader == site else outcomes[leader].result
+            outcomes.append(Outcome(result, None, None, time.perf_counter() - start))
+        context.progress(self.name, len(layers.ops), len(layers.ops))
+        return outcomes
+
+    def _summary(self, changes: Sequence[SiteChange], samples: Samples | None, allocation: str | None) -> str:
+        elements = sum(site.n * site.k for site in changes)
         if not elements:
             return "no weight taken"
-        zeros = 1 - sum(site.density_after * site.n * site.k for site in sites) / elements
+        zeros = 1 - sum(site.density_after * site.n * site.k for site in changes) / elements
         return (
-            f"{zeros:.1%} zeros in {len(sites)} weights of {elements:,} elements "
-            f"({self.pattern.name}, magnitude, scope {self.options.scope})"
+            f"{zeros:.1%} zeros in {len(changes)} weights of {elements:,} elements "
+            f"({self.pattern.name}, {self._label(samples)}{f', {allocation} shares' if allocation else ''})"
         )
 
 
-class _Writer:
-    """Puts new rows in place, so that nodes which shared a weight and still have equal ones go on sharing it."""
-
-    def __init__(self) -> None:
-        # By identity of the source weight; the weight itself is held so that its id is not given to another.
-        self._written: dict[int, tuple[Any, list[Any]]] = {}
-
-    def replace(self, op: WeightedOp, rows: NDArray[Any]) -> None:
-        """Writes `rows [n, k]` as the weight of `op`."""
-        source = op.weight
-        shared = len(source.outputs) > 1 or id(source) in self._written
-        op.replace(rows)
-        if not shared:
-            return
-        _, written = self._written.setdefault(id(source), (source, []))
-        for other in written:
-            if np.array_equal(other.values, op.weight.values):
-                op.node.inputs[1] = other
-                return
-        written.append(op.weight)
-
-
-def _check_finite(op: WeightedOp) -> None:
-    rows = op.rows()
-    if not np.isfinite(rows).all():
-        i, j = np.argwhere(~np.isfinite(rows))[0]
-        raise ModelError(
-            f"weight {op.weight.name!r} of {op.kind} has {rows[i, j]} at output {i}, input {j}",
-            where=f"node {op.name!r}",
-            fix="Export the model again from a checkpoint without NaN and infinities",
+def _require_all(found: Mapping[int, Any], ops: Sequence[WeightedOp], what: str, path: str) -> None:
+    missing = [op.weight.name for place, op in enumerate(ops) if place not in found]
+    if missing:
+        raise UsageError(
+            f"no {what} for {missing[0]!r}" + (f" and {len(missing) - 1} other weights" if len(missing) > 1 else ""),
+            where=path,
+            fix="Add them, or leave those weights alone with `targets` or `ignore`",
         )
-
-
-def _density(rows: NDArray[Any]) -> float:
-    return int(np.count_nonzero(rows)) / rows.size

@@ -8,37 +8,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import ClassVar
 
 from spa_compiler.patterns.pattern import Array
+from spa_compiler.patterns.units import Elements
 
 
 @dataclass(frozen=True)
-class Unstructured:
-    """Every element is its own unit. Implements `Pattern`."""
+class Unstructured(Elements):
+    """Every element is its own unit, and any may go. Implements `Pattern`."""
 
-    name: str = "unstructured"
-    rows: int = 1
-
-    def sizes(self, n: int) -> NDArray[np.int64]:
-        """`[n]` ones."""
-        return np.ones(n, np.int64)
-
-    def scores(self, importance: Array) -> NDArray[np.float64]:
-        """`importance` itself, as float64."""
-        return np.asarray(importance, np.float64)
-
-    def mask(self, keep: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
-        """`keep` itself.
-
-        Raises:
-            ValueError: `keep` does not have `n` rows.
-        """
-        if keep.shape[0] != n:
-            raise ValueError(f"{keep.shape[0]} rows of units for {n} outputs")
-        return keep
+    name: ClassVar[str] = "unstructured"
+    rows: ClassVar[int] = 1
+    cols: ClassVar[int] = 1
+    sparsity: ClassVar[None] = None
 
     def fits(self, weight: Array) -> bool:
         """Always: any zero is allowed."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from spa_compiler.graph.session import open_session
-from spa_compiler.placement.candidates import DENSE, SiteClass, candidate_name
+from spa_compiler.placement.candidates import DENSE, LOW_RANK, ChainClass, Layout, SiteClass, candidate_name
+from spa_compiler.placement.chains import Chain
 from spa_compiler.placement.measure import CLOSE, Timing, interleave
 from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.records import Records
+from spa_compiler.placement.regions import Group
 from spa_compiler.placement.sites import Site
 from spa_compiler.placement.trial import dense_model, pick, region_of, sparse_model
 from spa_compiler.runtime.link import link
@@ -22,11 +25,15 @@ from spa_compiler.runtime.link import link
 Progress = Callable[[str, int, int], None]
 
 _BUDGET_S = 0.25  # of one class at one shape
+#: A low-rank layer that is slower than this by itself is not tried in larger regions either, where it could at best
+#: save the way into panels and back: a quarter of its time at 384 features, less at more.
+WORTH_JOINING = 0.75
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one site got. `rows` is R, None for dense; `timings` per candidate and shape are of one site."""
+    """What one site got. `rows` is R, None for dense; `timings` per candidate and shape are of one site, or of all of
+    the low-rank layer that it is a part of. `candidate` is the name of its form among them."""
 
     site: Site
     rows: int | None
@@ -34,11 +41,53 @@ class Choice:
     would_help: str = ""
     timings: tuple[dict[str, Timing], ...] = ()
     tokens: tuple[int, ...] = field(default=())
+    candidate: str = DENSE
+
+    @property
+    def form(self) -> str:
+        """dense, sparse, low rank, sparse + low rank."""
+        if self.rows is None:
+            return DENSE
+        if LOW_RANK not in self.candidate:
+            return "sparse"
+        return LOW_RANK if self.candidate == LOW_RANK else f"sparse + {LOW_RANK}"
 
     @property
     def gain(self) -> float:
         """Speed over dense of the form that was chosen, geometric mean over shapes; 1 for dense."""
-        return 1.0 if self.rows is None else _mean_ratio(self.timings, candidate_name(self.rows))
+        return 1.0 if self.rows is None else _mean_ratio(self.timings, self.candidate)
+
+
+@dataclass(frozen=True)
+class ChainChoice:
+    """The best way to run a low-rank layer as one node, and how it compares with ONNX Runtime's dense operators."""
+
+    chain: Chain
+    layout: Layout
+    timings: tuple[dict[str, Timing], ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def gain(self) -> float:
+        return _mean_ratio(self.timings, self.layout.name)
+
+    @property
+    def wins(self) -> bool:
+        return self.gain >= 1 + CLOSE
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return self.layout.of(self.chain)
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """Like groups of sites, timed together in every form: the form's name -> R of each site by name."""
+
+    groups: list[Group]
+    shapes: tuple[tuple[int, ...], ...]
+    forms: dict[str, dict[str, int]]
+    questions: list[dict[str, object]]
 
 
 def choose(
@@ -58,42 +107,137 @@ def choose(
     Args:
         workspace: a folder for the trials' library, which is removed again.
     """
+    contests = [
+        _Contest(
+            [Group([site], site.layout) for site in c.sites],
+            c.shapes,
+            {s.name: {site.name: s.rows for site in c.sites} for s in c.stored},
+            [c.question(shape, threads) for shape in c.shapes],
+        )
+        for c in classes
+        if c.stored
+    ]
+    found = iter(_timed("timing sites", contests, mcpu, threads, records, packer, workspace, progress, rng))
     choices: list[Choice] = []
-    timed = [c for c in classes if c.stored]
-    done = 0
-    with tempfile.TemporaryDirectory(prefix="trial-", dir=workspace) as folder:
-        library = Path(folder) / "kernels.so"
-        questions = {id(c): [records.get(c.question(s, threads)) for s in c.shapes] for c in timed}
-        missing = [c for c in timed if any(known is None for known in questions[id(c)])]
-        if missing:
-            regions = [region_of(site, packer, s.rows) for c in missing for s in c.stored for site in pick(c.sites)]
-            link(regions, mcpu, library)
-        for each in classes:
-            timings: list[dict[str, Timing]] = []
-            if each.stored:
-                for shape, known in zip(each.shapes, questions[id(each)], strict=True):
-                    if known is None:
-                        known = _time(each, shape, threads, library, packer, rng)
-                        records.put(each.question(shape, threads), known)
-                    timings.append(known)
-                done += 1
-                progress("timing sites", done, len(timed))
-            rows, reason, would_help = _decide(each, timings)
-            tokens = tuple(_tokens(each.sites[0], s) for s in each.shapes)
-            choices += [Choice(site, rows, reason, would_help, tuple(timings), tokens) for site in each.sites]
+    for each in classes:
+        timings = next(found) if each.stored else []
+        rows, reason, would_help = _decide(each, timings)
+        tokens = tuple(_tokens(each.sites[0], s) for s in each.shapes)
+        name = DENSE if rows is None else candidate_name(rows)
+        choices += [Choice(site, rows, reason, would_help, tuple(timings), tokens, name) for site in each.sites]
     return choices
 
 
+def choose_chains(
+    classes: Sequence[ChainClass],
+    mcpu: str,
+    threads: int,
+    records: Records,
+    packer: Packer,
+    workspace: Path,
+    progress: Progress,
+    rng: np.random.Generator,
+) -> list[ChainChoice]:
+    """The same for low-rank layers as one node: the best way of each, whether it wins or not."""
+    contests = [
+        _Contest(
+            [chain.group for chain in c.chains],
+            c.shapes,
+            {way.name: {n: r for chain in c.chains for n, r in way.of(chain).items()} for way in c.layouts},
+            [c.question(shape, threads) for shape in c.shapes],
+        )
+        for c in classes
+    ]
+    found = _timed("timing low-rank layers", contests, mcpu, threads, records, packer, workspace, progress, rng)
+    choices = []
+    for each, timings in zip(classes, found, strict=True):
+        best = max(each.layouts, key=lambda way: _mean_ratio(timings, way.name))
+        tokens = tuple(_tokens(each.chains[0].down, s) for s in each.shapes)
+        choices += [ChainChoice(chain, best, tuple(timings), tokens) for chain in each.chains]
+    return choices
+
+
+def explain(choices: Sequence[Choice], chains: Sequence[ChainChoice], used: Mapping[str, int]) -> list[Choice]:
+    """The choices of all sites, those of low-rank layers among them.
+
+    Args:
+        used: R of every site that became a kernel in the plan that won, by name.
+    """
+    of_chain = {site.name: c for c in chains for site in c.chain.products}
+    out = []
+    for choice in choices:
+        chain = of_chain.get(choice.site.name)
+        if chain is not None:
+            joined = chain.chain.down.name in used
+            if joined or chain.wins or not choice.timings:
+                choice = _as_chain(choice, chain, joined)
+        out.append(choice)
+    return out
+
+
+def _as_chain(choice: Choice, found: ChainChoice, joined: bool) -> Choice:
+    names = ", ".join(s.name for s in found.chain.products)
+    name, gain = found.layout.name, found.gain
+    if found.wins:
+        reason = f"{gain:.2f}x over dense as {name}, {names} together"
+    elif joined:
+        reason = f"{gain:.2f}x over dense as {name}, {names} together; joined with its neighbours the model gains"
+    else:
+        reason = f"dense is faster or as fast: {names} together as {name} reach {gain:.2f}x"
+    kernel = found.wins or joined
+    return dataclasses.replace(
+        choice,
+        rows=found.rows[choice.site.name] if kernel else None,
+        reason=reason,
+        would_help="" if kernel else choice.would_help,
+        timings=found.timings,
+        tokens=found.tokens,
+        candidate=name if kernel else DENSE,
+    )
+
+
+def _timed(
+    what: str,
+    contests: Sequence[_Contest],
+    mcpu: str,
+    threads: int,
+    records: Records,
+    packer: Packer,
+    workspace: Path,
+    progress: Progress,
+    rng: np.random.Generator,
+) -> list[list[dict[str, Timing]]]:
+    """The timings of each contest at each of its shapes: from the records, or taken now."""
+    out = []
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=workspace) as folder:
+        library = Path(folder) / "kernels.so"
+        known = [[records.get(q) for q in c.questions] for c in contests]
+        missing = [c for c, answers in zip(contests, known, strict=True) if any(a is None for a in answers)]
+        if missing:
+            regions = [region_of(g, r, packer).spec for c in missing for r in c.forms.values() for g in pick(c.groups)]
+            link(regions, mcpu, library)
+        for i, (contest, answers) in enumerate(zip(contests, known, strict=True)):
+            timings = []
+            for shape, question, answer in zip(contest.shapes, contest.questions, answers, strict=True):
+                if answer is None:
+                    answer = _time(contest, shape, threads, library, packer, rng)
+                    records.put(question, answer)
+                timings.append(answer)
+            out.append(timings)
+            progress(what, i + 1, len(contests))
+    return out
+
+
 def _time(
-    each: SiteClass, shape: Sequence[int], threads: int, library: Path, packer: Packer, rng: np.random.Generator
+    each: _Contest, shape: Sequence[int], threads: int, library: Path, packer: Packer, rng: np.random.Generator
 ) -> dict[str, Timing]:
-    sites = pick(each.sites)
+    groups = pick(each.groups)
     feeds = {"x": rng.standard_normal(tuple(shape), np.float32)}
-    models = {DENSE: dense_model(sites, shape)}
-    models |= {s.name: sparse_model(sites, shape, packer, s.rows) for s in each.stored}
+    models = {DENSE: dense_model(groups, shape)}
+    models |= {name: sparse_model(groups, shape, rows, packer) for name, rows in each.forms.items()}
     sessions = {name: open_session(model, threads=threads, library=library) for name, model in models.items()}
     calls = {name: (lambda s=session: s.run(None, feeds)) for name, session in sessions.items()}
-    count = len(sites)
+    count = len(groups)
     return {
         name: Timing(t.median_us / count, t.p10_us / count, t.p90_us / count, t.runs)
         for name, t in interleave(calls, _BUDGET_S).items()

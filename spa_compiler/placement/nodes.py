@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -14,7 +16,7 @@ from spa_compiler.placement.attention import AttentionSite
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.regions import Group, inputs_of
 from spa_compiler.placement.sites import Site, held
-from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec
+from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
 
 DOMAIN = "ai.spa"
 DOMAIN_VERSION = 1
@@ -28,18 +30,29 @@ class Packer:
         self._packed: dict[tuple[str, int], rx1.Packed] = {}
 
     def __call__(self, site: Site, rows: int) -> rx1.Packed:
+        """The site's weight with its bias, which may differ from plan to plan: a sum takes over that of its term."""
         key = (site.name, rows)
         if key not in self._packed:
-            self._packed[key] = rx1.pack(site.weight, site.bias, rows)
-        return self._packed[key]
+            self._packed[key] = rx1.pack(site.weight, None, rows)
+        return dataclasses.replace(self._packed[key], bias=rx1.pad_bias(site.bias, site.n, rows))
 
 
-def linear_spec(site: Site, packed: rx1.Packed) -> LinearSpec:
+def _spec(packed: rx1.Packed, act: str, low: float, high: float) -> LinearSpec:
     """What the C side must know of a packed weight."""
-    return LinearSpec(packed.n, packed.k, packed.rows, packed.chunk, packed.k_block, site.act, site.low, site.high)
+    return LinearSpec(packed.n, packed.k, packed.rows, packed.chunk, packed.k_block, act, low, high)
 
 
-def insert(model: Model, groups: Sequence[Group], rows: dict[str, int], packer: Packer) -> list[RegionSpec]:
+@dataclass(frozen=True)
+class Assembled:
+    """A group as a region, with what its node takes and gives, in order."""
+
+    spec: RegionSpec
+    inputs: list[gs.Variable]
+    arrays: list[gs.Constant]
+    outputs: list[gs.Variable]
+
+
+def insert(model: Model, groups: Sequence[Group], rows: Mapping[str, int], packer: Packer) -> list[RegionSpec]:
     """Replaces every group's nodes by one node, in place.
 
     Args:
@@ -57,15 +70,19 @@ def insert(model: Model, groups: Sequence[Group], rows: dict[str, int], packer: 
     return specs
 
 
-def _insert(model: Model, group: Group, rows: dict[str, int], packer: Packer) -> RegionSpec:
-    graph = model.graph
-    results = group.results(held(graph))
+def assemble(group: Group, results: Sequence[gs.Variable], rows: Mapping[str, int], packer: Packer) -> Assembled:
+    """The region that computes a group.
+
+    Args:
+        results: what of it is read outside.
+        rows: R of every site, by name.
+    """
     inside = {id(t) for e in group.elements for t in inputs_of(e)}
     builder = RegionBuilder(group.layout)
     panels: dict[int, Panel] = {}
-    inputs: list[gs.Tensor] = []
-    arrays: list[gs.Tensor] = []
-    norm_arrays: list[gs.Tensor] = []
+    inputs: list[gs.Variable] = []
+    arrays: list[gs.Constant] = []
+    norm_arrays: list[gs.Constant] = []
     order: list[gs.Variable] = []
     masks = group.masks()
     mask_numbers = {id(m): builder.mask() for m in masks}
@@ -75,6 +92,11 @@ def _insert(model: Model, group: Group, rows: dict[str, int], packer: Packer) ->
             panels[id(tensor)] = builder.pack(features)
             inputs.append(tensor)
         return panels[id(tensor)]
+
+    def packed(site: Site, prefix: str) -> rx1.Packed:
+        found = packer(site, rows[site.name])
+        arrays.extend(gs.Constant(f"{prefix}.{what}", a) for what, a in zip(ARRAYS, found.arrays, strict=True))
+        return found
 
     for element in group.elements:
         output, wanted = element.output, any(element.output is r for r in results)
@@ -94,36 +116,45 @@ def _insert(model: Model, group: Group, rows: dict[str, int], packer: Packer) ->
                 None if element.mask is None else mask_numbers[id(element.mask)],
             )
         else:
-            packed = packer(element, rows[element.name])
-            arrays += [gs.Constant(f"{output.name}.{what}", a) for what, a in zip(ARRAYS, packed.arrays, strict=True)]
+            act = (element.act, element.low, element.high)
+            spec, term = _spec(packed(element, output.name), *act), None
             source = panel(element.source, element.k)
+            if element.term is not None:  # which comes last, and so has the activation
+                spec = dataclasses.replace(spec, act="none", low=0.0, high=0.0)
+                other = _spec(packed(element.term, f"{output.name}.term"), *act)
+                term = Term(panel(element.term.source, element.term.k), other)
             residual = None if element.residual is None else panel(element.residual, element.n)
             if wanted and id(output) not in inside:
-                builder.linear_out(source, linear_spec(element, packed), residual)
+                builder.linear_out(source, spec, residual, term)
                 order.append(output)
                 continue
-            made = builder.linear(source, linear_spec(element, packed), residual)
+            made = builder.linear(source, spec, residual, term)
         panels[id(output)] = made
         if wanted:
             builder.unpack(made)
             order.append(output)
-    spec = builder.finish()
+    return Assembled(builder.finish(), [*inputs, *masks], [*arrays, *norm_arrays], order)
+
+
+def _insert(model: Model, group: Group, rows: Mapping[str, int], packer: Packer) -> RegionSpec:
+    graph = model.graph
+    made = assemble(group, group.results(held(graph)), rows, packer)
     for node in group.nodes:
         node.outputs.clear()
         node.inputs.clear()
     dead = {id(n) for n in group.nodes}
     graph.nodes = [n for n in graph.nodes if id(n) not in dead]
-    names = [e.name for e in group.elements]
+    names = [p.name for e in group.elements for p in (e.products if isinstance(e, Site) else (e,))]
     node = gs.Node(
-        spec.op_type,
+        made.spec.op_type,
         name=f"ai.spa/{names[0]}",
         attrs={"site": "+".join(names).encode()[:200].decode(errors="ignore")},
-        inputs=[*inputs, *masks, *arrays, *norm_arrays],
-        outputs=order,
+        inputs=[*made.inputs, *made.arrays],
+        outputs=made.outputs,
         domain=DOMAIN,
     )
     graph.nodes.append(node)
-    sites = [e for e in group.elements if isinstance(e, Site)]
+    sites = [p for e in group.elements if isinstance(e, Site) for p in e.products]
     model.metadata.annotate(
         node,
         {
@@ -132,4 +163,4 @@ def _insert(model: Model, group: Group, rows: dict[str, int], packer: Packer) ->
             "spa.density": ",".join(f"{s.density:.4f}" for s in sites),
         },
     )
-    return spec
+    return made.spec

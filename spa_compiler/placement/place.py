@@ -17,20 +17,21 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds, open_session
 from spa_compiler.placement.attention import Shapes, find_attention
-from spa_compiler.placement.candidates import classes
-from spa_compiler.placement.choose import Choice, Progress, choose
+from spa_compiler.placement.candidates import chain_classes, classes, forms
+from spa_compiler.placement.chains import Chain, find_chains
+from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, Progress, choose, choose_chains, explain
 from spa_compiler.placement.measure import CLOSE, Timing, interleave
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import join, single
-from spa_compiler.placement.sites import Refusal, Site, find_sites
+from spa_compiler.placement.sites import Refusal, Site, find_sites, held
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
 from spa_compiler.targets import Target
 
 PORTABLE, SINGLE, REGIONS, WHOLE = "portable", "single sites", "regions", "regions with attention"
-STRONG = "regions of strong sites"
+STRONG, FACTORS = "regions of strong sites", "regions with all low-rank layers"
 SOURCE = "source"
 _RACE_S = 2.0  # of the whole-model race, at one shape
 _RACE_ROUNDS = 12
@@ -47,6 +48,7 @@ class Plan:
     name: str
     folder: Path
     regions: list[RegionSpec]
+    rows: dict[str, int] = field(default_factory=dict)  # R of the sites that are kernels, by name
 
     @property
     def file(self) -> Path:
@@ -113,23 +115,20 @@ def place(
     sites, refusals = find_sites(model)
     placed = Placed(portable, refusals=refusals)
     plans = [portable]
+    chains: list[ChainChoice] = []
     reason = no_kernels(target)
     if reason:
         placed.choices = [Choice(s, None, reason) for s in sites]
     else:
         known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
         packer = Packer()
-        placed.choices = choose(
-            classes(sites, known[: len(feeds)]), target.mcpu, threads, records, packer, workspace, progress, rng
-        )
-        rows = {c.site.name: c.rows for c in placed.choices if c.rows is not None}
-        if rows:
-            plans += [_sparse_plan(n, model, rows, known, packer, target, workspace) for n in (SINGLE, REGIONS)]
-            if find_attention(model, known):
-                plans.append(_sparse_plan(WHOLE, model, rows, known, packer, target, workspace))
-            strong = {c.site.name: c.rows for c in placed.choices if c.rows is not None and c.gain >= STRONG_GAIN}
-            if 0 < len(strong) < len(rows) and any(s.layout == "planes" for s in sites):
-                plans.append(_sparse_plan(STRONG, model, strong, known, packer, target, workspace))
+        measured = known[: len(feeds)]
+        timing = (target.mcpu, threads, records, packer, workspace, progress, rng)
+        placed.choices = choose(classes(sites, measured), *timing)
+        alone = {c.site.name: c.rows for c in placed.choices if c.rows is not None}
+        chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), *timing)
+        for name, rows in _worth_a_race(model, placed.choices, chains, known).items():
+            plans.append(_sparse_plan(name, model, rows, known, packer, target, workspace))
     if not target.host_runs:
         placed.reason = reason
         return placed
@@ -144,6 +143,7 @@ def place(
         placed.race.append(timings)
         progress("racing whole models", index + 1, len(feeds))
     placed.plan, placed.reason = _winner(plans, placed.race, reason)
+    placed.choices = explain(placed.choices, chains, placed.plan.rows)
     if placed.plan is portable and original is not None and _worse_than_source(placed.race):
         placed.plan = _write(Plan(SOURCE, workspace / "as-given", []), original, target)
         placed.reason = "the model as it was given: rewriting it made it no faster"
@@ -151,6 +151,28 @@ def place(
         if plan is not placed.plan and plan is not portable:
             shutil.rmtree(plan.folder)
     return placed
+
+
+def _worth_a_race(
+    model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoice], known: Shapes
+) -> dict[str, dict[str, int]]:
+    """The plans by name, each with R of the sites that become kernels."""
+
+    def rows_of(least: float, least_of_chains: float) -> dict[str, int]:
+        rows = {c.site.name: c.rows for c in choices if c.rows is not None and c.gain >= least}
+        return rows | {n: r for c in chains if c.gain >= least_of_chains for n, r in c.rows.items()}
+
+    rows, strong, every = rows_of(0, 1 + CLOSE), rows_of(STRONG_GAIN, STRONG_GAIN), rows_of(0, WORTH_JOINING)
+    plans: dict[str, dict[str, int]] = {}
+    if rows:
+        plans |= {SINGLE: rows, REGIONS: rows}
+        if find_attention(model, known):
+            plans[WHOLE] = rows
+    if 0 < len(strong) < len(rows) and any(c.site.layout == "planes" for c in choices):
+        plans[STRONG] = strong
+    if len(every) > len(rows):
+        plans[FACTORS] = every
+    return plans
 
 
 def _sparse_plan(
@@ -162,13 +184,25 @@ def _sparse_plan(
     target: Target,
     workspace: Path,
 ) -> Plan:
-    """The sites of `rows` as kernels: each by itself, or joined with their neighbours, attention cores among them."""
+    """The sites of `rows` as kernels: each, and each low-rank layer, by itself, or joined with their neighbours,
+    attention cores among them."""
     twin = model.copy()
     sites = [s for s in find_sites(twin)[0] if s.name in rows]
-    attentions = find_attention(twin, known) if name == WHOLE else []
-    groups = single(sites) if name == SINGLE else join(twin, sites, find_norms(twin), attentions, known)
+    attentions = find_attention(twin, known) if name in (WHOLE, FACTORS) else []
+    if name == SINGLE:
+        chains = [c for c in chains_of(twin, known) if all(s.name in rows for s in c.products)]
+        joined = {s.name for c in chains for s in c.products}
+        groups = [*single([s for s in sites if s.name not in joined]), *(c.group for c in chains)]
+    else:
+        groups = join(twin, sites, find_norms(twin), attentions, known)
     regions = insert(twin, groups, rows, packer)
-    return _write(Plan(name, workspace / name.replace(" ", "-"), regions), twin, target)
+    return _write(Plan(name, workspace / name.replace(" ", "-"), regions, rows), twin, target)
+
+
+def chains_of(model: Model, known: Shapes) -> list[Chain]:
+    """The low-rank layers of a model, of sites of their own."""
+    sites = find_sites(model)[0]
+    return find_chains(sites, {s.name for s in sites if forms(s)}, held(model.graph), known)
 
 
 def _write(plan: Plan, model: Model, target: Target) -> Plan:

@@ -16,6 +16,7 @@ from spa_compiler.graph.model import Model
 from spa_compiler.placement.attention import AttentionSite, Shapes
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.sites import Site, held, only_reader
+from spa_compiler.placement.sums import join_sums
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS
 
 Element = Site | NormSite | AttentionSite
@@ -23,7 +24,7 @@ Element = Site | NormSite | AttentionSite
 
 @dataclass(eq=False)
 class Group:
-    """Elements that become one node. `sites` are copies of what was found, with residual Adds taken in."""
+    """Elements that become one node."""
 
     elements: list[Element]
     layout: str
@@ -63,8 +64,11 @@ def inputs_of(element: Element) -> Iterator[gs.Variable]:
         yield from (element.query, element.key, element.value)
         return
     yield element.source
-    if isinstance(element, Site) and element.residual is not None:
-        yield element.residual
+    if isinstance(element, Site):
+        if element.term is not None:
+            yield element.term.source
+        if element.residual is not None:
+            yield element.residual
 
 
 def single(sites: Sequence[Site]) -> list[Group]:
@@ -79,13 +83,14 @@ def join(
     attentions: Sequence[AttentionSite],
     shapes: Shapes,
 ) -> list[Group]:
-    """Sites joined with their neighbours as far as that is legal; takes residual Adds into the sites (in place).
+    """Sites joined with their neighbours as far as that is legal; takes sums and residuals into the sites (in place).
 
     Args:
         sites: the sites that become kernels; others stay outside.
     """
     outputs = held(model.graph)
     taken: set[int] = set()
+    sites = join_sums(sites, outputs, shapes)
     for site in sites:
         _take_residual(site, outputs, shapes, taken)
     made = {id(site.output) for site in sites}

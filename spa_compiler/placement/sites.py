@@ -23,7 +23,8 @@ class Site:
     """act(W x + b) at one place of the graph.
 
     `source` is x, `output` the result, `nodes` what computes it now. `layout` is that of `kernels/panel.py`.
-    `add` and `residual` are set when a residual Add right behind the site may be taken in.
+    `residual` is set when a residual Add right behind the site is taken in, `term` when it is the sum of two sites:
+    act(W x + V z + b + residual), with z and V those of the other one, whose bias is in `bias`.
     """
 
     op: WeightedOp
@@ -36,11 +37,17 @@ class Site:
     low: float = 0.0
     high: float = 0.0
     residual: gs.Variable | None = None
+    term: Site | None = None
     _weight: F32 | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
         return self.op.name
+
+    @property
+    def products(self) -> tuple[Site, ...]:
+        """The sites whose products are added up here: this one, and the term."""
+        return (self,) if self.term is None else (self, self.term)
 
     @property
     def n(self) -> int:
@@ -126,14 +133,20 @@ def _site(op: WeightedOp, outputs: Sequence[gs.Variable]) -> Site:
     layout = "planes" if op.kind == "Conv" else "rows"
     bias = None if op.bias is None else np.asarray(op.bias, np.float32)
     site = Site(op, layout, op.node.inputs[0], op.node.outputs[0], [op.node], bias)
-    if site.bias is None and (added := _bias_add(site, outputs)) is not None:
-        site.nodes.append(added[0])
-        site.output, site.bias = added[0].outputs[0], added[1]
+    take_epilogue(site, outputs)
+    return site
+
+
+def take_epilogue(site: Site, outputs: Sequence[gs.Variable]) -> None:
+    """Takes in what follows a product or a sum of two (in place): the Add of a constant bias, and an activation."""
+    if site.act == "none" and (added := _bias_add(site, outputs)) is not None:
+        node, bias = added
+        site.nodes = [*site.nodes, node]
+        site.output, site.bias = node.outputs[0], bias if site.bias is None else site.bias + bias
     found = epilogue.find(site.output, outputs)
     if found is not None:
-        site.nodes += found.nodes
+        site.nodes = [*site.nodes, *found.nodes]
         site.act, site.low, site.high, site.output = found.act, found.low, found.high, found.output
-    return site
 
 
 def _bias_add(site: Site, outputs: Sequence[gs.Variable]) -> tuple[gs.Node, F32] | None:

@@ -1,89 +1,128 @@
-"""Small models that hold the sites of one class and nothing else: what is timed to choose a form.
+"""Small models that hold like groups of sites and nothing else: what is timed to choose a form.
 
 The weights are real ones, several side by side, so that a run meets them as a whole model would: not all in cache.
+A group is one site, or a few that share an input: the products of a low-rank layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
-from spa_compiler.placement.nodes import ARRAYS, DOMAIN, DOMAIN_VERSION, Packer, linear_spec
+from spa_compiler.graph.weights import array_of
+from spa_compiler.placement.nodes import DOMAIN, DOMAIN_VERSION, Assembled, Packer, assemble
+from spa_compiler.placement.regions import Group, inputs_of
 from spa_compiler.placement.sites import Site
-from spa_compiler.runtime.region import RegionBuilder, RegionSpec
 
-MOST_SITES = 6
+MOST_GROUPS = 6
 MOST_BYTES = 96 << 20  # of dense weights in one trial
 _OPSET, _IR = 17, 8
 
 
-def pick(sites: Sequence[Site]) -> list[Site]:
-    """The sites of a class that its trial holds."""
-    each = sites[0].n * sites[0].k * 4
-    return list(sites[: max(1, min(MOST_SITES, MOST_BYTES // max(each, 1)))])
+def pick(groups: Sequence[Group]) -> list[Group]:
+    """The groups of a class that its trial holds."""
+    each = sum(p.n * p.k * 4 for e in sites_of(groups[0]) for p in e.products)
+    return list(groups[: max(1, min(MOST_GROUPS, MOST_BYTES // max(each, 1)))])
 
 
-def region_of(site: Site, packer: Packer, rows: int) -> RegionSpec:
-    """The region of one site by itself."""
-    builder = RegionBuilder(site.layout)
-    builder.linear_out(builder.pack(site.k), linear_spec(site, packer(site, rows)))
-    return builder.finish()
+def sites_of(group: Group) -> list[Site]:
+    return [e for e in group.elements if isinstance(e, Site)]
 
 
-def sparse_model(sites: Sequence[Site], shape: Sequence[int], packer: Packer, rows: int) -> bytes:
-    """Every site as a node of its own, all reading one input of `shape`."""
+def region_of(group: Group, rows: Mapping[str, int], packer: Packer) -> Assembled:
+    """The region of a group by itself; `rows` has R of every site by name."""
+    return assemble(group, _results(group), rows, packer)
+
+
+def sparse_model(groups: Sequence[Group], shape: Sequence[int], rows: Mapping[str, int], packer: Packer) -> bytes:
+    """Every group as a node of its own, all reading one input of `shape`."""
     nodes, constants, outputs = [], [], []
-    for i, site in enumerate(sites):
-        names = [f"{what}{i}" for what in ARRAYS]
-        arrays = packer(site, rows).arrays
-        constants += [numpy_helper.from_array(a, name) for a, name in zip(arrays, names, strict=True)]
-        op = region_of(site, packer, rows).op_type
-        nodes.append(helper.make_node(op, ["x", *names], [f"y{i}"], domain=DOMAIN, site=site.name[:200]))
-        outputs.append(f"y{i}")
+    for i, group in enumerate(groups):
+        made = region_of(group, rows, packer)
+        names = [f"{i}.{j}" for j in range(len(made.arrays))]
+        constants += [numpy_helper.from_array(array_of(a), n) for a, n in zip(made.arrays, names, strict=True)]
+        results = [f"y{i}.{j}" for j in range(len(made.outputs))]
+        nodes.append(helper.make_node(made.spec.op_type, ["x", *names], results, domain=DOMAIN, site=f"trial {i}"))
+        outputs += results
     return _model(nodes, constants, outputs, shape)
 
 
-def dense_model(sites: Sequence[Site], shape: Sequence[int]) -> bytes:
-    """The same sites in standard ops, spelled so that ONNX Runtime's own fusions find them."""
-    nodes, constants, outputs = [], [], []
-    for i, site in enumerate(sites):
-        bias = np.zeros(site.n, np.float32) if site.bias is None else site.bias
+def dense_model(groups: Sequence[Group], shape: Sequence[int]) -> bytes:
+    """The same groups in standard ops, spelled so that ONNX Runtime's own fusions find them."""
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+    outputs = []
+    for i, group in enumerate(groups):
+        made: dict[int, str] = {}
+        results = {id(t) for t in _results(group)}
+        for j, site in enumerate(sites_of(group)):
+            key = f"{i}.{j}"
+            nodes += _linear(site, key, [made.get(id(p.source), "x") for p in site.products], len(shape), constants)
+            nodes += _activation(site, key, nodes[-1].output[0], constants)
+            made[id(site.output)] = nodes[-1].output[0]
+            if id(site.output) in results:
+                outputs.append(nodes[-1].output[0])
+    return _model(nodes, constants, outputs, shape)
+
+
+def _results(group: Group) -> list[gs.Variable]:
+    """What no other site of the group reads: all that a trial gives out."""
+    inside = {id(t) for e in group.elements for t in inputs_of(e)}
+    return [e.output for e in group.elements if id(e.output) not in inside]
+
+
+def _linear(
+    site: Site, key: str, sources: Sequence[str], rank: int, constants: list[onnx.TensorProto]
+) -> list[onnx.NodeProto]:
+    """The products, their sum and the bias."""
+    nodes: list[onnx.NodeProto] = []
+
+    def constant(name: str, values: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> str:
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        return name
+
+    biases = [] if site.bias is None else [constant(f"b{key}", site.bias)]
+    for j, (part, source) in enumerate(zip(site.products, sources, strict=True)):
+        name = f"{key}.{j}"
         if site.layout == "planes":
-            ones = [1] * (len(shape) - 2)
-            constants.append(numpy_helper.from_array(site.weight.reshape(site.n, site.k, *ones), f"w{i}"))
-            nodes.append(helper.make_node("Conv", ["x", f"w{i}", f"b{i}"], [f"p{i}"]))
+            ones = [1] * (rank - 2)
+            w = constant(f"w{name}", part.weight.reshape(part.n, part.k, *ones))
+            nodes.append(helper.make_node("Conv", [source, w, *(biases if j == 0 else [])], [f"m{name}"]))
         else:
-            constants.append(numpy_helper.from_array(np.ascontiguousarray(site.weight.T), f"w{i}"))
-            nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"m{i}"]))
-            nodes.append(helper.make_node("Add", [f"m{i}", f"b{i}"], [f"p{i}"]))
-        constants.append(numpy_helper.from_array(bias, f"b{i}"))
-        nodes += _activation(site, i, constants)
-        outputs.append(nodes[-1].output[0])
-    return _model(nodes, constants, outputs, shape)
+            w = constant(f"w{name}", part.weight.T)
+            nodes.append(helper.make_node("MatMul", [source, w], [f"m{name}"]))
+    last = nodes[-1].output[0]
+    if site.term is not None:
+        nodes.append(helper.make_node("Add", [nodes[0].output[0], last], [f"t{key}"]))
+        last = f"t{key}"
+    if biases and site.layout == "rows":
+        nodes.append(helper.make_node("Add", [last, *biases], [f"p{key}"]))
+    return nodes
 
 
-def _activation(site: Site, i: int, constants: list[onnx.TensorProto]) -> list[onnx.NodeProto]:
+def _activation(site: Site, key: str, p: str, constants: list[onnx.TensorProto]) -> list[onnx.NodeProto]:
     def scalar(name: str, value: float) -> str:
-        constants.append(numpy_helper.from_array(np.asarray(value, np.float32), f"{name}{i}"))
-        return f"{name}{i}"
+        constants.append(numpy_helper.from_array(np.asarray(value, np.float32), f"{name}{key}"))
+        return f"{name}{key}"
 
-    p, y = f"p{i}", f"a{i}"
+    y = f"a{key}"
     if site.act == "relu":
         return [helper.make_node("Relu", [p], [y])]
     if site.act == "clip":
         return [helper.make_node("Clip", [p, scalar("low", site.low), scalar("high", site.high)], [y])]
     if site.act == "silu":
-        return [helper.make_node("Sigmoid", [p], [f"s{i}"]), helper.make_node("Mul", [p, f"s{i}"], [y])]
+        return [helper.make_node("Sigmoid", [p], [f"s{key}"]), helper.make_node("Mul", [p, f"s{key}"], [y])]
     if site.act == "gelu_erf":
         return [
-            helper.make_node("Div", [p, scalar("root", 2**0.5)], [f"d{i}"]),
-            helper.make_node("Erf", [f"d{i}"], [f"e{i}"]),
-            helper.make_node("Add", [f"e{i}", scalar("one", 1.0)], [f"f{i}"]),
-            helper.make_node("Mul", [p, f"f{i}"], [f"g{i}"]),
-            helper.make_node("Mul", [f"g{i}", scalar("half", 0.5)], [y]),
+            helper.make_node("Div", [p, scalar("root", 2**0.5)], [f"d{key}"]),
+            helper.make_node("Erf", [f"d{key}"], [f"e{key}"]),
+            helper.make_node("Add", [f"e{key}", scalar("one", 1.0)], [f"f{key}"]),
+            helper.make_node("Mul", [p, f"f{key}"], [f"g{key}"]),
+            helper.make_node("Mul", [f"g{key}", scalar("half", 0.5)], [y]),
         ]
     if site.act == "gelu_tanh":
         return [helper.make_node("FastGelu", [p], [y], domain="com.microsoft")]

@@ -15,9 +15,9 @@ from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds, onnxruntime_version, runtime
 from spa_compiler.passes.pass_ import Change
-from spa_compiler.placement.candidates import DENSE, candidate_name, forms
+from spa_compiler.placement.candidates import DENSE, forms, layouts
 from spa_compiler.placement.choose import Choice, nothing_to_leave_out
-from spa_compiler.placement.place import SOURCE, Placed, no_kernels
+from spa_compiler.placement.place import SOURCE, Placed, chains_of, no_kernels
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.report.report import (
     Asked,
@@ -123,6 +123,8 @@ def pass_change(change: Change, removed: tuple[Removed, ...] = ()) -> PassChange
                 density_before=float(s.density_before),
                 density_after=float(s.density_after),
                 error=float(s.error),
+                method=s.method,
+                seconds=round(s.seconds, 3),
             )
             for s in change.sites
         ),
@@ -134,10 +136,13 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
     sites, refusals = find_sites(model)
     shapes = graph_shapes.fixed(model, feeds[0])
     hindrance = no_kernels(target)
+    layers = {s.name: layouts(c, {}) for c in chains_of(model, [shapes]) for s in c.products}
     for site in sites:
         stored = forms(site)
-        names = ", ".join(f"{s.name} ({s.share:.0%} stored)" for s in stored)
-        if hindrance or not stored:
+        names = ", ".join(
+            [*(f"{s.name} ({s.share:.0%} stored)" for s in stored), *(way.name for way in layers.get(site.name, ()))]
+        )
+        if hindrance or not names:
             reason = hindrance or f"would stay dense: {nothing_to_leave_out(site)}"
         else:
             reason = f"would be timed dense and as {names}"
@@ -153,9 +158,8 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
 
 def placed(report: Report, result: Placed) -> None:
     """Placements, the race and its ratios."""
-    sparse = bool(result.plan.regions)
     for choice in result.choices:
-        report.placements += _placements(choice, sparse, result.reason)
+        report.placements += _placements(choice, choice.site.name in result.plan.rows, result.reason)
     for refusal in result.refusals:
         op = refusal.op
         report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, refusal.reason))
@@ -208,16 +212,16 @@ def hints(report: Report, result: Placed, asked: bool) -> None:
     report.hints += sorted(helpful)[:2]
 
 
-def _placements(choice: Choice, sparse: bool, plan_reason: str) -> list[Placement]:
+def _placements(choice: Choice, used: bool, plan_reason: str) -> list[Placement]:
+    """`used`: the site is a kernel in what came out."""
     site = choice.site
-    rows = choice.rows if sparse else None
-    reason = choice.reason if sparse or choice.rows is None else f"{choice.reason}; but {plan_reason}"
+    reason = choice.reason if used or choice.rows is None else f"{choice.reason}; but {plan_reason}"
     if not choice.timings:
         tokens = choice.tokens[0] if choice.tokens else 0
         return [_row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason, choice.would_help)]
     out = []
     for tokens, timings in zip(choice.tokens, choice.timings, strict=True):
-        chosen = DENSE if rows is None else candidate_name(rows)
+        chosen = choice.candidate if used else DENSE
         candidates = tuple(
             Candidate(name=n, median_us=t.median_us, p10_us=t.p10_us, p90_us=t.p90_us, chosen=n == chosen)
             for n, t in timings.items()
@@ -229,7 +233,7 @@ def _placements(choice: Choice, sparse: bool, plan_reason: str) -> list[Placemen
                 n=site.n,
                 k=site.k,
                 tokens=tokens,
-                form="dense" if rows is None else "sparse",
+                form=choice.form if used else DENSE,
                 pattern=_pattern(site.density, choice.rows),
                 density=site.density,
                 candidates=candidates,

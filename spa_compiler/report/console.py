@@ -34,6 +34,8 @@ def changes(report: Report, console: Console) -> None:
         _line(console, f"{change.name}: {change.summary}")
         for warning in change.warnings:
             _line(console, f"{change.name}: warning: {warning}")
+    if report.output_change is not None:
+        _line(console, f"outputs changed by {report.output_change:.2%} on calibration samples that no pass has seen")
 
 
 def sites(report: Report, console: Console) -> None:

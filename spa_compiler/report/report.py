@@ -61,6 +61,8 @@ class SiteChange(msgspec.Struct, frozen=True, kw_only=True):
     density_before: float
     density_after: float
     error: float  # relative output error; ||dW|| / ||W|| without data
+    method: str = ""  # how the weights were chosen
+    seconds: float = 0.0  # how long that took
 
 
 NO_GROUP = -1
@@ -101,7 +103,7 @@ class PassChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One form of a site, timed beside the others."""
+    """One form of a site, timed beside the others; of the whole layer, where its form is low rank."""
 
     name: str  # "dense" is ONNX Runtime's own op
     median_us: float
@@ -118,7 +120,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     n: int  # outputs
     k: int  # inputs per output
     tokens: int
-    form: str  # "dense", "sparse"
+    form: str  # "dense", "sparse", "low rank", "sparse + low rank"
     pattern: str  # of the zeros: "dense", "unstructured", "block:4x1"
     density: float
     candidates: tuple[Candidate, ...]
@@ -195,6 +197,7 @@ class Report(msgspec.Struct, kw_only=True):
     shapes: list[str] = msgspec.field(default_factory=list)
     notes: list[str] = msgspec.field(default_factory=list)  # canonicalization's, and what the run chose or gave up
     passes: list[PassChange] = msgspec.field(default_factory=list)
+    output_change: float | None = None  # relative, of all passes together, on calibration samples that none has seen
     placements: list[Placement] = msgspec.field(default_factory=list)
     race: list[RaceRow] = msgspec.field(default_factory=list)
     ratios: list[Ratio] = msgspec.field(default_factory=list)

@@ -41,6 +41,10 @@ class LinearSpec:
         if not 0 < self.chunk <= rx1.MAX_CHUNK or self.chunk % self.rows:
             raise ValueError(f"a chunk of {self.chunk} rows: up to {rx1.MAX_CHUNK}, a multiple of {self.rows}")
 
+    def same_chunks(self, other: LinearSpec) -> bool:
+        """Whether both have the same rows in each chunk, so that two products can be added chunk by chunk."""
+        return self.n == other.n and (self.chunk == other.chunk or self.n <= min(self.chunk, other.chunk))
+
 
 @dataclass(frozen=True)
 class NormSpec:
@@ -94,6 +98,14 @@ class Panel:
         return -(-self.features // 8) * 8
 
 
+@dataclass(frozen=True)
+class Term:
+    """A product that a linear step adds to its own."""
+
+    source: Panel
+    spec: LinearSpec
+
+
 @dataclass
 class _Step:
     text: str  # with {0}, {1}, ... for the places of `panels`
@@ -121,16 +133,23 @@ class RegionBuilder:
         self._add(f"spa_pack(r, {len(self.inputs) - 1}, {{0}})", to)
         return to
 
-    def linear(self, source: Panel, spec: LinearSpec, residual: Panel | None = None) -> Panel:
-        """act(W source + b + residual) as a panel; the activation is that of `spec`."""
+    def linear(self, source: Panel, spec: LinearSpec, residual: Panel | None = None, term: Term | None = None) -> Panel:
+        """act(W source + b + residual) as a panel; the activation is that of `spec`.
+
+        Args:
+            term: a second product, added in the same pass over the output's chunks; its bias is not read, and the
+                activation is its own, since it comes last.
+        """
         to = self._new(spec.n)
-        self._linear("spa_linear", source, spec, residual, "{1}", to)
+        self._linear("", source, spec, residual, term, to)
         return to
 
-    def linear_out(self, source: Panel, spec: LinearSpec, residual: Panel | None = None) -> None:
+    def linear_out(
+        self, source: Panel, spec: LinearSpec, residual: Panel | None = None, term: Term | None = None
+    ) -> None:
         """The same, straight into the next output of the node: the panel exists chunk by chunk only."""
         self.outputs.append(spec.n)
-        self._linear("spa_linear_out", source, spec, residual, str(len(self.outputs) - 1), None)
+        self._linear("_out", source, spec, residual, term, None)
 
     def norm(self, source: Panel, spec: NormSpec) -> Panel:
         """LayerNormalization, into a panel of its own (the source may be a residual that is still needed)."""
@@ -181,12 +200,30 @@ class RegionBuilder:
         )
 
     def _linear(
-        self, call: str, source: Panel, spec: LinearSpec, residual: Panel | None, target: str, to: Panel | None
+        self,
+        way: str,
+        source: Panel,
+        spec: LinearSpec,
+        residual: Panel | None,
+        term: Term | None,
+        to: Panel | None,
     ) -> None:
+        panels: list[Panel] = []
+
+        def place(panel: Panel) -> str:
+            panels.append(panel)
+            return f"{{{len(panels) - 1}}}"
+
         self.linears.append(spec)
-        panels = [source, *([to] if to else []), *([residual] if residual else [])]
-        base = f"{{{len(panels) - 1}}}" if residual else "-1"
-        self._add(f"{call}(r, {len(self.linears) - 1}, {{0}}, {base}, {target})", *panels)
+        arguments = ["r", str(len(self.linears) - 1), place(source)]
+        if term is not None:
+            if not spec.same_chunks(term.spec):
+                raise ValueError(f"two products that are cut differently: {spec} and {term.spec}")
+            self.linears.append(term.spec)
+            arguments += [str(len(self.linears) - 1), place(term.source)]
+        arguments += [place(residual) if residual else "-1", place(to) if to else str(len(self.outputs) - 1)]
+        call = f"spa_{'linear' if term is None else 'sum'}{way}"
+        self._add(f"{call}({', '.join(arguments)})", *panels)
 
     def _new(self, features: int) -> Panel:
         self._panels.append(Panel(features, len(self._steps), len(self._steps)))

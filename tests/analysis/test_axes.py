@@ -1,4 +1,4 @@
-"""The algebra alone: splits hold everywhere, factorisations meet or are refused with words, all of it index by index."""
+"""What rules do with axes: merged, cut, split, tied and named, in any order; all of it index by index."""
 
 from __future__ import annotations
 
@@ -11,198 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_compiler.analysis.axes import Axes, Axis, Dim, Factor, Incompatible
-
-Form: TypeAlias = "int | tuple[Form, ...] | list[Form]"
-"""Sizes of an axis as it stands: a Dim is a number, a product a tuple, a sum a list."""
-
-
-def form(axes: Axes, axis: Axis) -> Form:
-    return _sum([[_factor(factor) for factor in term] for term in axes.resolve(axis)])
-
-
-def _sum(terms: Sequence[Sequence[Form]]) -> Form:
-    products: list[Form] = [term[0] if len(term) == 1 else tuple(term) for term in terms]
-    return products[0] if len(products) == 1 else products
-
-
-def _factor(factor: Factor) -> Form:
-    if isinstance(factor, Dim):
-        return factor.size or 0
-    return _sum([[_factor(inner) for inner in term] for term in factor.terms])
-
-
-def hangs_on(axes: Axes, *several: Axis) -> list[list[set[int]]]:
-    """For each axis and each of its indices, the elements that it hangs on."""
-    offset: dict[int, int] = {}
-    total = 0
-    for axis in several:
-        for atom in axes.atoms(axis):
-            if id(atom) not in offset:
-                offset[id(atom)] = total
-                total += atom.size or 0
-    out = []
-    for axis in several:
-        elements = axes.elements(axis, offset)
-        assert elements.shape[1] == axes.size(axis)
-        out.append([set(column[column >= 0].tolist()) for column in elements.T])
-    return out
-
-
-def agree(axes: Axes, *several: Axis) -> bool:
-    """Whether every index of all these axes lives and dies together."""
-    first, *others = hangs_on(axes, *several)
-    return all(first == other for other in others)
-
-
-def product(*sizes: int) -> Axis:
-    return Axis.of(*(Dim(size) for size in sizes))
-
-
-# --- join -------------------------------------------------------------------------------------------------------------
-
-
-def test_equal_sizes_become_one() -> None:
-    axes = Axes()
-    a, b, c = (axes.fresh(6) for _ in range(3))
-    assert axes.join(a, b) is None
-    assert axes.join(b, c) is None
-    assert axes.resolve(a) == axes.resolve(c)
-    assert agree(axes, a, b, c)
-
-
-def test_size_one_has_no_dims() -> None:
-    axes = Axes()
-    assert axes.resolve(axes.fresh(1)) == ((),)
-    assert axes.size(axes.fresh(1)) == 1
-    assert form(axes, product(1, 3, 1)) == 3
-
-
-def test_a_product_holds_in_every_axis() -> None:
-    axes = Axes()
-    channels, elsewhere = axes.fresh(12), axes.fresh(12)
-    axes.join(channels, elsewhere)
-    assert axes.join(channels, product(3, 4)) is None
-    assert form(axes, elsewhere) == (3, 4)
-
-
-def test_a_sum_holds_in_every_axis() -> None:
-    axes = Axes()
-    channels, elsewhere = axes.fresh(5), axes.fresh(5)
-    axes.join(channels, elsewhere)
-    parts = axes.fresh(2), axes.fresh(3)
-    assert axes.join(axes.concat(parts), channels) is None
-    assert form(axes, elsewhere) == [2, 3]
-    assert agree(axes, elsewhere, axes.concat(parts))
-
-
-def test_factorisations_refine_each_other() -> None:
-    axes = Axes()
-    axis = axes.fresh(12)
-    assert axes.join(axis, product(3, 4)) is None
-    assert axes.join(axis, product(6, 2)) is None
-    assert form(axes, axis) == (3, 2, 2)
-
-
-@pytest.mark.parametrize(
-    "first, second, said", [((3, 4), (2, 6), "4 and 6"), ((6, 4), (4, 6), "4 and 6"), ((2, 9), (3, 6), "6 and 9")]
-)
-def test_factorisations_that_do_not_fit(first: tuple[int, int], second: tuple[int, int], said: str) -> None:
-    axes = Axes()
-    axis = axes.fresh(first[0] * first[1])
-    assert axes.join(axis, product(*first)) is None
-    assert axes.join(axis, product(*second)) == f"incompatible factorisations {said}"
-    assert form(axes, axis) == first
-
-
-def test_a_product_of_a_class_with_itself() -> None:
-    axes = Axes()
-    one, other = Dim(3), Dim(3)
-    assert axes.join(Axis.of(one, other), Axis.of(other, one)) is None
-    assert list(axes.atoms(Axis.of(one))) == list(axes.atoms(Axis.of(other)))
-
-
-def test_sizes_that_differ_or_are_unknown() -> None:
-    axes = Axes()
-    assert axes.join(axes.fresh(4), axes.fresh(5)) == "sizes 4 and 5 differ"
-    assert axes.join(axes.fresh(4), axes.fresh(None)) == "meets an axis of unknown size"
-    assert axes.join(axes.fresh(None), axes.fresh(None)) is None
-    merged = Axis.of(Dim(3), Dim(None))
-    assert axes.size(merged) is None
-    assert axes.join(merged, axes.fresh(None)) == "meets an axis of unknown size"
-    assert axes.join(merged, merged) is None
-
-
-def test_sums_join_term_by_term() -> None:
-    axes = Axes()
-    a, b, c, d = (axes.fresh(size) for size in (2, 3, 2, 3))
-    assert axes.join(axes.concat([a, b]), axes.concat([c, d])) is None
-    assert agree(axes, a, c)
-    assert agree(axes, b, d)
-
-
-def test_sums_cut_each_other() -> None:
-    axes = Axes()
-    a, b, c, d = (axes.fresh(size) for size in (2, 5, 4, 3))
-    assert axes.join(axes.concat([a, b]), axes.concat([c, d])) is None
-    assert [form(axes, axis) for axis in (a, b, c, d)] == [2, [2, 3], [2, 2], 3]
-    assert agree(axes, axes.concat([a, b]), axes.concat([c, d]))
-
-
-def test_a_sum_of_one_dim_twice() -> None:
-    """A doubled axis (Swin's patch merging) meets a plain one: both halves die together."""
-    axes = Axes()
-    half, whole = axes.fresh(3), axes.fresh(6)
-    assert axes.join(whole, axes.concat([half, half])) is None
-    ((*found,),) = hangs_on(axes, whole)
-    assert found[:3] == found[3:]
-
-
-def test_part_of_a_merged_axis_is_refused() -> None:
-    axes = Axes()
-    reason = axes.join(product(3, 2), axes.concat([axes.fresh(3), axes.fresh(3)]))
-    assert reason == "part of an axis meets a merged axis"
-    assert axes.join(product(3, 2), axes.concat([axes.fresh(4), axes.fresh(2)])) is None  # between rows
-
-
-def test_rows_of_a_merged_axis_meet_a_sum() -> None:
-    """A fused [q | k] block meets (3, 4): its rows of 4 are cut, and both pieces share their columns."""
-    axes = Axes()
-    pieces, merged = axes.concat([axes.fresh(8), axes.fresh(4)]), product(3, 4)
-    assert axes.join(pieces, merged) is None
-    assert form(axes, merged) == [(2, 4), 4]
-    assert agree(axes, pieces, merged)
-
-
-def test_nested_sums() -> None:
-    """What all terms end with stands behind the sum, so that it can meet the Dims of a plain product."""
-    axes = Axes()
-    p, a, b, q = axes.fresh(2), axes.fresh(3), axes.fresh(5), axes.fresh(4)
-    inner = axes.concat([axes.merge([a, q]), axes.merge([b, q])])
-    whole = axes.merge([p, inner])
-    assert form(axes, whole) == (2, [3, 5], 4)
-    plain = product(2, 8, 4)
-    assert axes.join(plain, whole) is None
-    assert form(axes, plain) == (2, [3, 5], 4)
-    assert agree(axes, plain, whole)
-
-
-def test_a_sum_in_front_is_spread_out() -> None:
-    axes = Axes()
-    a, b, q = axes.fresh(3), axes.fresh(5), axes.fresh(4)
-    assert form(axes, axes.merge([axes.concat([a, b]), q])) == [(3, 4), (5, 4)]
-    assert agree(axes, axes.merge([axes.concat([a, b]), q]), axes.concat([axes.merge([a, q]), axes.merge([b, q])]))
-
-
-def test_a_repeated_sum_is_a_product() -> None:
-    axes = Axes()
-    p, a, b = axes.fresh(2), axes.fresh(3), axes.fresh(5)
-    inner = axes.concat([a, b, a, b])
-    whole = axes.merge([p, inner])
-    (term,) = axes.resolve(whole)
-    assert [_factor(factor) for factor in term] == [2, [(), ()], [3, 5]]
-    assert agree(axes, whole, axes.concat([inner, inner])) is False  # rows of p are elements of their own
-    assert axes.size(whole) == 32
+from spa_compiler.analysis.axes import Axes
+from spa_compiler.analysis.terms import Axis
+from spa_compiler.analysis.unify import Incompatible
+from tests.analysis.forms import agree, form, hangs_on, product
 
 
 def test_an_empty_axis_is_a_neighbour_like_any_other() -> None:
@@ -213,9 +25,6 @@ def test_an_empty_axis_is_a_neighbour_like_any_other() -> None:
     assert [axes.size(part) for part in axes.split(a, [2, 0, 4])] == [2, 0, 4]
     assert [axes.size(part) for part in axes.factor(none, [0, 3])] == [0, 3]
     assert axes.size(axes.concat([none, none])) == 0
-
-
-# --- factor, split, merge, concat -------------------------------------------------------------------------------------
 
 
 def test_merge() -> None:
@@ -312,19 +121,6 @@ def test_split_and_factor_by_turns() -> None:
     assert not set(axes.atoms(heads[0][1])) & set(axes.atoms(heads[1][1]))
 
 
-# --- labels, links, elements ------------------------------------------------------------------------------------------
-
-
-def test_labels_survive_joins_and_splits() -> None:
-    axes = Axes()
-    plain, group = axes.fresh(8), axes.fresh(8, "conv group")
-    axes.join(plain, group)
-    axes.join(plain, product(4, 2))
-    assert {atom.label for atom in axes.atoms(plain)} == {"conv group"}
-    axes.split(axes.factor(plain, [4, 2])[0], [1, 3])
-    assert {atom.label for atom in axes.atoms(plain)} == {"conv group"}
-
-
 def test_a_label_is_given_where_there_is_none() -> None:
     axes = Axes()
     a, b = axes.fresh(2, "head"), axes.fresh(3)
@@ -341,22 +137,44 @@ def test_ties_are_kept_as_said() -> None:
     assert (link.left_indices.tolist(), link.right_indices.tolist()) == ([3, 1], [0, 1])
 
 
-def test_elements_of_products_and_sums() -> None:
+# --- the second binding -----------------------------------------------------------------------------------------------
+
+
+def test_an_axis_that_keeps_its_size_is_made_of_dims_that_do() -> None:
     axes = Axes()
-    a, b = Dim(2), Dim(3)
-    offset = {id(a): 0, id(b): 10}
-    assert axes.elements(Axis(((a, b), (a,))), offset).tolist() == [
-        [0, 0, 0, 1, 1, 1, 0, 1],
-        [10, 11, 12, 10, 11, 12, -1, -1],
-    ]
-    assert axes.elements(Axis.of(b, Axis(((), (a,)))), offset).tolist() == [
-        [10, 10, 10, 11, 11, 11, 12, 12, 12],
-        [-1, 0, 1] * 3,
-    ]
-    assert axes.elements(axes.fresh(1), {}).shape == (0, 1)
+    heads, width = axes.fresh(4), axes.fresh(6)
+    both = axes.merge([heads, width])
+    assert axes.second(both) is None
+    axes.note_second(both, 24)
+    assert [axes.second(axis) for axis in (heads, width, both)] == [4, 6, 24]
+    assert [axes.second(part) for part in axes.factor(width, [2, 3])] == [2, 3]
+    assert [axes.second(part) for part in axes.split(heads, [1, 3])] == [1, 3]
 
 
-# --- anything together ------------------------------------------------------------------------------------------------
+def test_the_rest_of_a_product_follows() -> None:
+    axes = Axes()
+    batch, width = axes.fresh(4), axes.fresh(6)
+    both = axes.merge([batch, width])
+    axes.note_second(both, 18)
+    assert axes.second(batch) is None, "two of which nothing is known"
+    axes.note_second(width, 6)
+    axes.note_second(both, 20)
+    assert axes.second(batch) is None, "no multiple of 6"
+    axes.note_second(both, 18)
+    assert axes.second(batch) == 3
+    assert [axes.second(part) for part in axes.factor(batch, [2, 2])] == [None, None]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_is_joined_has_one_size(turned: bool) -> None:
+    axes = Axes()
+    known, other = axes.fresh(4), axes.fresh(4)
+    axes.note_second(known, 7)
+    axes.join(*((other, known) if turned else (known, other)))
+    assert axes.second(other) == axes.second(known) == 7
+
+
+# --- anything together -------------------------------------------------------------------------------------------------
 
 _KINDS = ("join", "join", "factor", "split", "concat", "merge")
 Step: TypeAlias = tuple[str, int, int, int]

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from spa_compiler.analysis.axes import Axis, Dim
 from spa_compiler.analysis.facts import Facts, Pin, Work
 from spa_compiler.analysis.groups import Member, partition
+from spa_compiler.analysis.terms import Axis, Dim
 
 
 def tensor(name: str, *shape: int) -> SimpleNamespace:

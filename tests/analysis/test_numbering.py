@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from spa_compiler.analysis.axes import Axis
 from spa_compiler.analysis.facts import Facts, Pin
 from spa_compiler.analysis.numbering import Numbering, distinct
+from spa_compiler.analysis.terms import Axis
 
 
 def facts_of(**axes: Axis) -> Facts:

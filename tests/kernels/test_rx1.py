@@ -128,6 +128,23 @@ def test_default_blocking_fits_the_format() -> None:
             assert 1 <= k_block <= 65536, "columns are 16 bits"
 
 
+def test_a_full_weight_is_cut_into_blocks_that_stay_in_l1() -> None:
+    rng = np.random.default_rng(0)
+    full = rng.standard_normal((64, 300)).astype(np.float32)
+    for rows in rx1.BLOCK_ROWS:
+        assert rx1.pack(full, None, rows).k_block == rx1.L1_COLUMNS
+    holes = sparse(rng, 64, 300, 4, 0.5)
+    assert [rx1.pack(holes, None, rows).k_block for rows in (1, 4)] == [rx1.L1_COLUMNS, 300]
+
+
+@pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
+def test_a_bias_of_its_own_is_what_packing_it_gives(rows: int) -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = sparse(rng, 21, 30, rows, 0.5), rng.standard_normal(21).astype(np.float32)
+    np.testing.assert_array_equal(rx1.pack(weight, bias, rows).bias, rx1.pad_bias(bias, 21, rows))
+    np.testing.assert_array_equal(rx1.pack(weight, None, rows).bias, rx1.pad_bias(None, 21, rows))
+
+
 def test_columns_up_to_65535_are_addressed() -> None:
     weight = np.zeros((4, 65540), np.float32)
     weight[:, [0, 32767, 32768, 65535, 65536, 65539]] = np.arange(1, 7, dtype=np.float32)

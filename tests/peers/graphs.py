@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
 from spa_compiler.calibration.examples import example_feeds
 from spa_compiler.calibration.shapes import Shapes
@@ -47,6 +48,9 @@ def _zoo() -> Any:
 def zoo_names() -> list[str]:
     """Every graph of the zoo; none where it is not there."""
     return list(_zoo().names()) if ZOO.exists() else []
+
+
+needs_zoo = pytest.mark.skipif(not ZOO.exists(), reason="needs the graphs in ../shared")
 
 
 def model_names() -> list[str]:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import onnx
+import pytest
 
 from spa_compiler.targets.machine import cache_dir
 
@@ -25,6 +26,9 @@ SHARED = ROOT.parent / "shared"
 def have_shared() -> bool:
     """Whether the folder with the benchmark models is there."""
     return (SHARED / "bench" / "graphs.py").exists()
+
+
+needs_shared = pytest.mark.skipif(not have_shared(), reason="needs the benchmark models in ../shared")
 
 
 def minilm() -> Path:

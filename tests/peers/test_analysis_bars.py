@@ -31,7 +31,7 @@ def measure(path: Path) -> tuple[float, int, int]:
     return float(seconds), int(memory), int(count)
 
 
-@pytest.mark.skipif(not sources.have_shared(), reason="the models are not there")
+@sources.needs_shared
 def test_bert_base() -> None:
     path = sources.bert_base()
     seconds, memory, count = measure(path)
@@ -40,7 +40,7 @@ def test_bert_base() -> None:
     assert memory < 2.2 * path.stat().st_size + 300e6
 
 
-@pytest.mark.skipif(not graphs.zoo_names(), reason="the zoo is not there")
+@graphs.needs_zoo
 @pytest.mark.parametrize("name", ["swin_t", "swinv2_tiny", "keras_nasnet_mobile", "densenet121_dynamo", "t5"])
 def test_large_graphs(name: str, tmp_path: Path) -> None:
     import onnx

@@ -29,14 +29,14 @@ PAIRS = {
 }
 
 
-@pytest.mark.skipif(not graphs.zoo_names(), reason="the zoo is not there")
+@graphs.needs_zoo
 @pytest.mark.parametrize("one, other", [(one, other) for one, others in PAIRS.items() for other in others])
 def test_two_files_of_one_model(one: str, other: str) -> None:
     first, second = (canonicalize(load(graphs.zoo_graph(name, 0)[0]), []).model for name in (one, other))
     assert sites_of(first) == sites_of(second)
 
 
-@pytest.mark.skipif(not graphs.zoo_names(), reason="the zoo is not there")
+@graphs.needs_zoo
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "yolo_c2f", "unet", "vit_tiny"])
 def test_before_and_after_canonicalization(name: str) -> None:
     model = load(graphs.zoo_graph(name, 0)[0])

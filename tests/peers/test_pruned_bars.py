@@ -21,10 +21,7 @@ from spa_compiler.graph.save import save
 from spa_compiler.passes import Context, from_command_line
 from tests.peers import sources
 
-pytestmark = [
-    pytest.mark.peers,
-    pytest.mark.skipif(not sources.have_shared(), reason="needs the benchmark models in ../shared"),
-]
+pytestmark = [pytest.mark.peers, sources.needs_shared]
 
 RUNS = 60
 BAR = 1.6

@@ -27,11 +27,6 @@ def seed() -> int:
     return seed
 
 
-@pytest.mark.skipif(graphs.zoo_names() != [], reason="the zoo is there")
-def test_the_zoo_is_missing() -> None:
-    pytest.skip(f"no real graphs were tested: {graphs.ZOO} is missing")
-
-
 @pytest.mark.parametrize("name", graphs.zoo_names())
 def test_zoo(name: str, seed: int) -> None:
     model, feeds = graphs.zoo_graph(name, seed)

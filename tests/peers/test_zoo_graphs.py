@@ -5,10 +5,6 @@ The zoo lies beside the repository (`../shared/graphs`); without it these tests 
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import onnx
 import pytest
@@ -19,34 +15,16 @@ from spa_compiler.graph.canonicalize import canonicalize
 from spa_compiler.graph.load import load
 from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import open_session, run
+from tests.peers import graphs
 
-ZOO = Path(__file__).parents[3] / "shared" / "graphs" / "zoo.py"
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 TOLERANCE = {"float16": 2e-2, "float32": 1e-3}  # of the output's largest magnitude; random weights amplify rounding
 CHAOTIC = {"starnet_s1"}  # with random weights, its layers multiply rounding until nothing of the result is left
 
 
-def _zoo() -> Any:
-    spec = importlib.util.spec_from_file_location("zoo", ZOO)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-NAMES = _zoo().names() if ZOO.exists() else []
-
-
-@pytest.mark.skipif(NAMES != [], reason="the zoo is there")
-def test_the_zoo_is_missing() -> None:
-    pytest.skip(f"no real graphs were tested: {ZOO} is missing")
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", graphs.zoo_names())
 def test_computes_the_same(name: str) -> None:
-    zoo = _zoo()
-    source, feeds = zoo.load(name), zoo.inputs(name)
+    source, feeds = graphs.zoo_graph(name)
     model = load(source)
     result = canonicalize(model, [feeds])
     assert name in CHAOTIC or not [note for note in result.notes if "left" in note]
@@ -68,8 +46,8 @@ def test_computes_the_same(name: str) -> None:
             assert np.array_equal(got[output], value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", graphs.zoo_names())
 def test_default_shapes_run(name: str) -> None:
-    model = load(_zoo().load(name))
+    model = load(graphs.zoo_graph(name)[0])
     feeds = example_feeds(model, default_shapes(model), np.random.default_rng(0))
     run(open_session(to_proto(model).SerializeToString()), feeds)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from spa_compiler.placement import choose as choosing
-from spa_compiler.placement.candidates import DENSE, SiteClass, classes, forms
-from spa_compiler.placement.choose import Choice, choose
+from spa_compiler.placement.candidates import DENSE, LOW_RANK, SiteClass, chain_classes, classes, forms
+from spa_compiler.placement.chains import find_chains
+from spa_compiler.placement.choose import ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.sites import Site, find_sites
+from spa_compiler.placement.sites import Site, find_sites, held
 from spa_compiler.targets import host
 from tests.networks import F32, model_of, weight
 
@@ -142,3 +143,87 @@ def test_real_times(tmp_path: Path) -> None:
     """No decision is asked for here, only that real sessions run and give sensible times."""
     (choice, _) = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.1))))
     assert all(0 < t.p10_us <= t.median_us <= t.p90_us < 1e6 for t in choice.timings[0].values())
+
+
+LAYER = "g (float[N,64] x) => (float[N,48] y) { s = MatMul(x, w) z = MatMul(x, d) m = MatMul(z, u) a = Add(s, m) y = Relu(a) }"
+PLAIN = "g (float[N,64] x) => (float[N,48] y) { z = MatMul(x, d) m = MatMul(z, u) y = Relu(m) }"
+FACTORS = {"d": weight(RNG, 64, 8), "u": weight(RNG, 8, 48)}
+
+
+def decide_layer(folder: Path, sparse: bool = True, *tokens: int) -> tuple[list[Choice], list[ChainChoice]]:
+    """The choices of the sites by themselves, and of the layer."""
+    weights = FACTORS | ({"w": weight(RNG, 64, 48, 0.2)} if sparse else {})
+    model = model_of(LAYER if sparse else PLAIN, **weights)
+    known = [{t: (n, f) for t, f in (("x", 64), ("z", 8), ("s", 48), ("m", 48))} for n in tokens or (16,)]
+    alone = decide(folder, classes(find_sites(model)[0], known))
+    sites = find_sites(model)[0]
+    chains = find_chains(sites, {s.name for s in sites if forms(s)}, held(model.graph), known)
+    work = folder / "work"
+    book = Records(folder / "records.sqlite", {"cpu": "this one"})
+    rng = np.random.default_rng(0)
+    rows = {c.site.name: c.rows for c in alone if c.rows is not None}
+    found = choose_chains(
+        chain_classes(chains, rows, known), "x86-64-v4", 1, book, Packer(), work, lambda *_: None, rng
+    )
+    assert list(work.iterdir()) == []
+    return alone, found
+
+
+def test_a_sparse_and_low_rank_layer_is_timed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(monkeypatch, {"block:4x1": 2.0}, {"block:4x1 + low rank": 1.5, "block:8x1 + low rank": 1.2})
+    alone, (layer,) = decide_layer(tmp_path)
+    assert timed.asked[1] == {DENSE, *(f"block:{r}x1 + low rank" for r in (1, 4, 8))}
+    assert (layer.wins, layer.gain, layer.rows) == (True, pytest.approx(1.5), {"s": 4, "z": 4, "m": 4})
+    choices = {c.site.name: c for c in explain(alone, [layer], layer.rows)}
+    assert {n: (c.form, c.rows, c.candidate) for n, c in choices.items()} == dict.fromkeys(
+        ("s", "z", "m"), ("sparse + low rank", 4, "block:4x1 + low rank")
+    )
+    assert choices["m"].reason == "1.50x over dense as block:4x1 + low rank, z, s, m together"
+    assert choices["m"].timings[0].keys() == timed.asked[1]
+    assert choices["m"].tokens == (16,)
+
+
+@pytest.mark.parametrize(("ratio", "wins"), [(0.9, False), (1.02, False), (1.05, True)])
+def test_dense_factors_win_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, wins: bool) -> None:
+    Timed(monkeypatch, {LOW_RANK: ratio})
+    alone, (layer,) = decide_layer(tmp_path, False)
+    assert layer.wins == wins
+    choices = explain(alone, [layer], layer.rows if wins else {})
+    assert {(c.form, c.rows) for c in choices} == {(LOW_RANK, 4) if wins else (DENSE, None)}
+    if not wins:
+        assert {c.reason for c in choices} == {
+            f"dense is faster or as fast: z, m together as low rank reach {ratio:.2f}x"
+        }
+
+
+def test_a_layer_that_gains_with_its_neighbours_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Timed(monkeypatch, {LOW_RANK: 0.9})
+    alone, (layer,) = decide_layer(tmp_path, False)
+    choices = explain(alone, [layer], layer.rows)
+    assert {(c.form, c.rows) for c in choices} == {(LOW_RANK, 4)}
+    assert all("0.90x over dense" in c.reason and "with its neighbours" in c.reason for c in choices)
+
+
+def test_a_sparse_weight_keeps_its_own_form_where_the_layer_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Timed(monkeypatch, {"block:8x1": 2.0}, {"block:4x1 + low rank": 0.9})
+    alone, chains = decide_layer(tmp_path)
+    choices = {c.site.name: c for c in explain(alone, chains, {"s": 8})}
+    assert (choices["s"].form, choices["s"].rows, choices["s"].candidate) == ("sparse", 8, "block:8x1")
+    assert (choices["z"].form, choices["z"].rows) == (DENSE, None)
+    assert "z, s, m together as block:4x1 + low rank reach 0.90x" in choices["z"].reason
+
+
+def test_layers_are_timed_once_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(monkeypatch, {LOW_RANK: 2.0})
+    _, first = decide_layer(tmp_path, False, 1, 64)
+    assert len(timed.asked) == 2
+    _, again = decide_layer(tmp_path, False, 1, 64)
+    assert len(timed.asked) == 2
+    assert again[0].timings == first[0].timings
+
+
+def test_real_times_of_a_layer(tmp_path: Path) -> None:
+    _, (layer,) = decide_layer(tmp_path)
+    assert all(0 < t.p10_us <= t.median_us <= t.p90_us < 1e6 for t in layer.timings[0].values())

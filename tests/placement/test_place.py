@@ -17,7 +17,7 @@ from spa_compiler.graph.session import open_session, run
 from spa_compiler.placement import choose as choosing
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
-from spa_compiler.placement.place import PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
+from spa_compiler.placement.place import FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
 from tests.networks import mlp, network, weight
@@ -159,6 +159,50 @@ def test_the_strongest_convolutions_alone_are_a_plan(
     nodes = onnx.load(result.plan.file).graph.node
     assert [n.name for n in nodes if n.domain == "ai.spa"] == [f"ai.spa/{name}" for name in expected]
     assert [n.op_type for n in nodes if n.domain == ""] == ["Conv", "Tanh"]
+
+
+def low_rank() -> onnx.ModelProto:
+    """Two low-rank layers, the second beside a sparse weight."""
+    rng = np.random.default_rng(0)
+    shapes = {"d": (WIDTH, 8), "u": (8, WIDTH), "e": (WIDTH, 8), "v": (8, WIDTH)}
+    text = f"""g (float["b","s",{WIDTH}] x) => (float["b","s",{WIDTH}] y) {{
+      z = MatMul(x, d) a = MatMul(z, u) h = Relu(a)
+      t = MatMul(h, e) c = MatMul(t, v) s = MatMul(h, w) y = Add(s, c) }}"""
+    return network(text, **{n: weight(rng, *s) for n, s in shapes.items()}, w=weight(rng, WIDTH, WIDTH, 0.2))
+
+
+@needs_avx512
+@pytest.mark.parametrize(
+    ("site", "winner", "nodes", "forms"),
+    [
+        (5.0, SINGLE, 2, {"z": "low rank", "a": "low rank", "s": "sparse + low rank"}),
+        (5.0, REGIONS, 1, {"z": "low rank", "a": "low rank", "s": "sparse + low rank"}),
+        (0.9, FACTORS, 1, {"z": "low rank", "a": "low rank", "s": "sparse + low rank"}),
+        (0.9, PORTABLE, 0, {"z": "dense", "a": "dense", "s": "dense"}),
+    ],
+)
+def test_low_rank_layers_by_themselves_and_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: float, winner: str, nodes: int, forms: dict[str, str]
+) -> None:
+    Stopwatch(monkeypatch, site, {winner: 50}, real=True)
+    result = placed(tmp_path, proto=low_rank())
+    assert result.plan.name == winner
+    assert (FACTORS in result.race[0]) == (site < 1)
+    assert len(result.plan.regions) == nodes
+    assert {c.site.name: c.form for c in result.choices if c.site.name in forms} == forms
+    assert set(result.plan.rows) == ({"z", "a", "t", "c", "s"} if nodes else set())
+    session = open_session(result.plan.file, library=result.plan.library)
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 5, WIDTH)).astype(np.float32)}
+    want = run(open_session(tmp_path / "source.onnx"), feeds)["y"]
+    np.testing.assert_allclose(run(session, feeds)["y"], want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
+
+
+@needs_avx512
+def test_a_low_rank_layer_that_is_far_behind_is_not_raced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stopwatch(monkeypatch, 0.5, {})
+    result = placed(tmp_path, proto=low_rank())
+    assert set(result.race[0]) == {SOURCE, PORTABLE}
+    assert all("dense is faster or as fast" in c.reason for c in result.choices)
 
 
 @needs_avx512

@@ -17,7 +17,7 @@ from tests.runtime_malformed import BAD, edited
 
 pytestmark = needs_avx512
 TOKENS = (0, 1, 3, 7, 16, 33, 64, 65, 128, 200)
-ROWS = ("mlp", "single", "wide")
+ROWS = ("mlp", "single", "wide", "sum")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

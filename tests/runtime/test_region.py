@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from spa_compiler.kernels import panel, rx1
 from spa_compiler.runtime import region
 from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
-from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, kernels_of, write_c
+from spa_compiler.runtime.region import (
+    LinearSpec,
+    NormSpec,
+    Panel,
+    RegionBuilder,
+    RegionSpec,
+    Term,
+    kernels_of,
+    write_c,
+)
 from tests.region_harness import CASES, case
 
 
@@ -48,6 +57,39 @@ def test_the_lines_are_the_steps_in_order() -> None:
     )
 
 
+def test_a_sum_reads_both_panels_and_ends_with_the_second() -> None:
+    b = RegionBuilder("rows")
+    x = b.pack(40)
+    thin = b.linear(x, linear(8, 40))
+    y = b.linear(x, linear(24, 40), term=Term(thin, linear(24, 8, act="relu")))
+    b.linear_out(y, linear(5, 24), term=Term(x, linear(5, 40)))
+    spec = b.finish()
+    assert spec.lines == (
+        "spa_pack(r, 0, 0)",
+        "spa_linear(r, 0, 0, -1, 40)",
+        "spa_sum(r, 1, 0, 2, 40, -1, 48)",
+        "spa_sum_out(r, 3, 48, 4, 0, -1, 0)",
+    )
+    assert [s.act for s in spec.linears] == ["none", "none", "relu", "none", "none"]
+
+
+def test_products_with_other_chunks_cannot_be_added() -> None:
+    b = RegionBuilder("rows")
+    x = b.pack(40)
+    with pytest.raises(ValueError, match="cut differently"):
+        b.linear(x, linear(300, 40), term=Term(x, LinearSpec(300, 40, 4, 64, 40)))
+    with pytest.raises(ValueError, match="cut differently"):
+        b.linear(x, linear(24, 40), term=Term(x, linear(20, 40)))
+    b.linear_out(x, linear(20, 40, rows=1), term=Term(x, linear(20, 40, rows=8)))  # one chunk, of 20 and of 24 rows
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 2000))
+def test_weights_of_any_height_have_the_same_chunks(n: int, k: int, other: int) -> None:
+    for one in rx1.BLOCK_ROWS:
+        for two in rx1.BLOCK_ROWS:
+            assert linear(n, k, one).same_chunks(linear(n, other, two))
+
+
 def test_a_panel_that_is_not_needed_any_more_gives_its_place() -> None:
     spec, _ = chain(64, 64, 64, 64, 64)
     assert spec.scratch_rows == 128
@@ -65,13 +107,17 @@ def test_panels_that_live_at_once_do_not_overlap(data: st.DataObject) -> None:
     live = [b.pack(data.draw(st.integers(1, 50)))]
     for _ in range(data.draw(st.integers(1, 14))):
         source = data.draw(st.sampled_from(live))
-        step = data.draw(st.sampled_from(["pack", "linear", "residual", "norm", "unpack", "out"]))
+        step = data.draw(st.sampled_from(["pack", "linear", "sum", "residual", "norm", "unpack", "out"]))
         n = data.draw(st.integers(1, 50))
         same = [p for p in live if p.features == source.features]
         if step == "pack":
             live.append(b.pack(n))
         elif step == "linear":
             live.append(b.linear(source, linear(n, source.features)))
+        elif step == "sum":
+            second = data.draw(st.sampled_from(live))
+            term = Term(second, linear(n, second.features))
+            live.append(b.linear(source, linear(n, source.features), term=term))
         elif step == "residual":
             spec = linear(source.features, source.features)
             live.append(b.linear(source, spec, residual=data.draw(st.sampled_from(same))))

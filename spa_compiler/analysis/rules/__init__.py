@@ -5,61 +5,49 @@ Adding an operator is one entry in the table of its family's file and one test. 
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Rule
-from spa_compiler.analysis.rules import (
-    attention,
-    conv,
-    einsum,
-    elementwise,
-    generate,
-    indexing,
-    linear,
-    microsoft,
-    movement,
-    norm,
-    opaque,
-    pieces,
-    pool,
-    quant,
-    recurrent,
-    reduce,
-    reshape,
-    skipnorm,
-    softmax,
-    spatial,
-)
 
-_FAMILIES = (
-    attention,
-    conv,
-    einsum,
-    elementwise,
-    generate,
-    indexing,
-    linear,
-    movement,
-    norm,
-    opaque,
-    pieces,
-    pool,
-    quant,
-    recurrent,
-    reduce,
-    reshape,
-    softmax,
-    spatial,
-)
+_FAMILIES = [
+    import_module(f"{__name__}.{name}")
+    for name in (
+        "attention",
+        "conv",
+        "einsum",
+        "elementwise",
+        "generate",
+        "indexing",
+        "linear",
+        "microsoft",
+        "microsoft_attention",
+        "movement",
+        "norm",
+        "opaque",
+        "pieces",
+        "pool",
+        "quant",
+        "recurrent",
+        "reduce",
+        "reshape",
+        "selection",
+        "skipnorm",
+        "softmax",
+        "spatial",
+    )
+]
 
-RULES: dict[str, Rule] = {name: rule for family in _FAMILIES for name, rule in family.RULES.items()}
+
+def _table(name: str) -> dict[str, Rule]:
+    return {op: rule for family in _FAMILIES for op, rule in getattr(family, name, {}).items()}
+
+
+RULES = _table("RULES")
 """Operators of the default domain by type; ONNX Runtime's own operators that exporters put there are among them."""
 
-MICROSOFT: dict[str, Rule] = {
-    name: rule
-    for family in (*_FAMILIES, microsoft, skipnorm)
-    for name, rule in getattr(family, "MICROSOFT", {}).items()
-}
+MICROSOFT = _table("MICROSOFT")
 """Operators of com.microsoft by type."""
 
 

@@ -21,12 +21,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis
-from spa_compiler.analysis.rules.padding import Kept, Padded, shrunk, stored
+from spa_compiler.analysis.rules.inputs import stored
+from spa_compiler.analysis.rules.padding import PAD_INPUTS_SINCE, Kept, Padded, shrunk
 
 if TYPE_CHECKING:
     from spa_compiler.analysis.cut import Cut
-
-_PAD_INPUTS_SINCE = 11
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class InPlace:
         kept = shrunk(cut, self.axes)
         last = self.rank - 1
         is_simple = set(kept) == {last} and not self.otherwise.moving and not stored(node.inputs[0])
-        if not is_simple or cut.graph.opset < _PAD_INPUTS_SINCE:
+        if not is_simple or cut.graph.opset < PAD_INPUTS_SINCE:
             self.otherwise(node, cut)
             return
         _restore(node, cut, last, kept[last])

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.analysis.cut import Cut
 from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import axis_of, given, pin_window, put_outputs
+from spa_compiler.analysis.rules.inputs import axis_of, given, pin_matrix, pin_window, put_outputs
 
 _DYNAMIC = "dynamic index"
 
@@ -103,15 +103,26 @@ def scatter_nd(node: gs.Node, facts: Facts) -> str | None:
 
 def top_k(node: gs.Node, facts: Facts) -> str | None:
     """[.., n, ..] -> values and indices [.., k, ..]."""
-    x = node.inputs[0]
-    axes = facts.of(x)
-    if axes is None:
+    found = _pinned(node, facts, -1, "ranked")
+    if found is None:
         return UNKNOWN_RANK
-    axis = axis_of(node, len(axes), -1)
-    facts.pin(node.op, x, axis, "ranked")
+    axes, axis = found
     pin_window(node, facts, given(node, 1), "a size")
     _replaced(node, facts, axes, axis, "ranked")
     return None
+
+
+def _pinned(node: gs.Node, facts: Facts, default: int, reason: str) -> tuple[tuple[Axis, ...], int] | None:
+    """The axes of the first input, and the number of the one that the attribute names, which stays; None if its rank is
+    unknown.
+    """
+    x = node.inputs[0]
+    axes = facts.of(x)
+    if axes is None:
+        return None
+    axis = axis_of(node, len(axes), default)
+    facts.pin(node.op, x, axis, reason)
+    return axes, axis
 
 
 def _replaced(node: gs.Node, facts: Facts, axes: Sequence[Axis], axis: int, reason: str) -> None:
@@ -126,12 +137,10 @@ def _replaced(node: gs.Node, facts: Facts, axes: Sequence[Axis], axis: int, reas
 
 def arg(node: gs.Node, facts: Facts) -> str | None:
     """ArgMax and ArgMin: [.., n, ..] -> [.., 1, ..], or without that axis."""
-    x = node.inputs[0]
-    axes = facts.of(x)
-    if axes is None:
+    found = _pinned(node, facts, 0, "ranked")
+    if found is None:
         return UNKNOWN_RANK
-    axis = axis_of(node, len(axes), 0)
-    facts.pin(node.op, x, axis, "ranked")
+    axes, axis = found
     left = [facts.algebra.fresh(1)] if node.attrs.get("keepdims", 1) else []
     put_outputs(node, facts, [*axes[:axis], *left, *axes[axis + 1 :]])
     return None
@@ -140,13 +149,12 @@ def arg(node: gs.Node, facts: Facts) -> str | None:
 def compress(node: gs.Node, facts: Facts) -> str | None:
     """[.., n, ..], condition [n] -> [.., m, ..]; without an axis x is flat."""
     x, condition = node.inputs[:2]
-    axes = facts.of(x)
-    if axes is None:
-        return UNKNOWN_RANK
-    if "axis" not in node.attrs:
+    if facts.of(x) is not None and "axis" not in node.attrs:
         return "selects single elements"
-    axis = axis_of(node, len(axes), 0)
-    facts.pin(node.op, x, axis, "selected by a condition")
+    found = _pinned(node, facts, 0, "selected by a condition")
+    if found is None:
+        return UNKNOWN_RANK
+    axes, axis = found
     pin_window(node, facts, condition, "selected by a condition")
     _replaced(node, facts, axes, axis, "selected by a condition")
     return None
@@ -197,8 +205,7 @@ def trilu(node: gs.Node, facts: Facts) -> str | None:
     axes = facts.of(x)
     if axes is None:
         return UNKNOWN_RANK
-    for place in range(len(axes) - 2, len(axes)):
-        facts.pin(node.op, x, place, "triangle of a matrix")
+    pin_matrix(node, facts, x, "triangle of a matrix")
     pin_window(node, facts, given(node, 1), "a number")
     put_outputs(node, facts, axes)
     return None

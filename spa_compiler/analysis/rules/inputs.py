@@ -1,4 +1,4 @@
-"""What many rules ask of a node: inputs that may be left out, and axes counted from the end."""
+"""What many rules ask of a node: inputs that may be left out or are stored, and axes counted from the end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from spa_compiler.analysis.facts import Axis, Facts
+from spa_compiler.analysis.facts import Array, Axis, Facts
+from spa_compiler.graph.weights import array_of
 
 
 def given(node: gs.Node, place: int) -> Any | None:
@@ -15,10 +16,28 @@ def given(node: gs.Node, place: int) -> Any | None:
     return node.inputs[place] if len(node.inputs) > place and node.inputs[place].name else None
 
 
+def stored(tensor: Any) -> bool:
+    """Whether the tensor's values are stored in the file."""
+    return isinstance(tensor, gs.Constant) or bool(tensor.inputs and tensor.inputs[0].op == "Constant")
+
+
+def stored_values(tensor: Any) -> Array:
+    """The values of a stored tensor; of one of the analysed graph, those of the model as it was."""
+    holder = tensor if isinstance(tensor, gs.Constant) else tensor.inputs[0].attrs["value"]
+    return array_of(holder)
+
+
 def axis_of(node: gs.Node, rank: int, default: int, name: str = "axis") -> int:
     """An attribute that numbers an axis, counted from 0."""
     axis = int(node.attrs.get(name, default))
     return axis + rank if axis < 0 else axis
+
+
+def pin_matrix(node: gs.Node, facts: Facts, tensor: Any, reason: str) -> None:
+    """Pins the last two axes of a tensor, the rows and columns of its matrices."""
+    rank = len(facts.axes[tensor.name])
+    for axis in range(rank - 2, rank):
+        facts.pin(node.op, tensor, axis, reason)
 
 
 def pin_window(node: gs.Node, facts: Facts, tensor: Any, reason: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
+from spa_compiler.analysis.rules.inputs import given
 
 
 def gemm(node: gs.Node, facts: Facts) -> str | None:
@@ -20,8 +21,7 @@ def gemm(node: gs.Node, facts: Facts) -> str | None:
     inner_b, columns = (1, 0) if node.attrs.get("transB", 0) else (0, 1)
     facts.couple(node, b, inner_b, left[inner])
     result = [left[rows], right[columns]]
-    if len(node.inputs) > 2 and node.inputs[2].name:
-        c = node.inputs[2]
+    if (c := given(node, 2)) is not None:
         bias = facts.of(c)
         if bias is None:
             return UNKNOWN_RANK
@@ -35,21 +35,33 @@ def gemm(node: gs.Node, facts: Facts) -> str | None:
 
 def matmul(node: gs.Node, facts: Facts) -> str | None:
     """A [.., m, k], B [.., k, n] -> Y [.., m, n]; operands of rank 1 lose their m or n, leading axes broadcast."""
+    if reason := product(node, facts, lambda place, rank: range(rank)):
+        return reason
+    _label(node, facts)
+    return None
+
+
+def product(node: gs.Node, facts: Facts, order: Callable[[int, int], Sequence[int]]) -> str | None:
+    """The matrix product of the first two inputs.
+
+    Args:
+        order: (number of the operand, its rank) -> its axes as batch, rows, columns.
+    """
     a, b = node.inputs[:2]
     left, right = facts.of(a), facts.of(b)
     if left is None or right is None:
         return UNKNOWN_RANK
     if not left or not right:
         return "a product with a scalar"
-    inner_b = max(len(right) - 2, 0)
-    facts.couple(node, b, inner_b, left[-1])
-    batch = [(a, range(len(left) - 2)), (b, range(len(right) - 2))]
-    result = broadcast(node, facts, batch) if max(len(left), len(right)) > 2 else []
-    _label(node, facts, result, (left[-1], right[-1]))
-    result += [left[-2]] if len(left) > 1 else []
-    columns = [right[-1]] if len(right) > 1 else []
-    _count(node, facts, result, (right[inner_b], *columns))
-    facts.put(node.outputs[0], [*result, *columns])
+    left_order, right_order = order(0, len(left)), order(1, len(right))
+    inner = right_order[max(len(right) - 2, 0)]
+    facts.couple(node, b, inner, left[left_order[-1]])
+    batch = [(a, left_order[:-2]), (b, right_order[:-2])]
+    rows = broadcast(node, facts, batch) if max(len(left), len(right)) > 2 else []
+    rows += [left[place] for place in left_order[-2:-1]]
+    columns = [right[right_order[-1]]] if len(right) > 1 else []
+    _count(node, facts, rows, (right[inner], *columns))
+    facts.put(node.outputs[0], [*rows, *columns])
     return None
 
 
@@ -62,13 +74,16 @@ def _count(node: gs.Node, facts: Facts, rows: Sequence[Axis], weight: tuple[Axis
     facts.work(node, (*known, *weight) if sized else weight, 1 if sized else None)
 
 
-def _label(node: gs.Node, facts: Facts, batch: Sequence[Axis], inside: Sequence[Axis]) -> None:
+def _label(node: gs.Node, facts: Facts) -> None:
     """In a product of two computed tensors, what is between the batch and the matrices are heads."""
-    if any(isinstance(tensor, gs.Constant) for tensor in node.inputs[:2]):
+    a, b = node.inputs[:2]
+    if isinstance(a, gs.Constant) or isinstance(b, gs.Constant):
         return
-    for axis in batch[1:]:
+    left, right = facts.axes[a.name], facts.axes[b.name]
+    count = max(len(left), len(right)) - 2  # what broadcasts
+    for axis in facts.axes[node.outputs[0].name][1 : max(count, 0)]:
         facts.algebra.name(axis, "head")
-    for axis in inside if len(batch) > 1 else ():
+    for axis in (left[-1], right[-1]) if count > 1 else ():
         facts.algebra.name(axis, "head dimension")
 
 

@@ -16,7 +16,7 @@ from spa_compiler.analysis.cut import Cut
 from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.numbering import Mask
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import pin_window
+from spa_compiler.analysis.rules.inputs import pin_window, stored
 from spa_compiler.analysis.rules.reshape import SIZES
 
 
@@ -77,7 +77,7 @@ def tile(node: gs.Node, facts: Facts) -> str | None:
             new = [v if k is None else k for k, v in zip(kept, values, strict=True)]
             cut.set_input(own, 1, np.asarray(new, np.int64))
 
-    if not _stored(node.inputs[1]):
+    if not stored(node.inputs[1]):
         for copy in copies:
             if facts.algebra.size(copy) != 1:
                 facts.pin_axis(node.op, y, copy, "computed size")
@@ -132,11 +132,6 @@ def size(node: gs.Node, facts: Facts) -> str | None:
 
     facts.patch(node, patch)
     return None
-
-
-def _stored(tensor: gs.Tensor) -> bool:
-    """Whether a cut finds the values in an initializer; it makes one of what a Constant node holds."""
-    return isinstance(tensor, gs.Constant) or (len(tensor.inputs) == 1 and tensor.inputs[0].op == "Constant")
 
 
 def _unread(node: gs.Node, changed: Mask, graph: gs.Graph) -> bool:

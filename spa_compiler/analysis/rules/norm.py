@@ -2,6 +2,7 @@
 
     BatchNormalization, InstanceNormalization   X [N, C, ..], scale [C], bias [C]
     LayerNormalization, RMSNormalization        X [.., D, ..], scale [D, ..], bias [D, ..]
+    SimplifiedLayerNormalization                as RMSNormalization; ONNX Runtime's own, but in the default domain
     GroupNormalization                          X [N, (G, S), ..], scale and bias [(G, S)]
 
 Axes that statistics are not taken over pass: with C go its statistics, with an index of G a whole group.
@@ -23,7 +24,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
 from spa_compiler.analysis.rules.in_place import InPlace
-from spa_compiler.analysis.rules.inputs import axis_of, given
+from spa_compiler.analysis.rules.inputs import axis_of, given, stored, stored_values
 from spa_compiler.analysis.rules.padding import (
     Padded,
     axes_of,
@@ -34,8 +35,6 @@ from spa_compiler.analysis.rules.padding import (
     shape_into,
     share,
     shrunk,
-    stored,
-    stored_values,
 )
 
 if TYPE_CHECKING:
@@ -71,8 +70,7 @@ def instance_norm(node: gs.Node, facts: Facts) -> str | None:
     axes = facts.of(node.inputs[0])
     if axes is None or not _couple_channels(node, facts, axes):
         return UNKNOWN_RANK
-    facts.put(node.outputs[0], axes)
-    _pad_data(node, facts, range(2, len(axes)))
+    _over(node, facts, axes, range(2, len(axes)))
     return None
 
 
@@ -81,8 +79,7 @@ def mean_variance(node: gs.Node, facts: Facts) -> str | None:
     axes = facts.of(node.inputs[0])
     if axes is None:
         return UNKNOWN_RANK
-    facts.put(node.outputs[0], axes)
-    _pad_data(node, facts, [int(axis) % len(axes) for axis in node.attrs.get("axes", (0, 2, 3))])
+    _over(node, facts, axes, [int(axis) % len(axes) for axis in node.attrs.get("axes", (0, 2, 3))])
     return None
 
 
@@ -250,6 +247,12 @@ def _couple_channels(node: gs.Node, facts: Facts, axes: Sequence[Axis]) -> bool:
         for axis, target in zip(range(len(own)), axes[1:], strict=False):
             facts.couple(node, tensor, axis, target)
     return True
+
+
+def _over(node: gs.Node, facts: Facts, axes: Sequence[Axis], over: Sequence[int]) -> None:
+    """The output has the axes of the data, and the statistics over these of them stay."""
+    facts.put(node.outputs[0], axes)
+    _pad_data(node, facts, over)
 
 
 def _pad_data(node: gs.Node, facts: Facts, over: Sequence[int]) -> None:

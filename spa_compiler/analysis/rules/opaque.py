@@ -6,7 +6,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import axis_of, given, put_outputs
+from spa_compiler.analysis.rules.inputs import axis_of, given, pin_matrix, put_outputs
 
 _CONTROL = "control flow: its branches and bodies are not followed"
 _SEQUENCE = "a sequence of tensors"
@@ -65,8 +65,7 @@ def determinant(node: gs.Node, facts: Facts) -> str | None:
     axes = facts.of(x)
     if axes is None:
         return UNKNOWN_RANK
-    for place in (-2, -1):
-        facts.pin(node.op, x, len(axes) + place, "a determinant over the axis")
+    pin_matrix(node, facts, x, "a determinant over the axis")
     put_outputs(node, facts, axes[:-2])
     return None
 

@@ -18,22 +18,23 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from spa_compiler.analysis.axes import Axis, Indices
-from spa_compiler.analysis.facts import Facts
-from spa_compiler.graph.weights import array_of
+from spa_compiler.analysis.facts import Array, Facts
+from spa_compiler.analysis.rules.inputs import stored, stored_values
+from spa_compiler.analysis.terms import Axis, Indices
 
 if TYPE_CHECKING:
     from spa_compiler.analysis.cut import Cut
-
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 Places: TypeAlias = Mapping[int, Sequence[int | None]]
 """Number of an input or output -> for each of its axes the one of the data that lies along it; None: it has size 1."""
 
 VARIES = "statistics over an axis whose size varies"
 
-_PAD_INPUTS_SINCE = 11
-_SLICE_INPUTS_SINCE = 10
+PAD_INPUTS_SINCE = 11
+"""The opset from which Pad takes its amounts as inputs."""
+
+SLICE_INPUTS_SINCE = 10
+"""The same of Slice."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,7 @@ def pin_varying(node: gs.Node, facts: Facts, tensor: Any, axes: Sequence[int], *
 
 def can_pad_moving(facts: Facts) -> bool:
     """Whether Pad may take sizes that are computed in the graph."""
-    return facts.opset >= _PAD_INPUTS_SINCE
-
-
-def stored(tensor: Any) -> bool:
-    """Whether the tensor's values are stored in the file."""
-    return isinstance(tensor, gs.Constant) or bool(tensor.inputs and tensor.inputs[0].op == "Constant")
-
-
-def stored_values(tensor: Any) -> Array:
-    """The values of a stored tensor; of one of the analysed graph, those of the model as it was."""
-    holder = tensor if isinstance(tensor, gs.Constant) else tensor.inputs[0].attrs["value"]
-    return array_of(holder)
+    return facts.opset >= PAD_INPUTS_SINCE
 
 
 @dataclass(frozen=True)
@@ -147,7 +137,7 @@ def pad_ends(node: gs.Node, cut: Cut, place: int, rank: int, more: Mapping[int, 
     values = cut.value(node, place)
     if values is not None:
         cut.set_input(node, place, np.pad(values, [(0, count) for count in counts]))
-    elif cut.graph.opset >= _PAD_INPUTS_SINCE:
+    elif cut.graph.opset >= PAD_INPUTS_SINCE:
         cut.before(node, place, "Pad", [np.array([0] * rank + counts, np.int64)])
     else:
         cut.before(node, place, "Pad", [], {"pads": [0] * rank + counts})
@@ -156,7 +146,7 @@ def pad_ends(node: gs.Node, cut: Cut, place: int, rank: int, more: Mapping[int, 
 def cut_ends(node: gs.Node, cut: Cut, place: int, left: Mapping[int, int]) -> None:
     """Leaves the first `left` indices, by axis, of output `place`."""
     starts, ends, axes = [0] * len(left), list(left.values()), list(left)
-    if cut.graph.opset >= _SLICE_INPUTS_SINCE:
+    if cut.graph.opset >= SLICE_INPUTS_SINCE:
         cut.after(node, place, "Slice", [np.array(values, np.int64) for values in (starts, ends, axes)])
     else:
         cut.after(node, place, "Slice", [], {"starts": starts, "ends": ends, "axes": axes})

@@ -15,8 +15,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Facts, Incompatible, Pin, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
-from spa_compiler.analysis.rules.inputs import axis_of, given, put_outputs
-from spa_compiler.analysis.rules.padding import stored
+from spa_compiler.analysis.rules.inputs import axis_of, given, put_outputs, stored
 from spa_compiler.analysis.rules.window import pin_part
 
 _OFFSET = "summed over codes whose zero point is not 0"
@@ -149,9 +148,8 @@ def _zeros_vanish(node: gs.Node, facts: Facts, zeros: Mapping[int, int]) -> bool
         operand, point = node.inputs[place], given(node, zero)
         if operand.name in facts.silent:
             return True
-        constant = isinstance(operand, gs.Constant) or (operand.inputs and operand.inputs[0].op == "Constant")
         value = None if point is None else facts.value(point)
-        if not constant and (point is None or (value is not None and not value.any())):
+        if not stored(operand) and (point is None or (value is not None and not value.any())):
             return True
     return False
 

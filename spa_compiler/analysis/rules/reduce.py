@@ -10,20 +10,18 @@ part in a product or a sum of exponentials, so those axes stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from spa_compiler.analysis.facts import Axis, Facts, Rule
+from spa_compiler.analysis.facts import Array, Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import given, pin_window
-from spa_compiler.analysis.rules.padding import axes_of, pin_varying, share, shrunk, stored, stored_values
+from spa_compiler.analysis.rules.inputs import given, pin_window, stored, stored_values
+from spa_compiler.analysis.rules.padding import axes_of, pin_varying, share, shrunk
 
 if TYPE_CHECKING:
     from spa_compiler.analysis.cut import Cut
-
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _ZERO_COUNTS = {
     "ReduceLogSumExp": "a zero would take part in a sum of exponentials",

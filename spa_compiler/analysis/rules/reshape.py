@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from spa_compiler.analysis.axes import Indices
 from spa_compiler.analysis.cut import Cut
 from spa_compiler.analysis.facts import Axis, Facts, Incompatible, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
+from spa_compiler.analysis.rules.inputs import given
+from spa_compiler.analysis.terms import Indices
 
 SIZES = "sizes"
 
@@ -120,9 +121,9 @@ def transpose(node: gs.Node, facts: Facts) -> str | None:
 
 def _values(node: gs.Node, facts: Facts) -> list[int] | None:
     """`axes`, an attribute until opset 12 and an input since."""
-    if len(node.inputs) > 1 and node.inputs[1].name:
-        facts.pin_tensor(node.op, node.inputs[1], SIZES, window=True)
-        value = facts.value(node.inputs[1])
+    if (listed := given(node, 1)) is not None:
+        facts.pin_tensor(node.op, listed, SIZES, window=True)
+        value = facts.value(listed)
         return None if value is None else [int(axis) for axis in value.reshape(-1)]
     axes = node.attrs.get("axes")
     return None if axes is None else [int(axis) for axis in axes]

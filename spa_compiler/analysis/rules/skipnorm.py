@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Facts, Pin, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
-from spa_compiler.analysis.rules.inputs import given, pin_window
+from spa_compiler.analysis.rules.inputs import given, pin_window, stored
 from spa_compiler.analysis.rules.norm import (
     STORED,
     couple_groups,
@@ -26,7 +26,7 @@ from spa_compiler.analysis.rules.norm import (
     put_statistics,
     rms_norm,
 )
-from spa_compiler.analysis.rules.padding import Padded, axes_of, pin_varying, stored
+from spa_compiler.analysis.rules.padding import Padded, axes_of, pin_varying
 
 if TYPE_CHECKING:
     from spa_compiler.analysis.cut import Cut

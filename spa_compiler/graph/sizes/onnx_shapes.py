@@ -128,6 +128,7 @@ RULES: dict[str, Rule] = {
     "Einsum": _first(_einsum_shape),
     "Expand": _first(_expand_shape),
     "Reshape": _first(_reshape_shape),
+    "SimplifiedLayerNormalization": like(0),  # ONNX Runtime's
     "Slice": _first(_slice_shape),
 }
 """Of the default domain."""

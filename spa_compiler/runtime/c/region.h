@@ -110,6 +110,10 @@ static inline int64_t spa_rows(int64_t features) { return (features + 7) / 8 * 8
 Status* spa_pack(const Run*, int input, int64_t to);
 Status* spa_linear(const Run*, int linear, int64_t from, int64_t residual, int64_t to);
 Status* spa_linear_out(const Run*, int linear, int64_t from, int64_t residual, int output); /* unpacks chunk by chunk */
+/* Two products in one pass, the second into the accumulators of the first; bias from the first, activation from the
+ * second. Both have the same chunks. */
+Status* spa_sum(const Run*, int first, int64_t from, int second, int64_t second_from, int64_t residual, int64_t to);
+Status* spa_sum_out(const Run*, int first, int64_t from, int second, int64_t second_from, int64_t residual, int output);
 Status* spa_norm(const Run*, int norm, int64_t from, int64_t to);
 /* `mask` < 0: none. q, k, v and `to` are panels of heads x depth features. */
 Status* spa_attention(const Run*, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to);

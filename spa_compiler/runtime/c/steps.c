@@ -7,9 +7,14 @@ enum { ACCUMULATE, START_BIAS, START_RESIDUAL };
 enum { FIRST = 1, LAST = 2 }; /* bits of an attention kernel's `part` */
 static const float LOWEST = -1e30f; /* a mask value that means never */
 
+typedef struct { /* W x */
+  const LinearInfo* linear;
+  const void* const* arrays;
+  const float* from;
+} Product;
+
 typedef struct {
   const Run* run;
-  const LinearInfo* linear;
   const NormInfo* norm;
   const void* const* arrays;
   const float *from, *residual;
@@ -19,6 +24,8 @@ typedef struct {
   const float *k, *v, *mask;
   const int64_t* mask_stride;
   int edge; /* the input or output of the region; < 0: a panel */
+  int products; /* of a linear step: 1 or 2, added up */
+  Product product[2];
 } Step;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -70,27 +77,34 @@ static void norm_item(void* user, size_t tile) {
                                        s->norm->epsilon);
 }
 
+/* The part of one product in one chunk of one tile, block of columns by block. */
+static void add_product(const Run* r, const Product* p, int64_t tile, int64_t chunk, int start, int last,
+                        const float* base, float* out) {
+  const LinearInfo* w = p->linear;
+  int64_t blocks = blocks_of(w->k, w->k_block), per_chunk = w->chunk / w->rows;
+  int64_t groups = least(blocks_of(w->n, w->rows) - chunk * per_chunk, per_chunk);
+  const int32_t *indptr = p->arrays[INDPTR], *order = p->arrays[ORDER];
+  const float *from = p->from + tile * spa_rows(w->k) * r->lanes, *bias = p->arrays[BIAS];
+  for (int64_t b = 0; b < blocks; ++b) {
+    int64_t group = chunk * per_chunk * blocks + b * groups;
+    w->kernels[r->lane_index](from + b * w->k_block * r->lanes, indptr + group, order + group, p->arrays[COLUMNS],
+                              p->arrays[VALUES], bias + chunk * w->chunk, base, out, (int32_t)groups,
+                              b ? ACCUMULATE : start, last && b == blocks - 1, w->low, w->high);
+  }
+}
+
 /* One chunk of output rows of one tile. Items go chunk by chunk, so that a chunk's weights stay in L2 for all tiles. */
 static void linear_item(void* user, size_t item) {
   const Step* s = user;
   const Run* r = s->run;
-  const LinearInfo* w = s->linear;
-  int64_t tile = (int64_t)item % r->tiles, chunk = (int64_t)item / r->tiles, row = chunk * w->chunk, lanes = r->lanes;
-  int64_t blocks = blocks_of(w->k, w->k_block), per_chunk = w->chunk / w->rows;
-  int64_t groups = least(blocks_of(w->n, w->rows) - chunk * per_chunk, per_chunk);
-  const int32_t *indptr = s->arrays[INDPTR], *order = s->arrays[ORDER];
-  const float* from = s->from + tile * spa_rows(w->k) * lanes;
-  int64_t in_panel = (tile * spa_rows(w->n) + row) * lanes;
+  const LinearInfo* w = s->product[0].linear;
+  int64_t tile = (int64_t)item % r->tiles, chunk = (int64_t)item / r->tiles, row = chunk * w->chunk;
+  int64_t in_panel = (tile * spa_rows(w->n) + row) * r->lanes;
   _Alignas(64) float accumulators[MAX_CHUNK * MAX_LANES];
   float* out = s->edge < 0 ? s->to + in_panel : accumulators;
-  for (int64_t b = 0; b < blocks; ++b) {
-    int64_t group = chunk * per_chunk * blocks + b * groups;
-    w->kernels[r->lane_index](from + b * w->k_block * lanes, indptr + group, order + group, s->arrays[COLUMNS],
-                              s->arrays[VALUES], (const float*)s->arrays[BIAS] + row,
-                              s->residual ? s->residual + in_panel : out, out, (int32_t)groups,
-                              b ? ACCUMULATE : s->residual ? START_RESIDUAL : START_BIAS, b == blocks - 1, w->low,
-                              w->high);
-  }
+  add_product(r, &s->product[0], tile, chunk, s->residual ? START_RESIDUAL : START_BIAS, s->products == 1,
+              s->residual ? s->residual + in_panel : out, out);
+  if (s->products == 2) add_product(r, &s->product[1], tile, chunk, ACCUMULATE, 1, out, out);
   if (s->edge >= 0) {
     int32_t stride;
     int64_t at = outside(r, tile, w->n, row, &stride);
@@ -152,19 +166,35 @@ Status* spa_unpack(const Run* r, int output, int64_t from) {
   return in_parallel(unpack_item, r->tiles * blocks_of(features, FEATURE_BLOCK), &s);
 }
 
-static Status* linear_step(const Run* r, int linear, int64_t from, int64_t residual, float* to, int edge) {
-  const LinearInfo* w = &r->node->region->linears[linear];
-  Step s = {.run = r, .linear = w, .arrays = r->node->linears[linear], .from = panel_at(r, from),
-            .residual = residual < 0 ? NULL : panel_at(r, residual), .to = to, .edge = edge};
+static Product product(const Run* r, int linear, int64_t from) {
+  return (Product){&r->node->region->linears[linear], r->node->linears[linear], panel_at(r, from)};
+}
+
+/* `second` < 0: one product alone */
+static Status* linear_step(const Run* r, int first, int64_t from, int second, int64_t second_from, int64_t residual,
+                           float* to, int edge) {
+  Step s = {.run = r, .residual = residual < 0 ? NULL : panel_at(r, residual), .to = to, .edge = edge, .products = 1};
+  s.product[0] = product(r, first, from);
+  if (second >= 0) s.product[s.products++] = product(r, second, second_from);
+  const LinearInfo* w = s.product[0].linear;
   return in_parallel(linear_item, r->tiles * blocks_of(w->n, w->chunk), &s);
 }
 
 Status* spa_linear(const Run* r, int linear, int64_t from, int64_t residual, int64_t to) {
-  return linear_step(r, linear, from, residual, panel_at(r, to), -1);
+  return linear_step(r, linear, from, -1, 0, residual, panel_at(r, to), -1);
 }
 
 Status* spa_linear_out(const Run* r, int linear, int64_t from, int64_t residual, int output) {
-  return linear_step(r, linear, from, residual, r->output[output], output);
+  return linear_step(r, linear, from, -1, 0, residual, r->output[output], output);
+}
+
+Status* spa_sum(const Run* r, int first, int64_t from, int second, int64_t second_from, int64_t residual, int64_t to) {
+  return linear_step(r, first, from, second, second_from, residual, panel_at(r, to), -1);
+}
+
+Status* spa_sum_out(const Run* r, int first, int64_t from, int second, int64_t second_from, int64_t residual,
+                    int output) {
+  return linear_step(r, first, from, second, second_from, residual, r->output[output], output);
 }
 
 Status* spa_attention(const Run* r, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to) {

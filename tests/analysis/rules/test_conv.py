@@ -231,6 +231,17 @@ def test_a_kernel_of_one_that_jumps_or_pads_pins_positions(attributes: str, size
     assert not removable(analysis)
 
 
+def test_a_transposed_kernel_of_one_that_lengthens_its_output_pins_positions() -> None:
+    analysis = analysis_of("""g (float[2, 3, 4, 5] x, float[5, 8] wa, float[3, 6, 1, 1] w0, float[9, 2] wb)
+        => (float[2, 6, 4, 2] y) {
+      a = MatMul(x, wa)
+      b = ConvTranspose <dilations = [2, 2], output_padding = [0, 1]> (a, w0)
+      y = MatMul(b, wb)
+    }""")
+    assert reasons_of(analysis, "a", 3) == {"convolution window"}
+    assert not removable(analysis)
+
+
 def test_residual_is_one_group() -> None:
     spine, inner = analysis_of(nets.RESIDUAL).groups
     assert {(m.tensor, m.axis) for m in spine.parameters} == {("w0", 0), ("w1", 1), ("w2", 0), ("b2", 0), ("w3", 1)}

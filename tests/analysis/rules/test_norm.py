@@ -200,6 +200,16 @@ def test_rms_norm(opset: int, attributes: str) -> None:
     assert check_each_unit(model_of(text, opset))
 
 
+@pytest.mark.parametrize("attributes", ["", "<axis = -1, epsilon = 0.3, stash_type = 1>"])
+@pytest.mark.parametrize("made", ["b", "n, i"])
+def test_rms_norm_as_onnx_runtime_has_it(made: str, attributes: str) -> None:
+    """Its second output is the inverse root, which grows with the share that goes."""
+    lines = f"{made} = SimplifiedLayerNormalization {attributes} (a, s)"
+    text = dense(lines if made == "b" else f"{lines}\n b = Mul(n, i)", ", float[12] s")
+    assert removable(model_of(text, 17)) == {*DENSE_ENDS, ("s", 0)}
+    assert check_exact(model_of(text, 17))
+
+
 @pytest.mark.parametrize("gain", ["t = Softplus(s)", "t = Constant <value = float[1] {1.5}> ()"])
 def test_rms_norm_with_another_gain(gain: str) -> None:
     text = dense(f"{gain}\n b = RMSNormalization <epsilon = 0.3> (a, t)", ", float[12] s")

@@ -79,11 +79,13 @@ def test_codes_of_what_is_masked_need_no_mask() -> None:
     assert check_exact(proto(offset)) == 2
 
 
-def test_a_zero_point_pins_what_is_summed_up() -> None:
+@pytest.mark.parametrize("weight", ["z3", "n4"])
+def test_a_zero_point_pins_what_is_summed_up(weight: str) -> None:
+    """Whatever that of the weight is, which is not masked."""
     chain = QLINEAR.replace(
         "b = DequantizeLinear(i, s3, z3)",
-        "j = QLinearMatMul(i, s3, z3, e, s3, z3, s3, z3)\n b = DequantizeLinear(j, s3, z3)",
-    ).replace("float[8, 2] v", "uint8[8, 4] e, float[4, 2] v")
+        f"j = QLinearMatMul(i, s3, z3, e, s3, {weight}, s3, z3)\n b = DequantizeLinear(j, s3, z3)",
+    ).replace("float[8, 2] v", "uint8[8, 4] e, uint8 n4, float[4, 2] v")
     assert group_sizes(proto(chain)) == [4, 6]
     assert ("e", 0, "QLinearMatMul", "summed over codes whose zero point is not 0") in pins_of(proto(chain))
     assert check_exact(proto(chain)) == 2

@@ -165,7 +165,9 @@ def test_lengths() -> None:
       y = MatMul(h, v)
     }"""
     assert [("w", 1) in members for members in group_members(text)] == [True]
-    assert ("x_lengths", 0) in {(pin.tensor, pin.axis) for pin in analysis_of(text).pins}
+    assert [group.macs for group in analysis_of(text).groups] == [3 * 2 * 6 * (5 + 6 + 4)]
+    pins = {(pin.tensor, pin.axis, pin.reason) for pin in analysis_of(text).pins}
+    assert {("x_lengths", 0, "sequences with lengths"), ("x", 1, "sequences with lengths")} <= pins
 
 
 def test_what_pins() -> None:

@@ -184,3 +184,19 @@ def test_statistics_of_a_weight_become_numbers(op: str) -> None:
 
 def test_a_stored_sum_of_exponentials_stays() -> None:
     assert ("w0", 0) not in removable(analysis_of(STORED.format("ReduceLogSumExp"), 13))
+
+
+def test_a_mean_over_a_sum_whose_size_varies_keeps_it() -> None:
+    """Which share of 4 stored tokens and S others goes, nobody knows."""
+    text = """g (float[2, S, 3] x, float[3, 6] w, float[2, 4, 6] t, float[6, 2] v) => (float[2, 2] y) {
+      a = MatMul(x, w)
+      c = Concat <axis = 1> (t, a)
+      d = Sin(c)
+      m = ReduceMean <axes = [1], keepdims = 0> (d)
+      y = MatMul(m, v)
+    }"""
+    analysis = analysis_of(text, 11)
+    assert "statistics over an axis whose size varies" in reasons_of(analysis, "d", 1)
+    assert ("t", 1) not in removable(analysis)
+    assert {("w", 1), ("t", 2), ("v", 0)} <= removable(analysis)
+    assert check_exact(weighted(text, 11))

@@ -1,0 +1,233 @@
+"""Layer after layer: every site is solved from what it reads once the sites before it are rewritten.
+
+A site's result should come near what it was before anything was rewritten, y = W0 z + b0, though what it reads now is
+x, not z; and where it is added to a residual stream, near enough to make up for what that stream has lost, d:
+
+    minimize over W, b      E | W0 z + b0 + d - W x - b |^2
+
+With all moments centred where there is a bias to take up the means, the best weight without a pattern is
+
+    W1 = W0 + ((G + lam I)^-1 (C - G) W0^T + (G + lam I)^-1 E[x d^T])^T,      G = E[x x^T],  C = E[x z^T]
+
+(ridge towards W0), and the solvers come near W1 in the metric of G: a quadratic's level sets have one centre. This is
+SparseGPT's sequential order with the target of asymmetric calibration (Li et al., "GPTAQ", 2025) and the residual
+stream as in K-prune (Park et al., 2024).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import joblib
+import numpy as np
+import onnx_graphsurgeon as gs
+import scipy.linalg
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from spa_compiler.calibration.moments import Moments
+from spa_compiler.calibration.samples import Samples
+from spa_compiler.calibration.stream import Collected, Progress, Stream
+from spa_compiler.graph.bias import Bias, bias_of
+from spa_compiler.graph.model import Model
+from spa_compiler.graph.operators import WeightedOp
+from spa_compiler.solvers.problem import DAMPING, F64, Problem
+
+_ENOUGH = 2
+"""Positions for each input from which on a Gram matrix is taken as it is."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One site, ready to be solved: a problem for each group of a grouped convolution, one in all else."""
+
+    site: int
+    op: WeightedOp
+    problems: tuple[Problem, ...]
+    original: tuple[F64, ...]
+    """The weights of each problem before anything was repaired."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a site. `rows [n, k]` is what it computes with; `form` is whatever else a solver hands back."""
+
+    rows: NDArray[Any]
+    error: float
+    """Relative to the output that the site should give, over the samples that it was solved on."""
+    form: Any = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result with what it did to the bias, `[n]` or None where there is none, and how long it took.
+
+    `positions` is how many the statistics were taken over; 0 without samples.
+    """
+
+    result: Result
+    bias: Bias | None
+    values: F64 | None
+    seconds: float
+    positions: int = 0
+
+
+Solve = Callable[[Sequence[Job]], Sequence[Result]]
+"""Solves sites that belong together, one result each; runs in threads of their own."""
+
+
+def rewrite(
+    model: Model,
+    ops: Sequence[WeightedOp],
+    samples: Samples,
+    solve: Solve,
+    *,
+    repair: bool = True,
+    together: Callable[[int], Hashable] = lambda site: site,
+    threads: int = 1,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> list[Outcome]:
+    """Solves every site in the order of the graph. Nothing in the model is changed: the caller writes the outcomes.
+
+    Args:
+        repair: whether sites make up for what was lost before them; else each comes near its own weight.
+        together: sites of one wave with equal keys, that read the same, are solved in one call.
+        threads: sites that are solved at a time, and threads of ONNX Runtime; the result does not depend on it.
+    """
+    numbers = {id(node): number for number, node in enumerate(model.graph.nodes)}
+    biases = [bias_of(op, model.graph) for op in ops]
+    targets = _residuals(ops, biases) if repair else {}
+    stream = Stream(model, ops, samples, targets=targets, threads=os.cpu_count() or 1, progress=progress, seed=seed)
+    first = leaders(ops, stream.waves.waves)
+    outcomes: dict[int, Outcome] = {}
+    for wave in stream:
+        clusters: dict[Hashable, list[Collected]] = {}
+        for collected in wave:
+            if first[collected.site] == collected.site:
+                clusters.setdefault(together(collected.site), []).append(collected)
+
+        def work(cluster: Sequence[Collected]) -> tuple[Sequence[Result], float]:
+            start = time.perf_counter()
+            jobs = [_job(c.site, ops[c.site], c.fit, biases[c.site] is not None, repair) for c in cluster]
+            return solve(jobs), (time.perf_counter() - start) / len(jobs)
+
+        # One thread of BLAS for each: the bits of a result must not depend on how many sites are solved at a time.
+        with threadpool_limits(1, "blas"):
+            solved = joblib.Parallel(n_jobs=threads, prefer="threads")(
+                joblib.delayed(work)(cluster) for cluster in clusters.values()
+            )
+        results = {
+            c.site: (result, seconds)
+            for cluster, (several, seconds) in zip(clusters.values(), solved, strict=True)
+            for c, result in zip(cluster, several, strict=True)
+        }
+        for collected in wave:
+            site = collected.site
+            leader = first[site]
+            result, seconds = results[leader] if leader in results else (outcomes[leader].result, 0.0)
+            values = _shifted(ops[site], biases[site], result.rows, collected.fit, repair)
+            outcomes[site] = Outcome(result, biases[site], values, seconds, collected.fit.count)
+            bias = biases[site]
+            held = None
+            if bias is not None and values is not None:
+                held = ((numbers[id(bias.node)], bias.place), bias.laid_out(values))
+            stream.replace(site, result.rows, held)
+    return [outcomes[site] for site in range(len(ops))]
+
+
+def problem_of(weight: F64, moments: Moments, group: int = 0, *, centred: bool = False) -> Problem:
+    """The problem of one group, from moments of one run.
+
+    Where there are fewer than two positions for each input, the Gram matrix is mixed with its diagonal: what a few
+    samples say about how inputs hang together is mostly chance.
+    """
+    gram, mean = moments.get("gram")[group], moments.get("mean")[group]
+    if centred:
+        gram = gram - np.outer(mean, mean)
+    few = 1 - moments.count / (_ENOUGH * len(mean))
+    if few > 0:
+        gram = gram * (1 - few / 2) + np.diag(np.diagonal(gram)) * (few / 2)
+    return Problem(weight, gram, mean, moments.count)
+
+
+def split(op: WeightedOp) -> tuple[F64, ...]:
+    """The weight of each group, `[n / groups, k]`."""
+    rows = np.asarray(op.rows(), np.float64)
+    return tuple(np.split(rows, op.group))
+
+
+def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool) -> Job:
+    weights = split(op)
+    problems = [problem_of(weight, moments, group, centred=centred) for group, weight in enumerate(weights)]
+    if repair:
+        problems = [_repaired(problem, moments, group, centred) for group, problem in enumerate(problems)]
+    return Job(site, op, tuple(problems), weights)
+
+
+def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> Problem:
+    """The problem with W1 in place of W0."""
+    cross, mean = moments.get("cross")[group], problem.mean
+    if centred:
+        cross = cross - np.outer(mean, moments.get("dense_mean")[group])
+    right = (cross - problem.gram) @ problem.weight.T
+    if "extra" in moments:
+        extra = moments.get("extra")[group]
+        right += extra - np.outer(mean, moments.get("target_mean")[group]) if centred else extra
+    if not right.any():
+        return problem
+    change = scipy.linalg.solve(problem.damped(DAMPING), right, assume_a="pos")
+    return Problem(problem.weight + change.T, problem.gram, mean, problem.count)
+
+
+def _shifted(op: WeightedOp, bias: Bias | None, rows: NDArray[Any], moments: Moments, repair: bool) -> F64 | None:
+    """The bias that keeps the mean of the result, `[n]`."""
+    if bias is None:
+        return None
+    new = np.split(np.asarray(rows, np.float64), op.group)
+    now = moments.get("mean")
+    before = moments.get("dense_mean") if repair else now
+    shift = [w0 @ z - w @ x for w0, w, z, x in zip(split(op), new, before, now, strict=True)]
+    values: F64 = np.asarray(bias.values, np.float64) + np.concatenate(shift)
+    if repair and "target_mean" in moments:
+        values += np.concatenate(list(moments.get("target_mean")))
+    return values
+
+
+def _residuals(ops: Sequence[WeightedOp], biases: Sequence[Bias | None]) -> dict[int, str]:
+    """For each site whose result is only added to a computed tensor of its shape, that tensor."""
+    found: dict[int, str] = {}
+    for site, (op, bias) in enumerate(zip(ops, biases, strict=True)):
+        result = op.node.outputs[0] if bias is None else bias.node.outputs[0]
+        if len(result.outputs) != 1 or result.outputs[0].op != "Add" or result.outputs[0].domain:
+            continue
+        others = [t for t in result.outputs[0].inputs if t is not result]
+        if len(others) == 1 and isinstance(others[0], gs.Variable) and _same_shape(result, others[0]):
+            found[site] = others[0].name
+    return found
+
+
+def _same_shape(one: gs.Variable, other: gs.Variable) -> bool:
+    return one.shape is not None and other.shape is not None and list(one.shape) == list(other.shape)
+
+
+def leaders(ops: Sequence[WeightedOp], waves: Sequence[int] = ()) -> list[int]:
+    """For each site the first one that reads the same weight alike: they stay one weight, solved where it is met first.
+
+    Args:
+        waves: when each site is solved, where that is not the order of `ops`.
+    """
+    order = sorted(range(len(ops)), key=lambda site: waves[site] if waves else site)
+    seen: dict[Hashable, int] = {}
+    for site in order:
+        seen.setdefault(_reading(ops[site]), site)
+    return [seen[_reading(op)] for op in ops]
+
+
+def _reading(op: WeightedOp) -> Hashable:
+    """Equal for sites of one weight in one layout: MatMul and a transposed Gemm see each other's transposed."""
+    return id(op.weight), op.transposed, op.group

@@ -1,0 +1,260 @@
+"""Taking one weight apart, or several that read the same input: the ranks it may have, and the factors of each.
+
+Weights that share a `down` are stacked, each divided by the root of its output energy, so that a loss counts relative
+to its own output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from spa_compiler.calibration.moments import Geometry
+from spa_compiler.graph.operators import WeightedOp
+from spa_compiler.passes import ranks
+from spa_compiler.passes.chains import Beside, Form, product, rounded
+from spa_compiler.passes.layerwise import Job, Result
+from spa_compiler.passes.methods import METHODS, Layer
+from spa_compiler.passes.ranks import Rank
+from spa_compiler.patterns import Pattern
+from spa_compiler.solvers import svd
+from spa_compiler.solvers.fwsvd import fwsvd
+from spa_compiler.solvers.least_squares import refit
+from spa_compiler.solvers.problem import F64, Problem, Zeros
+from spa_compiler.solvers.sparse_low_rank import sparse_low_rank
+from spa_compiler.solvers.tucker import channels_of, tucker2
+
+Method: TypeAlias = Literal["whitened", "svd", "fwsvd", "tucker", "sparse-low-rank"]
+
+_PARTS = (0.1, 0.2, 0.3)
+"""Shares of the parameters that the low-rank part beside a sparse weight may get, besides none."""
+
+_POLISH = 3
+"""Rounds in which both parts are fitted to each other, at most."""
+
+_NOISE = 1e-6
+"""Of a weight's norm: what rounding may make of the moments of two equal runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One weight and how it is taken apart.
+
+    Attributes:
+        method: `tucker` only for a k x k convolution.
+        centred: whether a bias takes up the means.
+        scores: Fisher information, `[n, k]`, of `fwsvd`.
+    """
+
+    op: WeightedOp
+    method: Method
+    centred: bool
+    scores: F64 | None = None
+
+
+def site_of(op: WeightedOp, method: Method, data: bool, centred: bool, scores: F64 | None) -> Site:
+    """`tucker` is `whitened`, or without data `svd`, for what is no k x k convolution."""
+    if method == "tucker" and not (len(op.kernel) == 2 and int(np.prod(op.kernel)) > 1):
+        method = "whitened" if data else "svd"
+    return Site(op, method, centred, scores)
+
+
+def clusters(sites: Sequence[Site], joint: bool) -> list[tuple[int, ...]]:
+    """Sites that are taken apart together, in the order of the first of each; of those with one weight only the first.
+
+    Args:
+        joint: whether sites that read the same tensor in the same way are.
+    """
+    found: dict[object, list[int]] = {}
+    weights: set[int] = set()
+    for place, site in enumerate(sites):
+        op = site.op
+        if id(op.weight) in weights:
+            continue
+        weights.add(id(op.weight))
+        key: object = place
+        if joint and site.method != "tucker":
+            # A tied weight must be taken apart in the same way wherever it is.
+            tied = len(op.weight.outputs) > 1
+            key = place if tied else (id(op.node.inputs[0]), Geometry.of(op), op.weight.dtype, site.centred)
+        found.setdefault(key, []).append(place)
+    return [tuple(places) for places in found.values()]
+
+
+class Cut:
+    """A cluster and its problems, decomposed."""
+
+    def __init__(self, sites: Sequence[Site], problems: Sequence[Problem]) -> None:
+        self.sites, self.problems = sites, problems
+        self._tucker = sites[0].method == "tucker"
+        if self._tucker:
+            return
+        whole = [problem.loss(np.zeros_like(problem.weight)) for problem in problems]
+        alone = len(problems) == 1
+        self._scales = [1.0 if alone or energy <= 0 else 1 / np.sqrt(energy) for energy in whole]
+        parts = [problem.weight * scale for problem, scale in zip(problems, self._scales, strict=True)]
+        stacked = problems[0] if alone else replace(problems[0], weight=np.concatenate(parts))
+        if sites[0].method == "svd":
+            self._found = svd.plain(stacked)
+        elif sites[0].method == "fwsvd":
+            scores = [site.scores for site in sites if site.scores is not None]
+            self._found = fwsvd(stacked, np.concatenate(scores) if scores else None)
+        else:
+            self._found = svd.whitened(stacked)
+
+    def layer(self, inside: float, outside: float, multiple: int) -> ranks.Layer:
+        """The ranks there are. A parameter costs `inside` in front of a kernel, and `outside` elsewhere."""
+        if self._tucker:
+            gram = channels_of(self.problems[0].gram, self.sites[0].op.weight.shape[1])
+            return ranks.kernel(self._kernel(), gram, inside, outside, multiple)
+        shape = sum(site.op.n for site in self.sites), self.sites[0].op.k
+        return ranks.linear(self._found.tails, shape, outside, multiple)
+
+    def forms(self, rank: Rank) -> list[Form]:
+        """The factors of one rank, as they will be stored."""
+        dtype = self.sites[0].op.weight.dtype
+        if self._tucker:
+            inner, outer = rank
+            return [rounded(tucker2(self._kernel(), (inner, outer), problem=self.problems[0]), dtype)]
+        factors = rounded(self._found.truncate(rank[0]), np.dtype(np.float64))
+        assert isinstance(factors, svd.Factors)
+        parts = svd.split_rows(factors, [site.op.n for site in self.sites])
+        down = parts[0].down.astype(dtype).astype(np.float64)
+        return [
+            svd.Factors((part.up / scale).astype(dtype).astype(np.float64), down)
+            for part, scale in zip(parts, self._scales, strict=True)
+        ]
+
+    def _kernel(self) -> F64:
+        return self.problems[0].weight.reshape([int(size) for size in self.sites[0].op.weight.shape])
+
+
+def errors(problems: Sequence[Problem], forms: Sequence[Form]) -> list[float]:
+    """Relative output error of each."""
+    return [problem.error(product(form)) for problem, form in zip(problems, forms, strict=True)]
+
+
+@dataclass(frozen=True)
+class ByRank:
+    """Solves jobs at ranks that are given, by the first site of a cluster; None stays dense."""
+
+    sites: Sequence[Site]
+    choices: Mapping[int, Rank | None]
+
+    def solve(self, jobs: Sequence[Job]) -> list[Result]:
+        """A `layerwise.Solve`."""
+        rank = self.choices[jobs[0].site]
+        if rank is None:
+            return [dense(job) for job in jobs]
+        problems = [job.problems[0] for job in jobs]
+        forms = Cut([self.sites[job.site] for job in jobs], problems).forms(rank)
+        return results(problems, forms)
+
+
+@dataclass(frozen=True)
+class ByLoss:
+    """Solves jobs at the cheapest rank whose loss, relative to the output's energy, is small enough."""
+
+    sites: Sequence[Site]
+    loss: float
+    multiple: int
+
+    def solve(self, jobs: Sequence[Job]) -> list[Result]:
+        """A `layerwise.Solve`."""
+        problems = [job.problems[0] for job in jobs]
+        cut = Cut([self.sites[job.site] for job in jobs], problems)
+        layer = cut.layer(1.0, 1.0, self.multiple)
+        first = layer.by_loss(self.loss)
+        # What a loss is said to be is a bound for a Tucker form, and a mean where weights share a `down`.
+        for rank in () if first is None else layer.options[layer.options.index(first) :]:
+            forms = cut.forms(rank)
+            if max(errors(problems, forms)) ** 2 <= self.loss:
+                return results(problems, forms)
+        return [dense(job) for job in jobs]
+
+
+@dataclass(frozen=True)
+class SparseLowRank:
+    """Solves jobs as a sparse weight with a low-rank one beside it.
+
+    Attributes:
+        densities: share of the parameters of each site that may stay.
+        patterns: of the sparse part, each site's own (`Pattern.on`).
+        part: share of what stays that the low-rank part gets; None: what loses least.
+    """
+
+    sites: Sequence[Site]
+    densities: F64
+    patterns: Sequence[Pattern]
+    part: float | None
+    multiple: int
+    data: bool
+
+    def solve(self, jobs: Sequence[Job]) -> list[Result]:
+        """A `layerwise.Solve`."""
+        return [self._one(job) for job in jobs]
+
+    def _one(self, job: Job) -> Result:
+        problem, pattern = job.problems[0], self.patterns[job.site]
+        parameters = float(self.densities[job.site]) * problem.weight.size
+        best: tuple[float, Beside] | None = None
+        for rank in self._ranks(problem, pattern, parameters):
+            left = parameters - rank * sum(problem.weight.shape)
+            zeros = Zeros(pattern, 1 - left / problem.weight.size if pattern.sparsity is None else pattern.sparsity)
+            form = rounded(self._pair(problem, rank, zeros), self.sites[job.site].op.weight.dtype)
+            assert isinstance(form, Beside)
+            loss = problem.loss(product(form))
+            if best is None or loss < best[0]:
+                best = loss, form
+        assert best is not None
+        return results([problem], [best[1]])[0]
+
+    def _ranks(self, problem: Problem, pattern: Pattern, parameters: float) -> list[int]:
+        """The ranks to try, ascending."""
+        each = sum(problem.weight.shape) * self.multiple
+        if pattern.sparsity is not None:
+            room = parameters - (1 - pattern.sparsity) * problem.weight.size
+            return [max(0, int(room / each)) * self.multiple]
+        parts = (0.0, *_PARTS) if self.part is None else (self.part,)
+        most = min(problem.weight.shape) // self.multiple
+        return sorted({min(round(part * parameters / each), most) * self.multiple for part in parts})
+
+    def _pair(self, problem: Problem, rank: int, zeros: Zeros) -> Beside:
+        """Both parts. The alternation chooses cheaply which weights are sparse; a better solver has the last word."""
+        solver = METHODS["auto" if self.data else "magnitude"].solve
+        layer = Layer(np.random.default_rng(0))
+        if rank == 0:
+            return Beside(solver(problem, zeros, layer).weight, None)
+        low, rough = sparse_low_rank(problem, rank, zeros)
+        if not self.data:
+            return Beside(rough.weight, low)
+        residual = replace(problem, weight=problem.weight - low.weight)
+        sparse = solver(residual, zeros, layer)
+        if residual.loss(rough.weight) < residual.loss(sparse.weight):
+            sparse = rough
+        loss = residual.loss(sparse.weight)
+        for _ in range(_POLISH):
+            factors = svd.whitened(replace(problem, weight=problem.weight - sparse.weight)).truncate(rank)
+            rest = replace(problem, weight=problem.weight - factors.weight)
+            fitted = replace(sparse, weight=refit(rest, sparse.mask))
+            after = rest.loss(fitted.weight)
+            if not after < loss:
+                break
+            loss, low, sparse = after, factors, fitted
+        return Beside(sparse.weight, low)
+
+
+def results(problems: Sequence[Problem], forms: Sequence[Form]) -> list[Result]:
+    """One result for each form."""
+    return [Result(product(form), error, form) for form, error in zip(forms, errors(problems, forms), strict=True)]
+
+
+def dense(job: Job) -> Result:
+    """A weight that stays whole: it makes up for what was lost before it, if anything was."""
+    weight, original = job.problems[0].weight, job.original[0]
+    if np.linalg.norm(weight - original) <= _NOISE * np.linalg.norm(original):
+        return Result(original, 0.0)
+    return Result(weight, 0.0)

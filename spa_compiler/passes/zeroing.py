@@ -1,0 +1,74 @@
+"""One layer of `sparsify` at a time: its method, its zeros, and what a file says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spa_compiler.criteria import symbolic
+from spa_compiler.graph.operators import WeightedOp
+from spa_compiler.passes.layerwise import Job, Result, split
+from spa_compiler.passes.methods import Layer, Method
+from spa_compiler.solvers.problem import F64, Problem, Zeros
+
+
+@dataclass(frozen=True)
+class Zeroing:
+    """What solving any of the sites needs."""
+
+    ops: Sequence[WeightedOp]
+    zeros: Sequence[Zeros]
+    method: Method
+    seed: int
+    scores: Mapping[int, F64]
+    masks: Mapping[int, NDArray[np.bool_]]
+    gated: Mapping[int, F64]
+    expression: symbolic.Expression | None
+
+    def solve(self, jobs: Sequence[Job]) -> list[Result]:
+        """A `layerwise.Solve`."""
+        return [self._one(job) for job in jobs]
+
+    def of_weights(self, site: int) -> Result:
+        """Without samples: the error is that of the weights."""
+        weights = split(self.ops[site])
+        k = self.ops[site].k
+        nothing = np.broadcast_to(np.zeros(()), (k, k))
+        rows = np.concatenate(self._solved(site, [Problem(weight, nothing, np.zeros(k), 0) for weight in weights]))
+        return Result(rows, _change(rows, np.concatenate(weights)))
+
+    def _one(self, job: Job) -> Result:
+        solved = self._solved(job.site, job.problems)
+        rows = np.concatenate(solved)
+        lost = sum(problem.loss(weight) for problem, weight in zip(job.problems, solved, strict=True))
+        whole = sum(problem.loss(np.zeros_like(problem.weight)) for problem in job.problems)
+        return Result(rows, float(np.sqrt(lost / whole)) if whole > 0 else _change(rows, np.concatenate(job.original)))
+
+    def _solved(self, site: int, problems: Sequence[Problem]) -> list[F64]:
+        """The new weight of each group."""
+        return [
+            self.method.solve(problem, self.zeros[site], self._layer(site, group)).weight
+            for group, problem in enumerate(problems)
+        ]
+
+    def _layer(self, site: int, group: int) -> Layer:
+        op = self.ops[site]
+        height = op.n // op.group
+        part = slice(group * height, (group + 1) * height)
+        scores, mask, gated = self.scores.get(site), self.masks.get(site), self.gated.get(site)
+        return Layer(
+            np.random.default_rng((self.seed, site, group)),
+            None if scores is None else scores[part],
+            None if mask is None else mask[part],
+            None if gated is None else gated[part],
+            self.expression,
+        )
+
+
+def _change(rows: F64, before: F64) -> float:
+    """|rows - before| / |before|."""
+    size = float(np.square(before).sum())
+    return float(np.sqrt(np.square(rows - before).sum() / size)) if size else 0.0
