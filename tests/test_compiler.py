@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
 import pytest
 
 import spa_compiler
-from spa_compiler import compiler
+from spa_compiler import compiler, compression
 from spa_compiler.artifact import manifest
 from spa_compiler.compiler import Result, compile, load
 from spa_compiler.errors import BudgetError, ModelError, UsageError, VerificationError
@@ -285,12 +286,23 @@ def test_a_failed_verification_leaves_an_older_result(here: Path, monkeypatch: p
     manifest.check(here / "out")
 
 
-@pytest.mark.parametrize("stage", ["load_model", "canonicalize", "place", "_collect", "_verify"])
-def test_an_error_anywhere_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+@pytest.mark.parametrize(
+    "room, stage",
+    [
+        (compression, "load"),
+        (compression, "canonicalize"),
+        (compiler, "place"),
+        (compiler, "_collect"),
+        (compiler, "_verify"),
+    ],
+)
+def test_an_error_anywhere_leaves_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch, room: ModuleType, stage: str
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(stage)
 
-    monkeypatch.setattr(compiler, stage, fail)
+    monkeypatch.setattr(room, stage, fail)
     with pytest.raises(RuntimeError, match=stage):
         compile(mlp(1.0, 64), here / "out", threads=1)
     assert names(here) == set()
@@ -306,8 +318,13 @@ def test_progress_and_header(here: Path) -> None:
 
 
 def test_the_public_names() -> None:
-    assert {"compile", "analyze", "load", "Result", "__version__"} == set(spa_compiler.__all__)
-    public: list[Callable[..., object]] = [spa_compiler.compile, spa_compiler.load, spa_compiler.analyze]
+    assert {"compile", "compress", "analyze", "load", "Result", "__version__"} == set(spa_compiler.__all__)
+    public: list[Callable[..., object]] = [
+        spa_compiler.compile,
+        spa_compiler.compress,
+        spa_compiler.load,
+        spa_compiler.analyze,
+    ]
     assert all(f.__doc__ for f in public)
     with pytest.raises(AttributeError):
         _ = spa_compiler.nonsense

@@ -7,8 +7,7 @@
     any of them       Add(op(x, S), up(down(x)))                   sparse + low rank: S takes W's place, with the bias
 
 Weights that share a `down` and read the same tensor share the node, too. The operator at the end makes the tensor that
-the whole made, under its name; where one of them was there before, it keeps its name. Only operators of opset 1 are
-added, and everything keeps its element type.
+the whole made, and has its name. All operators have been there since opset 1, and everything keeps its element type.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ class _Writer:
         self._taken = {name for scope in scopes(model.graph) for name in scope.tensors()}
         self._taken |= {node.name for scope in scopes(model.graph) for node in scope.nodes}
         # By identity; the arrays are held by the forms that are being written.
-        self._constants: dict[tuple[int, tuple[int, ...]], gs.Constant] = {}
+        self._constants: dict[tuple[int, tuple[int, ...], bool], gs.Constant] = {}
         self._downs: dict[tuple[int, int, Geometry], gs.Variable] = {}
 
     def write(self, op: WeightedOp, form: Form) -> None:
@@ -143,6 +142,7 @@ class _Writer:
         op.node.inputs[0] = thin
 
     def _beside(self, op: WeightedOp, form: Beside) -> None:
+        name = op.name
         if len(op.weight.outputs) > 1:
             values = op.laid_out(form.sparse)
             op.node.inputs[1] = self._constant(op, form.sparse, values.shape, values, "sparse")
@@ -163,7 +163,8 @@ class _Writer:
             low = self._add(op, "MatMul", "up", [thin, held], {}, wide)
         beside = self._variable(op, "sparse", wide)
         op.node.outputs[0] = beside
-        node = gs.Node("Add", self._fresh(f"{op.name}_sum"), inputs=[beside, low], outputs=[whole])
+        node = gs.Node("Add", name, inputs=[beside, low], outputs=[whole])
+        op.node.name = self._fresh(f"{name}_sparse")
         self._model.graph.nodes.insert(self._place(op.node) + 1, node)
         self._hand_on(whole.name, op.node)
 
@@ -184,7 +185,7 @@ class _Writer:
     def _constant(
         self, op: WeightedOp, array: F64, shape: Sequence[int], values: NDArray[Any], what: str
     ) -> gs.Constant:
-        key = id(array), tuple(shape)
+        key = id(array), tuple(shape), op.transposed
         if key not in self._constants:
             stored = np.array(values, dtype=op.weight.dtype, order="C")
             self._constants[key] = gs.Constant(self._fresh(f"{op.weight.name}_{what}"), stored)

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, numpy_helper
 
-from spa_compiler import compiler
+from spa_compiler import compiler, compression
 from spa_compiler.artifact import manifest
 from spa_compiler.cli.compile import main
 from spa_compiler.placement import place
@@ -354,7 +354,7 @@ def test_with_both_onnxruntimes(here: Path, model: str, monkeypatch: pytest.Monk
 
 
 def test_an_internal_error_has_no_traceback(here: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "canonicalize", lambda *_: 1 / 0)
+    monkeypatch.setattr(compression, "canonicalize", lambda *_: 1 / 0)
     result = invoke(model, "--log-file", "log.txt")
     assert result.exit_code == 1
     assert "internal error: ZeroDivisionError" in result.stderr

@@ -63,7 +63,7 @@ def test_zeros_follow_the_pattern_and_make_the_share(method: str, pattern: str, 
         assert site.pattern == pattern
         assert site.method == method
         assert site.density_after == np.count_nonzero(new) / new.size
-        assert 0 < site.error < (2 if method == "spectrum" else 1)  # right on average, by noise
+        assert 0 < site.error < (3 if method == "spectrum" else 1)  # right on average, by noise
         assert site.seconds > 0
 
 

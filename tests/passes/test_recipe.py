@@ -51,8 +51,9 @@ def test_no_pass() -> None:
 
 def test_yaml_holds_every_option() -> None:
     assert from_yaml(YAML).to_yaml() == (
-        "version: 1\npasses:\n- name: sparsify\n  sparsity: 0.9\n  pattern: block:4x1\n  scope: layer\n"
-        "  method: auto\n  min_keep: 0.2\n  targets: []\n  ignore: []\n"
+        "version: 1\npasses:\n- name: sparsify\n  sparsity: 0.9\n  pattern: block:4x1\n  method: auto\n"
+        "  allocate: auto\n  scope: layer\n  min_keep: 0.2\n  scores: null\n  masks: null\n  expression: null\n"
+        "  targets: []\n  ignore: []\n"
     )
 
 
@@ -138,11 +139,12 @@ SECOND = "version: 1\npasses:\n- {name: sparsify, sparsity: 0.5}\n- "
         ("{name: sparsify, sparsity: 1}", "$.passes[1].sparsity", "Expected `float` < 1.0, got 1"),
         ("{name: sparsify, sparsity: -0.1}", "$.passes[1].sparsity", "Expected `float` >= 0.0, got -0.1"),
         ("{name: sparsify, sparsity: .nan}", "$.passes[1].sparsity", "got nan"),
-        ("{name: sparsify, sparsity: '0.9'}", "$.passes[1].sparsity", "Expected `float`, got `str`"),
-        ("{name: sparsify, sparsity: yes}", "$.passes[1].sparsity", "Expected `float`, got `bool`"),
-        ("{name: sparsify}", "$.passes[1]", "missing required field `sparsity`"),
+        ("{name: sparsify, sparsity: '0.9'}", "$.passes[1].sparsity", "Expected `float | null`, got `str`"),
+        ("{name: sparsify, sparsity: yes}", "$.passes[1].sparsity", "Expected `float | null`, got `bool`"),
+        ("{name: sparsify}", "$.passes[1].sparsity", "the share of zeros is missing"),
         ("{name: sparsify, sparsty: 0.9}", "$.passes[1].sparsty", "Did you mean sparsity?"),
-        ("{name: sparsify, sparsity: 0.9, pattern: '2:4'}", "$.passes[1].pattern", "unstructured, block:4x1"),
+        ("{name: sparsify, sparsity: 0.9, pattern: '2:4'}", "$.passes[1].sparsity", "the pattern 2:4 has 0.5 zeros, not 0.9"),
+        ("{name: sparsify, sparsity: 0.9, pattern: '4x1'}", "$.passes[1].pattern", "unstructured, block:4x1"),
         ("{name: sparsify, sparsity: 0.9, scope: model}", "$.passes[1].scope", "Invalid enum value 'model'"),
         ("{name: sparsify, sparsity: 0.9, targets: 3}", "$.passes[1].targets", "got `int`"),
         ("{name: sparsify, sparsity: 0.9, ignore: [a, 3]}", "$.passes[1].ignore[1]", "Expected `str`, got `int`"),
@@ -200,9 +202,9 @@ def test_files(tmp_path: Path) -> None:
         ({"passes": "sparsify", "recipe": Path("r.yaml")}, "--passes and --recipe contradict"),
         ({"pattern": "block:4x1"}, "--pattern needs --sparsity"),
         ({"sparsity": 1.0}, "--sparsity: Expected `float` < 1.0"),
-        ({"sparsity": 0.9, "pattern": "block:4x4"}, "--pattern: there is no pattern 'block:4x4'"),
+        ({"sparsity": 0.9, "pattern": "block:4"}, "--pattern: there is no pattern 'block:4'"),
         ({"prune": 1.0}, "--prune: expected a share"),
-        ({"passes": "sparsify{sparsity=x}"}, "$.passes[0].sparsity: Expected `float`, got `str`"),
+        ({"passes": "sparsify{sparsity=x}"}, "$.passes[0].sparsity: Expected `float | null`, got `str`"),
         ({"passes": "sparsify{sparsity=nan}"}, "$.passes[0].sparsity"),
     ],
 )

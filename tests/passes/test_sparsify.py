@@ -250,7 +250,7 @@ def test_the_share_and_the_report(pattern: str, scope: str, sparsity: float, dty
         assert site.error == pytest.approx(error, abs=1e-9)
     assert abs(total - sparsity * sum(old.size for old in before)) <= run.pattern.rows
     assert change.pass_name == "sparsify"
-    assert f"{pattern}, magnitude, scope {scope}" in change.summary
+    assert f"{pattern}, magnitude, {'uniform' if scope == 'layer' else scope} shares" in change.summary
 
 
 def test_global_scope_compares_weights_across_layers_down_to_the_floor() -> None:
