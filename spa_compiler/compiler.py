@@ -149,7 +149,7 @@ def compile(
 
             plans = workspace / "plans"
             placed = placed_in(plans)
-            if restore_unused and (names := restore(current, done.canonical, placed.plan.rows)):
+            if restore_unused and (names := restore(current, done.canonical, placed.gaining)):
                 report.notes.append(f"{len(names)} layers that zeros make no faster have their dense weights back")
                 plans = workspace / "plans-restored"
                 placed = placed_in(plans)

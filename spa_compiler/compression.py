@@ -162,7 +162,7 @@ def run_passes(model: str | Path | onnx.ModelProto, request: Request, report: Re
             change = each.run(current, replace(context, analysis=groups))
             report.passes.append(assemble.pass_change(change, removed.tell(groups, change)))
             graph_shapes.infer(current)
-            if change.removed:
+            if change.removed or change.exact:
                 report.notes.append(cuts.check(before, current, groups, change, feeds))
             if each is not passes[-1] and not change.zeros_alone:
                 groups = analysis.analyze(current, bindings[0])
@@ -198,7 +198,8 @@ def _told(calibration: Samples) -> str:
             f"calibrated on synthetic noise ({calibration.rows} samples): statistics of deep layers are off, and the "
             "estimate of the output change is of noise"
         )
-    return f"calibrated on {calibration.rows} samples in {calibration.count} feeds, {held} of which were held out"
+    feeds = "1 feed" if calibration.count == 1 else f"{calibration.count} feeds"
+    return f"calibrated on {calibration.rows} samples in {feeds}, {held} of which were held out"
 
 
 def _feeds(

@@ -102,10 +102,11 @@ def _allowed(want: np.ndarray, own: float) -> float:
 def _failure(change: Change, what: str) -> VerificationError:
     groups = ", ".join(str(one.group) for one in change.removed[:_SHOWN])
     more = ", ..." if len(change.removed) > _SHOWN else ""
+    cut = f" (groups {groups}{more} were cut)" if groups else ""
     return VerificationError(
         what,
         where=f"pass {change.pass_name}",
-        fix=f"Please report this with the model (groups {groups}{more} were cut); nothing was kept",
+        fix=f"Please report this with the model{cut}; nothing was kept",
     )
 
 

@@ -152,7 +152,14 @@ def _fit(feed: Feeds, model: Model | None, where: str) -> Feeds:
                     where=where,
                     fix="Store them in the input's type",
                 )
-            array = array.astype(value.dtype)
+            cast = array.astype(value.dtype)
+            if same_kind and not np.array_equal(cast, array):
+                raise UsageError(
+                    f"samples of {value.name!r} are {array.dtype}, with values that {value.dtype} cannot hold",
+                    where=where,
+                    fix="Store them in the input's type",
+                )
+            array = cast
         fitted[value.name] = array
     return fitted
 

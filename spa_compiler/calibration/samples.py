@@ -126,23 +126,24 @@ def batched(feeds: Iterator[Feeds], model: Model) -> Iterator[Feeds]:
         yield from feeds
         return
     waiting: list[Feeds] = []
-    held = 0
+    held, all_of_them = 0, True
     for feed in feeds:
         waiting.append(feed)
         held += sum(array.nbytes for array in feed.values())
         if len(waiting) == _AHEAD or held > _MOST_BYTES:
-            yield from _together(waiting)
-            waiting, held = [], 0
-    yield from _together(waiting)
+            yield from _together(waiting, BATCH)
+            waiting, held, all_of_them = [], 0, False
+    # Of a few samples some must be held out, too, and what is held out are whole feeds.
+    yield from _together(waiting, min(BATCH, max(1, len(waiting) // HOLD_OUT)) if all_of_them else BATCH)
 
 
-def _together(feeds: Sequence[Feeds]) -> Iterator[Feeds]:
+def _together(feeds: Sequence[Feeds], size: int) -> Iterator[Feeds]:
     alike: dict[tuple[tuple[int, ...], ...], list[Feeds]] = {}
     for feed in feeds:
         alike.setdefault(tuple(array.shape for array in feed.values()), []).append(feed)
     for several in alike.values():
-        for start in range(0, len(several), BATCH):
-            part = several[start : start + BATCH]
+        for start in range(0, len(several), size):
+            part = several[start : start + size]
             yield {name: np.concatenate([feed[name] for feed in part]) for name in part[0]}
 
 

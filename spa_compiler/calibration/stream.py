@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from spa_compiler.graph.session import Feeds, open_session, run
 Progress = Callable[[str, int, int], None]
 
 ROWS_PER_COLUMN = 64
-MOST_ROWS = 1 << 17
+MOST_ROWS = 1 << 15
 """Positions that moments are taken over: at least this many, and 64 for each column, where the samples have them."""
 
 _PART = 1 << 23
@@ -94,7 +94,7 @@ class Stream:
         if bias is not None:
             self._overrides[bias[0]] = bias[1]
 
-    def __iter__(self) -> Iterator[list[Collected]]:
+    def __iter__(self) -> Generator[list[Collected], None, None]:
         """The sites of each wave; `replace` them before asking for the next wave.
 
         Raises:

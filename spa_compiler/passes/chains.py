@@ -90,8 +90,8 @@ class _Writer:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._taken = {name for scope in scopes(model.graph) for name in scope.tensors()}
-        self._taken |= {node.name for scope in scopes(model.graph) for node in scope.nodes}
+        self._tensors = {name for scope in scopes(model.graph) for name in scope.tensors()}
+        self._nodes = {node.name for scope in scopes(model.graph) for node in scope.nodes}
         # By identity; the arrays are held by the forms that are being written.
         self._constants: dict[tuple[int, tuple[int, ...], bool], gs.Constant] = {}
         self._downs: dict[tuple[int, int, Geometry], gs.Variable] = {}
@@ -143,7 +143,8 @@ class _Writer:
 
     def _beside(self, op: WeightedOp, form: Beside) -> None:
         name = op.name
-        if len(op.weight.outputs) > 1:
+        shared = (id(form.sparse), tuple(op.weight.shape), op.transposed) in self._constants
+        if shared or len(op.weight.outputs) > 1:
             values = op.laid_out(form.sparse)
             op.node.inputs[1] = self._constant(op, form.sparse, values.shape, values, "sparse")
         else:
@@ -164,7 +165,7 @@ class _Writer:
         beside = self._variable(op, "sparse", wide)
         op.node.outputs[0] = beside
         node = gs.Node("Add", name, inputs=[beside, low], outputs=[whole])
-        op.node.name = self._fresh(f"{name}_sparse")
+        op.node.name = _fresh(f"{name}_sparse", self._nodes)
         self._model.graph.nodes.insert(self._place(op.node) + 1, node)
         self._hand_on(whole.name, op.node)
 
@@ -188,11 +189,11 @@ class _Writer:
         key = id(array), tuple(shape), op.transposed
         if key not in self._constants:
             stored = np.array(values, dtype=op.weight.dtype, order="C")
-            self._constants[key] = gs.Constant(self._fresh(f"{op.weight.name}_{what}"), stored)
+            self._constants[key] = gs.Constant(_fresh(f"{op.weight.name}_{what}", self._tensors), stored)
         return self._constants[key]
 
     def _variable(self, op: WeightedOp, what: str, shape: list[Any] | None) -> gs.Variable:
-        name = self._fresh(f"{op.node.outputs[0].name}_{what}")
+        name = _fresh(f"{op.node.outputs[0].name}_{what}", self._tensors)
         return gs.Variable(name, dtype=op.weight.dtype, shape=shape)
 
     def _add(
@@ -206,7 +207,7 @@ class _Writer:
     ) -> gs.Variable:
         """A node in front of the operator, and what it makes."""
         made = self._variable(op, what, shape)
-        node = gs.Node(kind, self._fresh(f"{op.name}_{what}"), attrs, list(inputs), [made])
+        node = gs.Node(kind, _fresh(f"{op.name}_{what}", self._nodes), attrs, list(inputs), [made])
         self._model.graph.nodes.insert(self._place(op.node), node)
         return made
 
@@ -222,10 +223,12 @@ class _Writer:
             nodes[to.outputs[0].name] = Facts(attributes=facts.attributes)
             nodes[key] = replace(facts, attributes=())
 
-    def _fresh(self, stem: str) -> str:
-        name, number = stem, 1
-        while name in self._taken:
-            number += 1
-            name = f"{stem}_{number}"
-        self._taken.add(name)
-        return name
+
+def _fresh(stem: str, taken: set[str]) -> str:
+    """A name that is not taken; from now on it is."""
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    taken.add(name)
+    return name

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import joblib
 import numpy as np
-from msgspec import Meta
 from threadpoolctl import threadpool_limits
 
 from spa_compiler import patterns
@@ -22,15 +20,18 @@ from spa_compiler.graph.bias import bias_of
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes import arrays, chains, shares
-from spa_compiler.passes.layerwise import Job, Outcome, Result, Solve, rewrite
-from spa_compiler.passes.low_rank import ByLoss, ByRank, Method, Site, SparseLowRank, clusters, site_of
+from spa_compiler.passes.factorize_options import BUDGETS, FactorizeOptions, check_sparse, goal_of, method_name
+from spa_compiler.passes.layerwise import Job, Outcome, Result, Solve, leaders, rewrite
+from spa_compiler.passes.low_rank import ByLoss, ByRank, Method, Site, SparseLowRank, clusters, numbers, site_of
+from spa_compiler.passes.outcomes import check_finite, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
 from spa_compiler.passes.rank_budget import Allocation, Planner, Price, Unit, prices, without_data
 from spa_compiler.passes.sites import select
-from spa_compiler.passes.outcomes import check_finite, scarce
 from spa_compiler.patterns import Pattern
 from spa_compiler.solvers.problem import F64
 from spa_compiler.solvers.svd import Factors
+
+__all__ = ["Factorize", "FactorizeOptions"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,66 +43,7 @@ _DENSE = "stays dense: no rank that saves 10 % is worth it"
 
 _WHOLE = "dense"
 
-_BUDGETS = ("params", "macs")
 _WORDS = {"params": "parameters", "macs": "multiply-accumulates"}
-_Asked = Literal["auto", "whitened", "svd", "fwsvd", "tucker", "sparse-low-rank"]
-_Share = Annotated[float, Meta(gt=0, lt=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactorizeOptions:
-    """Options of `factorize`: exactly one of `params`, `macs`, `energy` and `error`."""
-
-    params: Annotated[
-        _Share | None, Meta(description="share of the parameters of the weights that are taken to keep")
-    ] = None
-    macs: Annotated[
-        _Share | None, Meta(description="share of the multiply-accumulates of the weights that are taken to keep")
-    ] = None
-    energy: Annotated[_Share | None, Meta(description="share of each layer's output energy to keep")] = None
-    error: Annotated[_Share | None, Meta(description="largest relative error of each layer's output")] = None
-    method: Annotated[
-        _Asked,
-        Meta(
-            description="`whitened` keeps the outputs over the calibration data, `svd` the weights, `fwsvd` them in "
-            "the Fisher norm of `scores` (without them E[x^2] stands in for it); `tucker` takes k x k convolutions "
-            "apart in three, `sparse-low-rank` puts a sparse weight beside; `auto` is `tucker` and `whitened` where "
-            "there is calibration data, `svd` where there is none"
-        ),
-    ] = "auto"
-    allocate: Annotated[
-        Literal["auto", "uniform", "error", "welore"],
-        Meta(
-            description="who gets which share of the budget: all the same, each by what the outputs lose (with "
-            "calibration data), or by one threshold on singular values; `auto` is `error` where there is data, else "
-            "`uniform`"
-        ),
-    ] = "auto"
-    joint: Annotated[
-        bool, Meta(description="whether weights that read the same input share the first of their two factors")
-    ] = False
-    multiple: Annotated[int, Meta(ge=1, le=4096, description="ranks are multiples of it")] = 8
-    pattern: Annotated[str, Meta(description="of `sparse-low-rank`: which zeros the sparse weight has")] = (
-        "unstructured"
-    )
-    rank: Annotated[
-        Annotated[float, Meta(ge=0, lt=1)] | None,
-        Meta(
-            description="of `sparse-low-rank`: share of the parameters left that the low-rank part gets; not set: what "
-            "loses least, layer by layer"
-        ),
-    ] = None
-    scores: Annotated[
-        str | None,
-        Meta(description="of `fwsvd`: an .npz of mean squared gradients, one array for each weight, by its name"),
-    ] = None
-    targets: Annotated[
-        tuple[str, ...],
-        Meta(description="what to take: names or globs of nodes or weights, or op types; empty takes all"),
-    ] = ()
-    ignore: Annotated[
-        tuple[str, ...], Meta(description="what to leave alone, written like `targets`, and stronger")
-    ] = ()
 
 
 class Factorize:
@@ -126,11 +68,11 @@ class Factorize:
         check_options(options)
         self.options = options
         self.pattern = patterns.parse(options.pattern)
-        self.goal = _goal(options)
+        self.goal = goal_of(options)
         self.value = float(getattr(options, self.goal))
-        self.method = _method_name(options, self.goal)
+        self.method = method_name(options, self.goal)
         if self.method == "sparse-low-rank":
-            _check_sparse(options, self.goal, self.pattern.sparsity)
+            check_sparse(options, self.goal, self.pattern.sparsity)
 
     def run(self, model: Model, context: Context) -> Change:
         """Takes weights of `model` apart.
@@ -143,6 +85,9 @@ class Factorize:
         ops, skipped = select(model.graph, self.options.targets, self.options.ignore)
         skipped += [SkippedSite(op.name, "convolution in groups") for op in ops if op.group > 1]
         ops = [op for op in ops if op.group == 1]
+        if self.goal != "macs":
+            ops, needed = _free(ops, model)
+            skipped += needed
         for op in ops:
             check_finite(op)
         samples = context.calibration
@@ -158,7 +103,7 @@ class Factorize:
         elif samples is None:
             outcomes = _without_data(sites, together, solve, context)
         else:
-            number_of = {site: number for number, cluster in enumerate(together) for site in cluster}
+            number_of = numbers(sites, together)
             outcomes = rewrite(
                 model,
                 ops,
@@ -175,7 +120,7 @@ class Factorize:
         _put(model, sites, outcomes)
         if not changes:
             _log.warning("%s took no weight apart", self.name)
-        budget = self.goal in _BUDGETS
+        budget = self.goal in BUDGETS
         return Change(
             pass_name=self.name,
             summary=self._summary(changes, len(ops), unit, got, method),
@@ -246,30 +191,34 @@ class Factorize:
             return None
         if self.method == "sparse-low-rank":
             pattern_of = [self.pattern.on(int(np.prod(site.op.kernel or (1,)))) for site in sites]
-            keep = self._densities(model, sites, pattern_of, allocation, context)
+            first = [cluster[0] for cluster in together]  # each weight once
+            keep = self._densities(
+                model, [sites[s].op for s in first], [pattern_of[s] for s in first], allocation, context
+            )
+            keep = keep[numbers(sites, together)]
             return SparseLowRank(sites, keep, pattern_of, options.rank, options.multiple, data).solve
-        if self.goal not in _BUDGETS:
+        if self.goal not in BUDGETS:
             loss = 1 - self.value if self.goal == "energy" else self.value**2
             return ByLoss(sites, loss, options.multiple).solve
         price_of = prices("macs" if self.goal == "macs" else "params", model, [site.op for site in sites], context)
         planner = Planner(model, sites, together, price_of, self.value, options.multiple, context)
         choices = planner.choose(allocation)
-        return ByRank(sites, choices).solve if any(choices.values()) else None
+        return ByRank(sites, choices).solve if any(choices) else None
 
     def _densities(
         self,
         model: Model,
-        sites: Sequence[Site],
+        ops: Sequence[WeightedOp],
         pattern_of: Sequence[Pattern],
         allocation: Allocation,
         context: Context,
     ) -> F64:
-        """Share of its parameters that each site keeps, `[L]`: as if it were sparse alone."""
+        """Share of its parameters that each weight keeps, `[L]`: as if it were sparse alone."""
         if self.pattern.sparsity is not None:
-            return np.full(len(sites), self.value)
+            return np.full(len(ops), self.value)
         request = shares.Request(
             model,
-            [site.op for site in sites],
+            ops,
             pattern_of,
             1 - self.value,
             _MIN_KEEP,
@@ -282,7 +231,7 @@ class Factorize:
 
     def _missed(self, got: float) -> tuple[str, ...]:
         """A warning where the budget was not met."""
-        if self.goal not in _BUDGETS or got <= self.value + _MET:
+        if self.goal not in BUDGETS or got <= self.value + _MET:
             return ()
         return (
             f"asked to keep {self.value:.1%} of the {_WORDS[self.goal]}, kept {got:.1%}: ranks are multiples of "
@@ -298,6 +247,22 @@ class Factorize:
             f"{apart} of {taken} weights taken apart, {got:.1%} of their {_WORDS[unit]} kept "
             f"({method}, allocate {self.options.allocate}{joint})"
         )
+
+
+def _free(ops: Sequence[WeightedOp], model: Model) -> tuple[list[WeightedOp], list[SkippedSite]]:
+    """Operators whose weight is in nobody's way when it goes, and the others."""
+    outputs = {id(tensor) for tensor in model.graph.outputs}
+    first = leaders(ops)
+    alike: dict[int, set[int]] = {}
+    for op, leader in zip(ops, first, strict=True):
+        alike.setdefault(leader, set()).add(id(op.node))
+    free, needed = [], []
+    for op, leader in zip(ops, first, strict=True):
+        if id(op.weight) in outputs or any(id(node) not in alike[leader] for node in op.weight.outputs):
+            needed.append(SkippedSite(op.name, "its weight is read elsewhere, too, and would have to stay"))
+        else:
+            free.append(op)
+    return free, needed
 
 
 def _without_data(
@@ -318,13 +283,16 @@ def _without_data(
         solved = joblib.Parallel(n_jobs=context.workers, prefer="threads")(
             joblib.delayed(work)(cluster) for cluster in together
         )
-    outcomes: dict[int, Outcome] = {}
-    for cluster, (several, seconds) in zip(together, solved, strict=True):
-        for site, result in zip(cluster, several, strict=True):
-            for other, each in enumerate(sites):
-                if each.op.weight is sites[site].op.weight:
-                    outcomes[other] = Outcome(result, None, None, seconds if other == site else 0.0)
-    return [outcomes[site] for site in range(len(sites))]
+    found = {
+        site: (result, seconds)
+        for cluster, (several, seconds) in zip(together, solved, strict=True)
+        for site, result in zip(cluster, several, strict=True)
+    }
+    outcomes = []
+    for site, leader in enumerate(leaders([site.op for site in sites])):
+        result, seconds = found[leader]
+        outcomes.append(Outcome(result, None, None, seconds if leader == site else 0.0))
+    return outcomes
 
 
 def _down_parts(sites: Sequence[Site], outcomes: Sequence[Outcome]) -> list[float]:
@@ -381,71 +349,14 @@ def _told(sites: Sequence[Site], outcomes: Sequence[Outcome]) -> tuple[list[Site
 
 def _put(model: Model, sites: Sequence[Site], outcomes: Sequence[Outcome]) -> None:
     """Writes the outcomes into the model."""
-    for site, outcome in zip(sites, outcomes, strict=True):
+    for site, outcome, leader in zip(sites, outcomes, leaders([site.op for site in sites]), strict=True):
         if outcome.bias is not None and outcome.values is not None:
             outcome.bias.replace(outcome.values)
-        if outcome.result.form is None and not np.array_equal(site.op.rows(), outcome.result.rows):
+        if outcome.result.form is not None:
+            continue
+        if sites[leader] is not site:
+            site.op.node.inputs[1] = sites[leader].op.weight
+        elif not np.array_equal(site.op.rows(), outcome.result.rows):
             site.op.replace(outcome.result.rows)
     chains.write(model, [site.op for site in sites], [outcome.result.form for outcome in outcomes])
     graph_shapes.infer(model)
-
-
-def _goal(options: FactorizeOptions) -> str:
-    """Which of the four says how much stays."""
-    given = [name for name in (*_BUDGETS, "energy", "error") if getattr(options, name) is not None]
-    if len(given) != 1:
-        raise UsageError(
-            f"{' and '.join(given)} contradict each other" if given else "it is missing how much should stay",
-            fix="Give one of params, macs, energy and error, such as params=0.5",
-        )
-    return given[0]
-
-
-def _method_name(options: FactorizeOptions, goal: str) -> _Asked:
-    """The method, which scores imply."""
-    method: _Asked = options.method
-    if options.scores is not None:
-        if method not in ("auto", "fwsvd"):
-            raise UsageError(f"method={method} has no scores", where="scores", fix="Take method=fwsvd")
-        method = "fwsvd"
-    if goal not in _BUDGETS and options.allocate != "auto":
-        raise UsageError(
-            f"allocate={options.allocate} divides a budget, but {goal} is of each layer",
-            where="allocate",
-            fix="Leave it out, or give params or macs",
-        )
-    if options.allocate == "welore" and (goal != "params" or method in ("tucker", "sparse-low-rank")):
-        raise UsageError(
-            "allocate=welore knows one rank of each weight, and parameters alone",
-            where="allocate",
-            fix="Take params and method=whitened, svd or fwsvd with it",
-        )
-    if options.joint and method in ("tucker", "sparse-low-rank"):
-        raise UsageError(f"method={method} shares no factor", where="joint", fix="Leave `joint` out")
-    if method != "sparse-low-rank" and (options.rank is not None or options.pattern != "unstructured"):
-        raise UsageError(
-            f"method={method} has no sparse part",
-            where="rank" if options.rank is not None else "pattern",
-            fix="Take method=sparse-low-rank",
-        )
-    return method
-
-
-def _check_sparse(options: FactorizeOptions, goal: str, fixed: float | None) -> None:
-    """Raises UsageError where the options of `sparse-low-rank` leave nothing for one of the parts."""
-    if goal != "params":
-        raise UsageError(f"method=sparse-low-rank needs params, not {goal}", where=goal, fix="Say params=0.5")
-    if fixed is None:
-        return
-    if options.rank is not None or options.allocate not in ("auto", "uniform"):
-        raise UsageError(
-            f"the pattern {options.pattern} says itself what it leaves for the low-rank part",
-            where="pattern",
-            fix="Leave `rank` and `allocate` out",
-        )
-    if float(options.params or 0) <= 1 - fixed:
-        raise UsageError(
-            f"the pattern {options.pattern} alone keeps {1 - fixed:.1%} of the parameters",
-            where="params",
-            fix="Give more, or take a sparser pattern",
-        )

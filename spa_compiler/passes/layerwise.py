@@ -16,6 +16,7 @@ stream as in K-prune (Park et al., 2024).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -105,38 +106,39 @@ def rewrite(
     stream = Stream(model, ops, samples, targets=targets, threads=os.cpu_count() or 1, progress=progress, seed=seed)
     first = leaders(ops, stream.waves.waves)
     outcomes: dict[int, Outcome] = {}
-    for wave in stream:
-        clusters: dict[Hashable, list[Collected]] = {}
-        for collected in wave:
-            if first[collected.site] == collected.site:
-                clusters.setdefault(together(collected.site), []).append(collected)
+    with contextlib.closing(stream.__iter__()) as waves:  # what waits on disk goes, whatever happens
+        for wave in waves:
+            clusters: dict[Hashable, list[Collected]] = {}
+            for collected in wave:
+                if first[collected.site] == collected.site:
+                    clusters.setdefault(together(collected.site), []).append(collected)
 
-        def work(cluster: Sequence[Collected]) -> tuple[Sequence[Result], float]:
-            start = time.perf_counter()
-            jobs = [_job(c.site, ops[c.site], c.fit, biases[c.site] is not None, repair) for c in cluster]
-            return solve(jobs), (time.perf_counter() - start) / len(jobs)
+            def work(cluster: Sequence[Collected]) -> tuple[Sequence[Result], float]:
+                start = time.perf_counter()
+                jobs = [_job(c.site, ops[c.site], c.fit, biases[c.site] is not None, repair) for c in cluster]
+                return solve(jobs), (time.perf_counter() - start) / len(jobs)
 
-        # One thread of BLAS for each: the bits of a result must not depend on how many sites are solved at a time.
-        with threadpool_limits(1, "blas"):
-            solved = joblib.Parallel(n_jobs=threads, prefer="threads")(
-                joblib.delayed(work)(cluster) for cluster in clusters.values()
-            )
-        results = {
-            c.site: (result, seconds)
-            for cluster, (several, seconds) in zip(clusters.values(), solved, strict=True)
-            for c, result in zip(cluster, several, strict=True)
-        }
-        for collected in wave:
-            site = collected.site
-            leader = first[site]
-            result, seconds = results[leader] if leader in results else (outcomes[leader].result, 0.0)
-            values = _shifted(ops[site], biases[site], result.rows, collected.fit, repair)
-            outcomes[site] = Outcome(result, biases[site], values, seconds, collected.fit.count)
-            bias = biases[site]
-            held = None
-            if bias is not None and values is not None:
-                held = ((numbers[id(bias.node)], bias.place), bias.laid_out(values))
-            stream.replace(site, result.rows, held)
+            # One thread of BLAS for each: the bits of a result must not depend on how many sites are solved at a time.
+            with threadpool_limits(1, "blas"):
+                solved = joblib.Parallel(n_jobs=threads, prefer="threads")(
+                    joblib.delayed(work)(cluster) for cluster in clusters.values()
+                )
+            results = {
+                c.site: (result, seconds)
+                for cluster, (several, seconds) in zip(clusters.values(), solved, strict=True)
+                for c, result in zip(cluster, several, strict=True)
+            }
+            for collected in wave:
+                site = collected.site
+                leader = first[site]
+                result, seconds = results[leader] if leader in results else (outcomes[leader].result, 0.0)
+                values = _shifted(ops[site], biases[site], result.rows, collected.fit, repair)
+                outcomes[site] = Outcome(result, biases[site], values, seconds, collected.fit.count)
+                bias = biases[site]
+                held = None
+                if bias is not None and values is not None:
+                    held = ((numbers[id(bias.node)], bias.place), bias.laid_out(values))
+                stream.replace(site, result.rows, held)
     return [outcomes[site] for site in range(len(ops))]
 
 
@@ -171,17 +173,17 @@ def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: boo
 
 def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> Problem:
     """The problem with W1 in place of W0."""
-    cross, mean = moments.get("cross")[group], problem.mean
+    change, mean = moments.get("cross")[group] - moments.get("gram")[group], problem.mean
     if centred:
-        cross = cross - np.outer(mean, moments.get("dense_mean")[group])
-    right = (cross - problem.gram) @ problem.weight.T
+        change += np.outer(mean, mean - moments.get("dense_mean")[group])
+    right = change @ problem.weight.T
     if "extra" in moments:
         extra = moments.get("extra")[group]
         right += extra - np.outer(mean, moments.get("target_mean")[group]) if centred else extra
     if not right.any():
         return problem
-    change = scipy.linalg.solve(problem.damped(DAMPING), right, assume_a="pos")
-    return Problem(problem.weight + change.T, problem.gram, mean, problem.count)
+    moved = scipy.linalg.solve(problem.damped(DAMPING), right, assume_a="pos")
+    return Problem(problem.weight + moved.T, problem.gram, mean, problem.count)
 
 
 def _shifted(op: WeightedOp, bias: Bias | None, rows: NDArray[Any], moments: Moments, repair: bool) -> F64 | None:

@@ -6,17 +6,19 @@ to its own output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from spa_compiler.calibration.moments import Geometry
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes import ranks
 from spa_compiler.passes.chains import Beside, Form, product, rounded
-from spa_compiler.passes.layerwise import Job, Result
+from spa_compiler.passes.layerwise import Job, Result, leaders
 from spa_compiler.passes.methods import METHODS, Layer
 from spa_compiler.passes.ranks import Rank
 from spa_compiler.patterns import Pattern
@@ -30,7 +32,7 @@ from spa_compiler.solvers.tucker import channels_of, tucker2
 Method: TypeAlias = Literal["whitened", "svd", "fwsvd", "tucker", "sparse-low-rank"]
 
 _PARTS = (0.1, 0.2, 0.3)
-"""Shares of the parameters that the low-rank part beside a sparse weight may get, besides none."""
+"""Shares of the parameters that the low-rank part beside a sparse weight may get, besides none and all."""
 
 _POLISH = 3
 """Rounds in which both parts are fitted to each other, at most."""
@@ -63,25 +65,34 @@ def site_of(op: WeightedOp, method: Method, data: bool, centred: bool, scores: F
 
 
 def clusters(sites: Sequence[Site], joint: bool) -> list[tuple[int, ...]]:
-    """Sites that are taken apart together, in the order of the first of each; of those with one weight only the first.
+    """Sites that are taken apart together, in the order of the first of each.
+
+    Of sites that read one weight alike, only the first is in any.
 
     Args:
         joint: whether sites that read the same tensor in the same way are.
     """
     found: dict[object, list[int]] = {}
-    weights: set[int] = set()
-    for place, site in enumerate(sites):
-        op = site.op
-        if id(op.weight) in weights:
-            continue
-        weights.add(id(op.weight))
-        key: object = place
-        if joint and site.method != "tucker":
-            # A tied weight must be taken apart in the same way wherever it is.
-            tied = len(op.weight.outputs) > 1
-            key = place if tied else (id(op.node.inputs[0]), Geometry.of(op), op.weight.dtype, site.centred)
-        found.setdefault(key, []).append(place)
+    for place, leader in enumerate(leaders([site.op for site in sites])):
+        if leader == place:
+            found.setdefault(_together(sites[place]) if joint else place, []).append(place)
     return [tuple(places) for places in found.values()]
+
+
+def numbers(sites: Sequence[Site], together: Sequence[tuple[int, ...]]) -> list[int]:
+    """The cluster of each site, by its place in `together`."""
+    number_of = {site: number for number, cluster in enumerate(together) for site in cluster}
+    return [number_of[leader] for leader in leaders([site.op for site in sites])]
+
+
+def _together(site: Site) -> object:
+    """Equal for sites that may share a `down`."""
+    op = site.op
+    # A tied weight is taken apart in the same way wherever it is; a computed bias may be there later than the input.
+    alone = len(op.weight.outputs) > 1 or any(isinstance(tensor, gs.Variable) for tensor in op.node.inputs[2:])
+    if site.method == "tucker" or alone:
+        return id(op)
+    return id(op.node.inputs[0]), Geometry.of(op), op.weight.dtype, site.centred
 
 
 class Cut:
@@ -139,10 +150,10 @@ def errors(problems: Sequence[Problem], forms: Sequence[Form]) -> list[float]:
 
 @dataclass(frozen=True)
 class ByRank:
-    """Solves jobs at ranks that are given, by the first site of a cluster; None stays dense."""
+    """Solves jobs at the rank of each site, which is one for those that belong together; None stays dense."""
 
     sites: Sequence[Site]
-    choices: Mapping[int, Rank | None]
+    choices: Sequence[Rank | None]
 
     def solve(self, jobs: Sequence[Job]) -> list[Result]:
         """A `layerwise.Solve`."""
@@ -183,7 +194,7 @@ class SparseLowRank:
     Attributes:
         densities: share of the parameters of each site that may stay.
         patterns: of the sparse part, each site's own (`Pattern.on`).
-        part: share of what stays that the low-rank part gets; None: what loses least.
+        part: share of what stays that the low-rank part gets; None: what loses least, be it all.
     """
 
     sites: Sequence[Site]
@@ -200,17 +211,16 @@ class SparseLowRank:
     def _one(self, job: Job) -> Result:
         problem, pattern = job.problems[0], self.patterns[job.site]
         parameters = float(self.densities[job.site]) * problem.weight.size
-        best: tuple[float, Beside] | None = None
+        forms: list[Form] = []
         for rank in self._ranks(problem, pattern, parameters):
             left = parameters - rank * sum(problem.weight.shape)
             zeros = Zeros(pattern, 1 - left / problem.weight.size if pattern.sparsity is None else pattern.sparsity)
-            form = rounded(self._pair(problem, rank, zeros), self.sites[job.site].op.weight.dtype)
-            assert isinstance(form, Beside)
-            loss = problem.loss(product(form))
-            if best is None or loss < best[0]:
-                best = loss, form
-        assert best is not None
-        return results([problem], [best[1]])[0]
+            forms.append(self._pair(problem, rank, zeros))
+        whole = int(parameters / sum(problem.weight.shape)) // self.multiple * self.multiple
+        if self.part is None and pattern.sparsity is None and whole:
+            forms.append(svd.whitened(problem).truncate(whole))
+        stored = [rounded(form, self.sites[job.site].op.weight.dtype) for form in forms]
+        return results([problem], [min(stored, key=lambda form: problem.loss(product(form)))])[0]
 
     def _ranks(self, problem: Problem, pattern: Pattern, parameters: float) -> list[int]:
         """The ranks to try, ascending."""
@@ -219,7 +229,8 @@ class SparseLowRank:
             room = parameters - (1 - pattern.sparsity) * problem.weight.size
             return [max(0, int(room / each)) * self.multiple]
         parts = (0.0, *_PARTS) if self.part is None else (self.part,)
-        most = min(problem.weight.shape) // self.multiple
+        # Something is left for the sparse part.
+        most = min(min(problem.weight.shape) // self.multiple, math.ceil(parameters / each) - 1)
         return sorted({min(round(part * parameters / each), most) * self.multiple for part in parts})
 
     def _pair(self, problem: Problem, rank: int, zeros: Zeros) -> Beside:

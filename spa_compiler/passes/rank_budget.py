@@ -20,8 +20,8 @@ from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.graph.save import PROTOBUF_LIMIT, weight_bytes
 from spa_compiler.passes import ranks
 from spa_compiler.passes.chains import Form, product
-from spa_compiler.passes.layerwise import problem_of
-from spa_compiler.passes.low_rank import Cut, Site
+from spa_compiler.passes.layerwise import leaders, problem_of
+from spa_compiler.passes.low_rank import Cut, Site, numbers
 from spa_compiler.passes.pass_ import Context
 from spa_compiler.passes.ranks import Layer, Rank
 from spa_compiler.solvers.problem import F64, Problem
@@ -112,8 +112,8 @@ class Planner:
     multiple: int
     context: Context
 
-    def choose(self, allocation: Allocation) -> dict[int, Rank | None]:
-        """The rank of each cluster, by its first site; None stays dense."""
+    def choose(self, allocation: Allocation) -> list[Rank | None]:
+        """The rank of each site; None stays dense."""
         target = self.share if allocation == "error" and self.context.calibration is not None else None
         layers, rows = self._measured(target)
         if allocation == "error":
@@ -125,7 +125,7 @@ class Planner:
                 chosen = [layer.within(0.0) for layer in layers]
         else:
             chosen = ranks.uniform(layers, self.share)
-        return {cluster[0]: rank for cluster, rank in zip(self.clusters, chosen, strict=True)}
+        return [chosen[number] for number in numbers(self.sites, self.clusters)]
 
     def _measured(self, target: float | None) -> tuple[list[Layer], dict[int, dict[int, F64]]]:
         """What the ranks of each cluster cost and lose, in the model as it is.
@@ -157,8 +157,8 @@ class Planner:
 
     def _price(self, cluster: Sequence[int]) -> Price:
         """All sites of a cluster read the same; those with a tied weight pay together."""
-        weight = self.sites[cluster[0]].op.weight
-        tied = [place for place, site in enumerate(self.sites) if site.op.weight is weight]
+        first = leaders([site.op for site in self.sites])
+        tied = [place for place, leader in enumerate(first) if leader == cluster[0]]
         return Price(sum(self.prices[p].inside for p in tied), sum(self.prices[p].outside for p in tied))
 
     def _problems(self) -> Iterator[dict[int, list[Problem]]]:

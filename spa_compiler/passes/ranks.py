@@ -92,7 +92,14 @@ def linear(tails: F64, shape: tuple[int, int], per_parameter: float, multiple: i
     spectrum = np.sqrt(np.maximum(tails[:-1] - tails[1:], 0.0))
     options = tuple((int(r),) for r in ranks)
     # Rounding may leave the values of a singular weight's last ones out of order.
-    return Layer(options, np.asarray(ranks * each, np.float64), tails[ranks] / whole, dense, shape, np.minimum.accumulate(spectrum))
+    return Layer(
+        options,
+        np.asarray(ranks * each, np.float64),
+        tails[ranks] / whole,
+        dense,
+        shape,
+        np.minimum.accumulate(spectrum),
+    )
 
 
 def kernel(weight: F64, channel_gram: F64 | None, inside: float, outside: float, multiple: int) -> Layer:

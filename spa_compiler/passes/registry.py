@@ -7,11 +7,12 @@ from spa_compiler.passes.drop_blocks import DropBlocks
 from spa_compiler.passes.factorize import Factorize
 from spa_compiler.passes.names import did_you_mean
 from spa_compiler.passes.pass_ import Pass
+from spa_compiler.passes.permute_outputs import PermuteOutputs
 from spa_compiler.passes.prune_groups import PruneGroups
 from spa_compiler.passes.remove_dead_channels import RemoveDeadChannels
 from spa_compiler.passes.sparsify import Sparsify
 
-_PASSES: tuple[type[Pass], ...] = (Sparsify, Factorize, RemoveDeadChannels, PruneGroups, DropBlocks)
+_PASSES: tuple[type[Pass], ...] = (Sparsify, PermuteOutputs, Factorize, RemoveDeadChannels, PruneGroups, DropBlocks)
 
 
 def passes() -> dict[str, type[Pass]]:

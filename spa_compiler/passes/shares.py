@@ -39,7 +39,7 @@ _STEPS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2)
 
 _LOWEST, _HIGHEST = 0.02, 0.98
 
-_PROBED = 192
+_PROBED = 64
 """Samples that the model's outputs are compared on."""
 
 _EPS = 1e-2

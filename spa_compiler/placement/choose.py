@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from spa_compiler.graph.session import open_session
-from spa_compiler.placement.candidates import DENSE, LOW_RANK, ChainClass, Layout, SiteClass, candidate_name
+from spa_compiler.placement.candidates import (
+    DENSE,
+    FACTOR_ROWS,
+    LOW_RANK,
+    ChainClass,
+    Layout,
+    SiteClass,
+    candidate_name,
+)
 from spa_compiler.placement.chains import Chain
 from spa_compiler.placement.measure import CLOSE, Timing, interleave
 from spa_compiler.placement.nodes import Packer
@@ -25,15 +33,20 @@ from spa_compiler.runtime.link import link
 Progress = Callable[[str, int, int], None]
 
 _BUDGET_S = 0.25  # of one class at one shape
-#: A low-rank layer that is slower than this by itself is not tried in larger regions either, where it could at best
-#: save the way into panels and back: a quarter of its time at 384 features, less at more.
-WORTH_JOINING = 0.75
+#: A layer that is slower than this as a kernel of its own is not tried in larger regions either, where it saves the way
+#: into panels and back, and lets others save theirs. MiniLM with half of its parameters left: layers at 0.72 of dense
+#: speed by themselves (8 x 128 tokens), the model as one region 1.17x as fast as dense.
+WORTH_JOINING = 0.6
+#: What a weight reaches as FACTOR_ROWS x 1 blocks with nothing left out: 0.95 to 1.03 at 384 to 1536 features and 128
+#: tokens, by itself. Zeros that make a kernel slower than that are no use between kernels either.
+_NOTHING_LEFT_OUT = 0.95
 
 
 @dataclass(frozen=True)
 class Choice:
     """What one site got. `rows` is R, None for dense; `timings` per candidate and shape are of one site, or of all of
-    the low-rank layer that it is a part of. `candidate` is the name of its form among them."""
+    the low-rank layer that it is a part of. `candidate` is the name of its form among them. `joined` is R where it
+    is no gain by itself, but stands between kernels."""
 
     site: Site
     rows: int | None
@@ -42,6 +55,7 @@ class Choice:
     timings: tuple[dict[str, Timing], ...] = ()
     tokens: tuple[int, ...] = field(default=())
     candidate: str = DENSE
+    joined: int = FACTOR_ROWS
 
     @property
     def form(self) -> str:
@@ -124,7 +138,8 @@ def choose(
         rows, reason, would_help = _decide(each, timings)
         tokens = tuple(_tokens(each.sites[0], s) for s in each.shapes)
         name = DENSE if rows is None else candidate_name(rows)
-        choices += [Choice(site, rows, reason, would_help, tuple(timings), tokens, name) for site in each.sites]
+        joined = _joined(each, timings)
+        choices += [Choice(site, rows, reason, would_help, tuple(timings), tokens, name, joined) for site in each.sites]
     return choices
 
 
@@ -166,13 +181,27 @@ def explain(choices: Sequence[Choice], chains: Sequence[ChainChoice], used: Mapp
     of_chain = {site.name: c for c in chains for site in c.chain.products}
     out = []
     for choice in choices:
-        chain = of_chain.get(choice.site.name)
+        name, chain = choice.site.name, of_chain.get(choice.site.name)
         if chain is not None:
             joined = chain.chain.down.name in used
             if joined or chain.wins or not choice.timings:
                 choice = _as_chain(choice, chain, joined)
+        elif choice.rows is None and name in used:
+            choice = _as_neighbour(choice, used[name])
         out.append(choice)
     return out
+
+
+def _as_neighbour(choice: Choice, rows: int) -> Choice:
+    name = candidate_name(rows)
+    timed = any(name in t for t in choice.timings)  # else all of the weight is in the kernel, which is still dense
+    return dataclasses.replace(
+        choice,
+        rows=rows if timed else None,
+        reason=f"{choice.reason}; between its neighbours in one region the model gains",
+        would_help="",
+        candidate=name if timed else DENSE,
+    )
 
 
 def _as_chain(choice: Choice, found: ChainChoice, joined: bool) -> Choice:
@@ -266,6 +295,13 @@ def _decide(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> tuple[int 
         f"dense is faster or as fast: block:{rows}x1 reaches {means[rows]:.2f}x",
         f"about {1 - need:.0%} zeros in 4x1 blocks would gain at this size, or more tokens at once",
     )
+
+
+def _joined(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> int:
+    """R for the neighbours' sake: the fastest that leaves something out, unless all of the weight is faster still."""
+    means = {s.rows: _mean_ratio(timings, s.name) for s in each.stored}
+    rows = max(means, key=lambda r: means[r], default=FACTOR_ROWS)
+    return rows if means.get(rows, 0) >= _NOTHING_LEFT_OUT else FACTOR_ROWS
 
 
 def _mean_ratio(timings: Sequence[dict[str, Timing]], name: str) -> float:

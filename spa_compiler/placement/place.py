@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from spa_compiler.placement.measure import CLOSE, Timing, interleave
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.regions import join, single
+from spa_compiler.placement.regions import Group, join, single
 from spa_compiler.placement.sites import Refusal, Site, find_sites, held
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
@@ -32,6 +32,7 @@ from spa_compiler.targets import Target
 
 PORTABLE, SINGLE, REGIONS, WHOLE = "portable", "single sites", "regions", "regions with attention"
 STRONG, FACTORS = "regions of strong sites", "regions with all low-rank layers"
+EVERY = "regions with all layers"
 SOURCE = "source"
 _RACE_S = 2.0  # of the whole-model race, at one shape
 _RACE_ROUNDS = 12
@@ -69,6 +70,11 @@ class Placed:
     refusals: list[Refusal] = field(default_factory=list)
     race: list[dict[str, Timing]] = field(default_factory=list)
     reason: str = ""
+
+    @property
+    def gaining(self) -> list[str]:
+        """Names of the sites that became kernels for their own sake, and not for that of their neighbours."""
+        return [c.site.name for c in self.choices if c.site.name in self.plan.rows and c.gain > 1]
 
 
 def no_kernels(target: Target) -> str:
@@ -129,6 +135,8 @@ def place(
         chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), *timing)
         for name, rows in _worth_a_race(model, placed.choices, chains, known).items():
             plans.append(_sparse_plan(name, model, rows, known, packer, target, workspace))
+        if between := _between(model, placed.choices, chains, known):
+            plans.append(_sparse_plan(EVERY, model, between, known, packer, target, workspace))
     if not target.host_runs:
         placed.reason = reason
         return placed
@@ -158,11 +166,8 @@ def _worth_a_race(
 ) -> dict[str, dict[str, int]]:
     """The plans by name, each with R of the sites that become kernels."""
 
-    def rows_of(least: float, least_of_chains: float) -> dict[str, int]:
-        rows = {c.site.name: c.rows for c in choices if c.rows is not None and c.gain >= least}
-        return rows | {n: r for c in chains if c.gain >= least_of_chains for n, r in c.rows.items()}
-
-    rows, strong, every = rows_of(0, 1 + CLOSE), rows_of(STRONG_GAIN, STRONG_GAIN), rows_of(0, WORTH_JOINING)
+    rows, strong = _rows_of(choices, chains, 0, 1 + CLOSE), _rows_of(choices, chains, STRONG_GAIN, STRONG_GAIN)
+    every = _rows_of(choices, chains, 0, WORTH_JOINING)
     plans: dict[str, dict[str, int]] = {}
     if rows:
         plans |= {SINGLE: rows, REGIONS: rows}
@@ -173,6 +178,40 @@ def _worth_a_race(
     if len(every) > len(rows):
         plans[FACTORS] = every
     return plans
+
+
+def _rows_of(
+    choices: Sequence[Choice], chains: Sequence[ChainChoice], least: float, least_of_chains: float
+) -> dict[str, int]:
+    rows = {c.site.name: c.rows for c in choices if c.rows is not None and c.gain >= least}
+    return rows | {n: r for c in chains if c.gain >= least_of_chains for n, r in c.rows.items()}
+
+
+def _between(model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoice], known: Shapes) -> dict[str, int]:
+    """R of all layers that share regions with what becomes kernels anyway; empty if those are the same.
+
+    A layer without zeros that stays ONNX Runtime's cuts a region in two, and every panel around it goes out and comes
+    back; as a kernel of full blocks it is next to as fast. Layers that stand alone are left as they are.
+    """
+    own = _rows_of(choices, chains, 0, WORTH_JOINING)
+    others = {c.site.name: c.joined for c in choices if c.site.layout == "rows"}
+    rows = others | _rows_of(choices, chains, 0, 0)
+    if not own or len(rows) == len(own):
+        return {}
+    kept: dict[str, int] = {}
+    for group in _joined(model, rows, known, attention=True)[1]:
+        names = group.sites
+        if not own.keys().isdisjoint(names):
+            kept |= {name: rows[name] for name in names}
+    return kept if len(kept) > len(own) else {}
+
+
+def _joined(model: Model, rows: Mapping[str, int], known: Shapes, attention: bool) -> tuple[Model, list[Group]]:
+    """A copy of the model, and the sites of `rows` in it joined with their neighbours."""
+    twin = model.copy()
+    sites = [s for s in find_sites(twin)[0] if s.name in rows]
+    attentions = find_attention(twin, known) if attention else []
+    return twin, join(twin, sites, find_norms(twin), attentions, known)
 
 
 def _sparse_plan(
@@ -186,15 +225,14 @@ def _sparse_plan(
 ) -> Plan:
     """The sites of `rows` as kernels: each, and each low-rank layer, by itself, or joined with their neighbours,
     attention cores among them."""
-    twin = model.copy()
-    sites = [s for s in find_sites(twin)[0] if s.name in rows]
-    attentions = find_attention(twin, known) if name in (WHOLE, FACTORS) else []
     if name == SINGLE:
+        twin = model.copy()
+        sites = [s for s in find_sites(twin)[0] if s.name in rows]
         chains = [c for c in chains_of(twin, known) if all(s.name in rows for s in c.products)]
         joined = {s.name for c in chains for s in c.products}
         groups = [*single([s for s in sites if s.name not in joined]), *(c.group for c in chains)]
     else:
-        groups = join(twin, sites, find_norms(twin), attentions, known)
+        twin, groups = _joined(model, rows, known, attention=name in (WHOLE, FACTORS, EVERY))
     regions = insert(twin, groups, rows, packer)
     return _write(Plan(name, workspace / name.replace(" ", "-"), regions, rows), twin, target)
 

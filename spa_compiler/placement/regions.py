@@ -33,6 +33,11 @@ class Group:
     def nodes(self) -> list[gs.Node]:
         return [n for e in self.elements for n in e.nodes]
 
+    @property
+    def sites(self) -> list[str]:
+        """Names of all weights."""
+        return [p.name for e in self.elements if isinstance(e, Site) for p in e.products]
+
     def external(self) -> list[gs.Variable]:
         """Activations that come from outside, in order of use."""
         made = {id(e.output) for e in self.elements}

@@ -27,9 +27,15 @@ WIDTH = HEADS * DEPTH
 
 
 def encoder(
-    scale: str = "div", mask: str = "keys", perm_key: tuple[int, ...] = (0, 2, 3, 1), axis: int = -1, read: str = ""
+    scale: str = "div",
+    mask: str = "keys",
+    perm_key: tuple[int, ...] = (0, 2, 3, 1),
+    axis: int = -1,
+    read: str = "",
+    rank: int = 0,
 ) -> onnx.ModelProto:
-    """Q, K, V, attention, output projection with residual; `read`: a tensor inside that is an output too."""
+    """Q, K, V, attention, output projection with residual; `read`: a tensor inside that is an output too; `rank`: of
+    all projections, which are then products of two full weights beside a sparse one."""
     rng = np.random.default_rng(3)
     nodes, constants = [], []
 
@@ -45,6 +51,10 @@ def encoder(
         keep = np.repeat(rng.random((WIDTH, WIDTH // 4)) < 0.4, 4, axis=1)
         w = const(f"{name}_w", (rng.standard_normal((WIDTH, WIDTH)) * keep).astype(np.float32))
         y = op("MatMul", [x, w], f"{name}_mm")
+        if rank:
+            factors = rng.standard_normal((2, WIDTH, rank)).astype(np.float32) / 4
+            thin = op("MatMul", [x, const(f"{name}_d", factors[0])], f"{name}_down")
+            y = op("Add", [op("MatMul", [thin, const(f"{name}_u", factors[1].T.copy())], f"{name}_up"), y], f"{name}_s")
         return op("Add", [y, const(f"{name}_b", rng.standard_normal(WIDTH).astype(np.float32))], name)
 
     def heads(x: str, name: str, perm: tuple[int, ...]) -> str:
@@ -146,9 +156,9 @@ def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
 
 @needs_avx512
 @pytest.mark.parametrize("mask", ["none", "keys", "full", "heads"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, tmp_path: Path) -> None:
-    proto = encoder("div", mask)
+@pytest.mark.parametrize(("threads", "rank"), [(1, 0), (2, 0), (2, 6)])
+def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, rank: int, tmp_path: Path) -> None:
+    proto = encoder("div", mask, rank=rank)
     model = load(proto)
     shapes.infer(model)
     known = [shapes.fixed(model, feeds(model, *s)) for s in ((1, 16), (3, 5))]
@@ -156,6 +166,10 @@ def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, tm
     groups = join(model, sites, find_norms(model), find_attention(model, known), known)
     regions = insert(model, groups, {s.name: 4 for s in sites}, Packer())
     assert [n.domain for n in model.graph.nodes] == ["ai.spa"]
+    calls = [line.split("(")[0] for line in regions[0].lines]
+    thin = ["spa_linear", "spa_sum"] if rank else ["spa_linear"]
+    out = "spa_sum_out" if rank else "spa_linear_out"
+    assert calls == ["spa_pack", *thin * 3, "spa_attention", *thin[:-1], out]
     link(regions, MCPU, tmp_path / "kernels.so")
     ours = open_session(to_proto(model).SerializeToString(), threads=threads, library=tmp_path / "kernels.so")
     theirs = open_session(proto.SerializeToString())

@@ -17,7 +17,7 @@ from spa_compiler.graph.session import open_session, run
 from spa_compiler.placement import choose as choosing
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
-from spa_compiler.placement.place import FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
+from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
 from tests.networks import mlp, network, weight
@@ -111,6 +111,7 @@ def test_the_fastest_plan_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25}, real=True)
     result = placed(tmp_path)
     assert result.plan.name == REGIONS
+    assert result.gaining == list(result.plan.rows)
     assert result.reason.startswith("regions: 4.00x over ")
     assert len(result.plan.regions) == 1
     assert folders(result) == {"portable", "regions"}
@@ -203,6 +204,77 @@ def test_a_low_rank_layer_that_is_far_behind_is_not_raced(tmp_path: Path, monkey
     result = placed(tmp_path, proto=low_rank())
     assert set(result.race[0]) == {SOURCE, PORTABLE}
     assert all("dense is faster or as fast" in c.reason for c in result.choices)
+
+
+def in_between(apart: bool) -> onnx.ModelProto:
+    """A sparse, a dense and a scarcely sparse layer; `apart`: each by itself, with other tokens on its sides."""
+    rng = np.random.default_rng(0)
+    h, g = ("Transpose<perm=[0,2,1]>(a)", "Transpose<perm=[0,2,1]>(b)") if apart else ("Relu(a)", "Relu(b)")
+    text = f"""g (float["b",{WIDTH},{WIDTH}] x) => (float["b",{WIDTH},{WIDTH}] y) {{
+      a = MatMul(x, w) h = {h} b = MatMul(h, v) g = {g} y = MatMul(g, u) }}"""
+    sparse, dense, scarce = weight(rng, WIDTH, WIDTH, 0.1), weight(rng, WIDTH, WIDTH), weight(rng, WIDTH, WIDTH, 0.6, 1)
+    return network(text, w=sparse, v=dense, u=scarce)
+
+
+def time_sites(gains: Mapping[int, float]) -> Callable[[Mapping[str, Callable[[], object]], float], dict[str, Timing]]:
+    """Gains by the turn in which a class of sites is timed."""
+    turns = iter(range(len(gains)))
+
+    def interleave(calls: Mapping[str, Callable[[], object]], _: float) -> dict[str, Timing]:
+        turn = next(turns)
+        return {n: _timing(100 if n == "dense" else 100 / (gains[turn] * (1 if "4x1" in n else 0.5))) for n in calls}
+
+    return interleave
+
+
+@needs_avx512
+@pytest.mark.parametrize(("slow", "last"), [(2.0, ("sparse", 1)), (0.9, ("dense", None))])
+def test_layers_between_kernels_become_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, last: tuple[str, int | None]
+) -> None:
+    """With the kernel that was timed, unless it is so slow that all of the weight as 4 x 1 blocks must be better."""
+    Stopwatch(monkeypatch, 5.0, {EVERY: 50}, real=True)
+    monkeypatch.setattr(choosing, "interleave", time_sites({0: 5.0, 1: slow}))
+    result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
+    assert result.plan.name == EVERY
+    assert result.plan.rows == {"a": 4, "b": 4, "y": last[1] or 4}
+    assert result.gaining == ["a"]
+    assert len(result.plan.regions) == 1
+    choices = {c.site.name: c for c in result.choices}
+    assert {n: (c.form, c.rows) for n, c in choices.items()} == {"a": ("sparse", 4), "b": ("dense", None), "y": last}
+    assert choices["b"].reason == "it has no zeros; between its neighbours in one region the model gains"
+    assert choices["y"].reason.startswith("dense is faster or as fast: block:1x1 reaches")
+    assert {c.would_help for c in result.choices} == {""}
+    session = open_session(result.plan.file, library=result.plan.library)
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, WIDTH, WIDTH)).astype(np.float32)}
+    want = run(open_session(tmp_path / "source.onnx"), feeds)["y"]
+    np.testing.assert_allclose(run(session, feeds)["y"], want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
+
+
+@needs_avx512
+def test_layers_between_kernels_stay_dense_where_that_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stopwatch(monkeypatch, 5.0, {REGIONS: 50, EVERY: 60})
+    monkeypatch.setattr(choosing, "interleave", time_sites({0: 5.0, 1: 0.9}))
+    result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
+    assert result.plan.name == REGIONS
+    assert {c.site.name: (c.form, c.rows) for c in result.choices} == {
+        "a": ("sparse", 4),
+        "b": ("dense", None),
+        "y": ("dense", None),
+    }
+    assert folders(result) == {"portable", "regions"}
+
+
+@needs_avx512
+@pytest.mark.parametrize(("apart", "first"), [(True, 5.0), (False, 0.9)])
+def test_layers_that_stand_between_nothing_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool, first: float
+) -> None:
+    """No neighbour shares a region with them, or no neighbour is a kernel."""
+    Stopwatch(monkeypatch, 5.0, {})
+    monkeypatch.setattr(choosing, "interleave", time_sites({0: first, 1: 0.9}))
+    result = placed(tmp_path, proto=in_between(apart), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
+    assert EVERY not in result.race[0]
 
 
 @needs_avx512

@@ -1,0 +1,258 @@
+"""`--calib` and `--restore-unused` through the command line: what is made of samples, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import numpy_helper
+
+from spa_compiler import compiler
+from spa_compiler.cli.compile import main
+from spa_compiler.placement import choose, place
+from tests.networks import network
+
+WIDTH, VOCABULARY = 16, 20
+FILES = {"model.onnx", "kernels.so", "portable.onnx", "manifest.json", "report.json", "recipe.yaml"}
+ZEROS = ("--sparsity", "0.5", "--threads", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_races() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "_RACE_S", 0.05)
+        patch.setattr(choose, "_BUDGET_S", 0.02)
+        yield
+
+
+def net() -> onnx.ModelProto:
+    """A table, a masked feed-forward block with a residual and a norm."""
+    rng = np.random.default_rng(0)
+    shapes = {"table": (VOCABULARY, WIDTH), "u": (WIDTH, 32), "c": (32,), "v": (32, WIDTH), "d": (WIDTH,)}
+    return network(
+        f"""net (int64[batch, seq] ids, int64[batch, seq] attention_mask) => (float[batch, seq, {WIDTH}] y) {{
+          e = Gather (table, ids) m = Cast <to = 1> (attention_mask) n = Unsqueeze (m, last) x = Mul (e, n)
+          a = MatMul (x, u) p = Add (a, c) r = Relu (p) b = MatMul (r, v) q = Add (b, d) s = Add (q, x)
+          y = LayerNormalization (s, ones)
+        }}""",
+        last=np.array([-1]),
+        ones=np.ones(WIDTH, np.float32),
+        **{name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
+    )
+
+
+def arrays(count: int = 70) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {"ids": rng.integers(0, VOCABULARY, (count, 6)), "attention_mask": np.ones((count, 6), np.int64)}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with net.onnx and data.npz; temporary files go beside it, and none may be left."""
+    work, temporary = tmp_path / "work", tmp_path / "temporary"
+    work.mkdir()
+    temporary.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    onnx.save(net(), "net.onnx")
+    np.savez("data.npz", **arrays())
+    yield work
+    assert names(temporary) == set(), "temporary files were left"
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(main, list(arguments))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """The weights of portable.onnx that had no zeros in net.onnx, [inputs, outputs]."""
+    tensors = onnx.load(folder / "portable.onnx").graph.initializer
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors if tensor.name in ("u", "v", "c", "d")}
+
+
+def originals() -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in net().graph.initializer}
+
+
+# ---------------------------------------------------------------- what is made of samples
+
+
+def test_from_samples_to_an_artifact(here: Path) -> None:
+    result = invoke("net.onnx", "--calib", "data.npz", *ZEROS, "--pattern", "block:4x1", "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert "on calibration samples that no pass has seen" in result.stdout
+    assert names(here) == {"net.onnx", "data.npz", "out"}
+    assert names(here / "out") == FILES
+    report = json.loads((here / "out" / "report.json").read_bytes())
+    assert report["asked"]["options"]["calib"] == "data.npz"
+    assert "calibrated on 70 samples in 9 feeds, 1 of which were held out" in report["notes"]
+    assert 0 < report["output_change"] < 1
+    sites = {site["node"]: site for site in report["passes"][0]["sites"]}
+    assert set(sites) == {"a", "b"}
+    held, before = weights(here / "out"), originals()
+    for name, site in zip("uv", (sites["a"], sites["b"]), strict=True):
+        assert site["method"] == "auto"
+        assert site["pattern"] == "block:4x1"
+        assert site["density_after"] == np.count_nonzero(held[name]) / held[name].size
+        assert site["density_after"] < 0.9
+        kept = held[name] != 0
+        assert not np.array_equal(held[name][kept], before[name][kept])  # what stays makes up for what goes
+    assert sum(np.count_nonzero(held[name]) for name in "uv") == pytest.approx(WIDTH * 32, abs=8)
+    assert all(not np.array_equal(held[name], before[name]) for name in "cd")
+
+
+def test_zeros_stay_unless_they_may_be_taken_back(here: Path) -> None:
+    """Where nothing runs sparse (there are no kernels for this target), zeros that the user asked for stay."""
+    asked = ("net.onnx", "--calib", "data.npz", *ZEROS, "--target", "cuda")
+    before = originals()
+    assert invoke(*asked, "-o", "zeros").exit_code == 0
+    held = weights(here / "zeros")
+    assert sum(np.count_nonzero(held[name]) for name in "uv") == WIDTH * 32
+    result = invoke(*asked, "-o", "dense", "--restore-unused", "--json")
+    assert result.exit_code == 0, result.output
+    for name, values in weights(here / "dense").items():
+        np.testing.assert_array_equal(values, before[name])
+    report = json.loads(result.stdout)
+    assert "2 layers that zeros make no faster have their dense weights back" in report["notes"]
+    assert report["asked"]["options"]["restore_unused"] is True
+
+
+def test_synthetic_samples_are_marked(here: Path) -> None:
+    result = invoke("net.onnx", "--calib", "synthetic", *ZEROS, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    (note,) = [note for note in json.loads(result.stdout)["notes"] if "calibrated" in note]
+    assert "synthetic noise" in note
+    assert names(here) == {"net.onnx", "data.npz"}
+
+
+def test_too_few_samples_are_warned_about(here: Path) -> None:
+    np.savez("few.npz", **arrays(2))
+    result = invoke("net.onnx", "--calib", "few.npz", *ZEROS, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "layers saw fewer positions than they have inputs" in result.stdout
+    assert "give more samples" in result.stdout
+    assert "fewer positions" not in invoke("net.onnx", "--calib", "data.npz", *ZEROS, "--dry-run").stdout
+
+
+def test_folders_and_functions(here: Path) -> None:
+    (here / "folder").mkdir()
+    for name, array in arrays().items():
+        np.save(here / "folder" / f"{name}.npy", array)
+    (here / "mine.py").write_text(
+        "import numpy as np\ndef feeds():\n    with np.load('data.npz') as data:\n        yield dict(data)\n"
+    )
+    told = []
+    for data in ("folder", "mine.py:feeds"):
+        result = invoke("net.onnx", "--calib", data, *ZEROS, "--dry-run", "--json")
+        assert result.exit_code == 0, result.output
+        told += [note for note in json.loads(result.stdout)["notes"] if "calibrated" in note]
+    assert told == [
+        "calibrated on 70 samples in 9 feeds, 1 of which were held out",
+        "calibrated on 70 samples in 1 feed, 0 of which were held out",
+    ]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def npz(**changed: np.ndarray | None) -> Callable[[Path], None]:
+    held = {name: array for name, array in (arrays() | changed).items() if array is not None}
+    return lambda folder: np.savez(folder / "bad.npz", **held)  # type: ignore[arg-type]
+
+
+def text(content: str, name: str = "bad.npz") -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def first(name: str, value: float) -> np.ndarray:
+    array = arrays()[name]
+    array[0, 0] = value
+    return array
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+IDS = arrays()["ids"]
+BAD: list[tuple[str, Callable[[Path], None], str, tuple[str, ...]]] = [
+    ("no file", nothing, "bad.npz", ("there is no such file or folder",)),
+    ("another kind", text("1,2", "bad.csv"), "bad.csv", ("cannot be read", ".npz")),
+    ("no archive", text("hello"), "bad.npz", ("cannot be read",)),
+    ("an empty folder", lambda folder: (folder / "bad").mkdir(), "bad", ("neither .npz nor .npy",)),
+    ("names", npz(ids=None, input_ids=IDS), "bad.npz", ("no array for input 'ids'", "['attention_mask']")),
+    ("no name fits", npz(ids=None, attention_mask=None, x=IDS), "bad.npz", ("named after an input", "ids")),
+    ("types", npz(ids=IDS.astype(np.float32)), "bad.npz", ("'ids' are float32, the input is int64",)),
+    ("shapes", npz(ids=IDS[:, :, None]), "bad.npz", ("'ids' has shape [1, 6, 1]", "[batch, seq]")),
+    ("counts", npz(ids=IDS[:5]), "bad.npz", ("disagree on how many samples",)),
+    ("an id outside of the table", npz(ids=first("ids", 20)), "bad.npz", ("sample 0 of 'ids' holds 20", "20 entries")),
+    ("a negative id", npz(ids=first("ids", -21)), "bad.npz", ("holds -21", "tokenizer")),
+    ("empty", npz(ids=IDS[:0], attention_mask=IDS[:0]), "bad.npz", ("it holds no samples",)),
+    ("no positions", npz(ids=IDS[:, :0], attention_mask=IDS[:, :0]), "bad.npz", ("'ids' is empty",)),
+    ("no function", text("", "bad.py"), "bad.py:feeds", ("it has no function 'feeds'",)),
+    ("a function that fails", text("def feeds():\n    yield from (1 / 0,)", "bad.py"), "bad.py:feeds", ("the function failed: ZeroDivisionError",)),
+    ("a file that fails", text("import nowhere_at_all", "bad.py"), "bad.py:feeds", ("running it failed: ModuleNotFoundError",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, data, words", [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_samples(
+    here: Path, make: Callable[[Path], None], data: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "place", lambda *_, **__: pytest.fail("timed"))
+    make(here)
+    before = names(here) | {"__pycache__"}
+    result = invoke("net.onnx", "--calib", data, *ZEROS, "-o", "deep/out")
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert "internal error" not in result.output
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    for word in (data, *words):
+        assert word in last
+    assert names(here) <= before
+
+
+def test_floats_with_nan(here: Path) -> None:
+    proto = network("g (float[batch, 4] x) => (float[batch, 4] y) { a = MatMul (x, w) y = LayerNormalization (a, s) }", w=np.eye(4, dtype=np.float32), s=np.ones(4, np.float32))  # fmt: skip
+    onnx.save(proto, "net.onnx")
+    x = np.ones((9, 4), np.float32)
+    x[6, 2] = np.inf
+    np.savez("bad.npz", x=x)
+    result = invoke("net.onnx", "--calib", "bad.npz", *ZEROS)
+    assert (result.exit_code, result.stdout.count("wrote")) == (2, 0)
+    assert "sample 6 of 'x' holds NaN or infinity" in result.stderr
+    assert names(here) == {"net.onnx", "data.npz", "bad.npz"}
+
+
+def test_samples_that_end_early_the_second_time(here: Path) -> None:
+    """Half of the work is done by then; an older result stays whole."""
+    assert invoke("net.onnx", "--threads", "1", "-o", "out").exit_code == 0
+    older = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
+    (here / "bad.py").write_text(
+        "import numpy as np\ncalls = 0\ndef feeds():\n    global calls\n    calls += 1\n"
+        "    for _ in range(4 - calls):\n        yield {name: np.ones((2, 6), np.int64) for name in ('ids', 'attention_mask')}\n"
+    )
+    result = invoke("net.onnx", "--calib", "bad.py:feeds", *ZEROS, "-o", "out")
+    assert result.exit_code == 2, result.output
+    assert "there were 3 feeds of samples at first, and 2 when they were read again" in result.stderr
+    assert {path.name: path.read_bytes() for path in (here / "out").iterdir()} == older
+    assert names(here) <= {"net.onnx", "data.npz", "bad.py", "out", "__pycache__"}
+
+
+@pytest.mark.parametrize("passes", ["sparsify{sparsity=0.5,method=wanda}", "sparsify{sparsity=0.5,allocate=ecoflap}"])
+def test_what_needs_samples_says_so(here: Path, passes: str) -> None:
+    result = invoke("net.onnx", "--passes", passes, "--threads", "1")
+    assert result.exit_code == 2, result.output
+    assert "--calib" in result.stderr
+    assert names(here) == {"net.onnx", "data.npz"}
