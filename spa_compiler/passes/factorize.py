@@ -23,7 +23,7 @@ from spa_compiler.passes import arrays, chains, shares
 from spa_compiler.passes.factorize_options import BUDGETS, FactorizeOptions, check_sparse, goal_of, method_name
 from spa_compiler.passes.layerwise import Job, Outcome, Result, Solve, leaders, rewrite
 from spa_compiler.passes.low_rank import ByLoss, ByRank, Method, Site, SparseLowRank, clusters, numbers, site_of
-from spa_compiler.passes.outcomes import check_finite, scarce
+from spa_compiler.passes.outcomes import DENSE, check_finite, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
 from spa_compiler.passes.rank_budget import Allocation, Planner, Price, Unit, prices, without_data
 from spa_compiler.passes.sites import select
@@ -41,7 +41,6 @@ _MIN_KEEP = 0.2
 _MET = 1e-6
 _DENSE = "stays dense: no rank that saves 10 % is worth it"
 
-_WHOLE = "dense"
 
 _WORDS = {"params": "parameters", "macs": "multiply-accumulates"}
 
@@ -239,7 +238,7 @@ class Factorize:
         )
 
     def _summary(self, changes: Sequence[SiteChange], taken: int, unit: Unit, got: float, method: Method) -> str:
-        apart = sum(change.pattern != _WHOLE for change in changes)
+        apart = sum(change.pattern != DENSE for change in changes)
         if not apart:
             return "no weight taken apart"
         joint = ", joint" if self.options.joint else ""
@@ -334,7 +333,7 @@ def _told(sites: Sequence[Site], outcomes: Sequence[Outcome]) -> tuple[list[Site
                 node=op.name,
                 op=op.kind,
                 weight=op.weight.name,
-                pattern=_WHOLE if form is None else chains.label(form),
+                pattern=DENSE if form is None else chains.label(form),
                 n=op.n,
                 k=op.k,
                 density_before=int(np.count_nonzero(op.rows())) / size,

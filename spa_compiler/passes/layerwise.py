@@ -36,7 +36,15 @@ from spa_compiler.calibration.stream import Collected, Progress, Stream
 from spa_compiler.graph.bias import Bias, bias_of
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
-from spa_compiler.solvers.problem import DAMPING, F64, Problem
+from spa_compiler.solvers.least_squares import refit
+from spa_compiler.solvers.problem import F64, Problem
+
+RIDGE = 0.3
+"""Of the Gram matrix's mean diagonal: how strongly W1 is drawn to W0. On calibration hold-outs (2:4 on MiniLM, 50 % on
+EfficientNet-Lite0) the outputs change least between 0.1 and 1; SparseGPT's 0.01 follows chance."""
+
+_NOISE = 1e-6
+"""Of a weight's norm: what rounding may make of the moments of two equal runs."""
 
 _ENOUGH = 2
 """Positions for each input from which on a Gram matrix is taken as it is."""
@@ -163,6 +171,20 @@ def split(op: WeightedOp) -> tuple[F64, ...]:
     return tuple(np.split(rows, op.group))
 
 
+def dense(job: Job) -> Result:
+    """A weight that stays as dense as it is: it makes up for what was lost before it, if anything was."""
+    whole = np.concatenate(job.original)
+    rows = np.concatenate([problem.weight for problem in job.problems])
+    if np.linalg.norm(rows - whole) <= _NOISE * np.linalg.norm(whole):
+        return Result(whole, 0.0)
+    if whole.all():
+        return Result(rows, 0.0)
+    solved = [refit(problem, before != 0) for problem, before in zip(job.problems, job.original, strict=True)]
+    lost = sum(problem.loss(new) for problem, new in zip(job.problems, solved, strict=True))
+    all_of_it = sum(problem.loss(np.zeros_like(problem.weight)) for problem in job.problems)
+    return Result(np.concatenate(solved), float(np.sqrt(lost / all_of_it)) if all_of_it > 0 else 0.0)
+
+
 def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool) -> Job:
     weights = split(op)
     problems = [problem_of(weight, moments, group, centred=centred) for group, weight in enumerate(weights)]
@@ -182,7 +204,7 @@ def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> 
         right += extra - np.outer(mean, moments.get("target_mean")[group]) if centred else extra
     if not right.any():
         return problem
-    moved = scipy.linalg.solve(problem.damped(DAMPING), right, assume_a="pos")
+    moved = scipy.linalg.solve(problem.damped(RIDGE), right, assume_a="pos")
     return Problem(problem.weight + moved.T, problem.gram, mean, problem.count)
 
 

@@ -18,7 +18,7 @@ from spa_compiler.calibration.moments import Geometry
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes import ranks
 from spa_compiler.passes.chains import Beside, Form, product, rounded
-from spa_compiler.passes.layerwise import Job, Result, leaders
+from spa_compiler.passes.layerwise import Job, Result, dense, leaders
 from spa_compiler.passes.methods import METHODS, Layer
 from spa_compiler.passes.ranks import Rank
 from spa_compiler.patterns import Pattern
@@ -36,9 +36,6 @@ _PARTS = (0.1, 0.2, 0.3)
 
 _POLISH = 3
 """Rounds in which both parts are fitted to each other, at most."""
-
-_NOISE = 1e-6
-"""Of a weight's norm: what rounding may make of the moments of two equal runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,11 +258,3 @@ class SparseLowRank:
 def results(problems: Sequence[Problem], forms: Sequence[Form]) -> list[Result]:
     """One result for each form."""
     return [Result(product(form), error, form) for form, error in zip(forms, errors(problems, forms), strict=True)]
-
-
-def dense(job: Job) -> Result:
-    """A weight that stays whole: it makes up for what was lost before it, if anything was."""
-    weight, original = job.problems[0].weight, job.original[0]
-    if np.linalg.norm(weight - original) <= _NOISE * np.linalg.norm(original):
-        return Result(original, 0.0)
-    return Result(weight, 0.0)

@@ -14,6 +14,10 @@ from spa_compiler.passes.layerwise import Outcome
 from spa_compiler.passes.pass_ import SiteChange
 
 
+DENSE = "dense"
+"""The pattern of a weight that was refitted and has no zeros."""
+
+
 def check_finite(op: WeightedOp) -> None:
     """Raises ModelError where a weight has a NaN or an infinity."""
     rows = op.rows()

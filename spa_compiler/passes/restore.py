@@ -16,7 +16,8 @@ from spa_compiler.graph.operators import WeightedOp, weighted_ops
 def restore(model: Model, before: Model, used: Collection[str]) -> list[str]:
     """Puts the weights of `before`, and their biases, back into `model`, except for the operators in `used`.
 
-    Operators are known by their names. One that has another shape now, since channels were cut or it was factorized,
+    Only what has more zeros than it had is meant: other weights that changed make up for zeros elsewhere. Operators are
+    known by their names. One that has another shape now, since channels were cut or it was factorized,
     is left as it is. A weight that several operators had together is one again.
 
     Returns:
@@ -31,7 +32,7 @@ def restore(model: Model, before: Model, used: Collection[str]) -> list[str]:
             continue
         if np.array_equal(old.rows(), op.rows()):
             dense.setdefault(id(old.weight), op.weight)
-        elif op.name not in used:
+        elif op.name not in used and np.count_nonzero(op.rows()) < np.count_nonzero(old.rows()):
             changed.append((op, old))
     for op, old in changed:
         held = dense.get(id(old.weight))

@@ -16,6 +16,9 @@ _log = logging.getLogger(__name__)
 
 _SHOWN_NAMES = 5
 
+DEPTHWISE = "depthwise convolution"
+"""Why such a site is skipped."""
+
 
 def select(
     graph: gs.Graph, targets: Sequence[str], ignore: Sequence[str]
@@ -67,7 +70,7 @@ def _reason_to_skip(op: WeightedOp, graph: gs.Graph, targets: Sequence[str], ign
     if targets and op.kind not in targets:
         return "not among `targets`"
     if op.depthwise:
-        return "depthwise convolution"
+        return DEPTHWISE
     if op.is_first_conv:
         return "first convolution"
     if reaches_output_bare(op, graph):

@@ -17,14 +17,14 @@ from spa_compiler.calibration.stream import Stream
 from spa_compiler.criteria import symbolic
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
-from spa_compiler.graph.operators import WeightedOp
+from spa_compiler.graph.operators import WeightedOp, weighted_ops
 from spa_compiler.passes import arrays, shares
 from spa_compiler.passes.gated import gates
 from spa_compiler.passes.layerwise import Outcome, leaders, rewrite
 from spa_compiler.passes.methods import METHODS, REFITTED, Method, exchangeable
-from spa_compiler.passes.outcomes import apply, check_finite, scarce
-from spa_compiler.passes.pass_ import Change, Context, SiteChange, check_options
-from spa_compiler.passes.sites import select
+from spa_compiler.passes.outcomes import DENSE, apply, check_finite, scarce
+from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
+from spa_compiler.passes.sites import DEPTHWISE, select
 from spa_compiler.passes.sparsify_options import SparsifyOptions, method_name, share_of_zeros
 from spa_compiler.passes.zeroing import Zeroing
 from spa_compiler.patterns import Pattern
@@ -48,7 +48,8 @@ class Sparsify:
     rewritten, and biases take up the shift of the means. `sparsegpt`, `admm`, `swap`, `envelope` and `auto` give the
     weights that stay new values; the other methods leave them.
 
-    Embeddings, depthwise convolutions, the first convolution, and a layer that reaches an output with no residual or
+    Depthwise convolutions keep all of their weights; where methods give new values, they get some, too, which make up
+    for what was lost before. Embeddings, the first convolution, and a layer that reaches an output with no residual or
     norm after it are left alone, unless `targets` names them (a name or a glob, not an op type).
     """
 
@@ -107,12 +108,13 @@ class Sparsify:
             self._gated(model, ops, samples),
             self.expression,
         )
+        dense = _between(model, skipped) if method.moves and samples is not None else []
         if samples is None:
             outcomes = self._without_data(layers, context)
         else:
             outcomes = rewrite(
                 model,
-                ops,
+                [*ops, *dense],
                 samples,
                 layers.solve,
                 repair=method.moves,
@@ -120,13 +122,17 @@ class Sparsify:
                 progress=context.progress,
                 seed=layers.seed,
             )
+        refitted = _refitted(dense, outcomes[len(ops) :])
+        outcomes = outcomes[: len(ops)]
+        unlike = {change.node for change in refitted}
+        skipped = [site for site in skipped if site.node not in unlike]
         changes = apply(ops, outcomes, [pattern.name for pattern in pattern_of], self._label(samples))
         if not changes:
             _log.warning("%s took no weight: every MatMul, Gemm and Conv was left alone", self.name)
         return Change(
             pass_name=self.name,
             summary=self._summary(changes, samples, allocation),
-            sites=tuple(changes),
+            sites=(*changes, *refitted),
             skipped=tuple(skipped),
             zeros_alone=True,
             warnings=scarce(ops, outcomes),
@@ -234,6 +240,22 @@ class Sparsify:
             f"{zeros:.1%} zeros in {len(changes)} weights of {elements:,} elements "
             f"({self.pattern.name}, {self._label(samples)}{f', {allocation} shares' if allocation else ''})"
         )
+
+
+def _between(model: Model, skipped: Sequence[SkippedSite]) -> list[WeightedOp]:
+    """Depthwise convolutions that nobody named: with few weights for each channel, refitting them is safe."""
+    names = {site.node for site in skipped if site.reason == DEPTHWISE}
+    return [op for op in weighted_ops(model.graph) if op.depthwise and op.name in names]
+
+
+def _refitted(ops: Sequence[WeightedOp], outcomes: Sequence[Outcome]) -> list[SiteChange]:
+    """Writes what is not as it was."""
+    moved = [
+        (op, outcome)
+        for op, outcome in zip(ops, outcomes, strict=True)
+        if not np.array_equal(op.rows(), outcome.result.rows)
+    ]
+    return apply([op for op, _ in moved], [outcome for _, outcome in moved], [DENSE] * len(moved), "refit")
 
 
 def _require_all(found: Mapping[int, Any], ops: Sequence[WeightedOp], what: str, path: str) -> None:

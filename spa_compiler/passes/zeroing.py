@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from spa_compiler.criteria import symbolic
 from spa_compiler.graph.operators import WeightedOp
-from spa_compiler.passes.layerwise import Job, Result, split
+from spa_compiler.passes.layerwise import Job, Result, dense, split
 from spa_compiler.passes.methods import Layer, Method
 from spa_compiler.solvers.problem import F64, Problem, Zeros
 
@@ -29,8 +29,8 @@ class Zeroing:
     expression: symbolic.Expression | None
 
     def solve(self, jobs: Sequence[Job]) -> list[Result]:
-        """A `layerwise.Solve`."""
-        return [self._one(job) for job in jobs]
+        """A `layerwise.Solve`; sites beyond these get no zeros."""
+        return [self._one(job) if job.site < len(self.ops) else dense(job) for job in jobs]
 
     def of_weights(self, site: int) -> Result:
         """Without samples: the error is that of the weights."""

@@ -14,9 +14,8 @@ from spa_compiler.calibration.samples import Samples
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp, weighted_ops
 from spa_compiler.graph.session import Feeds, open_model, run
-from spa_compiler.passes.layerwise import Job, Outcome, Result, leaders, problem_of, rewrite, split
+from spa_compiler.passes.layerwise import RIDGE, Job, Outcome, Result, leaders, problem_of, rewrite, split
 from spa_compiler.passes.outcomes import apply
-from spa_compiler.solvers.problem import DAMPING
 from tests.networks import model_of
 from tests.passes.tiny import HIDDEN, WIDTH, bits, calibration, correlated, feed_forward, samples
 
@@ -81,7 +80,7 @@ def ridge(x: F64, target: F64, start: F64, centred: bool) -> F64:
     if centred:
         x, target = x - x.mean(axis=0), target - target.mean(axis=0)
     count, k = x.shape
-    lam = DAMPING * np.square(x).sum() / count / k
+    lam = RIDGE * np.square(x).sum() / count / k
     left = np.concatenate([x / np.sqrt(count), np.sqrt(lam) * np.eye(k)])
     right = np.concatenate([target / np.sqrt(count), np.sqrt(lam) * start.T])
     return np.linalg.lstsq(left, right)[0].T
