@@ -60,6 +60,9 @@ class Result:
         return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
+_CALIBRATED = "# Calibrated: to repeat it, give --calib again. Without samples these options mean something else.\n"
+
+
 def compile(
     model: str | Path | onnx.ModelProto,
     output: str | Path | None = None,
@@ -159,7 +162,7 @@ def compile(
             _collect(placed, plans, folder)
             if not (folder / "kernels.so").exists():  # it is always there, and loads, even when no site gained
                 link([], goal.mcpu, folder / "kernels.so")
-            (folder / "recipe.yaml").write_text(origin.recipe)
+            (folder / "recipe.yaml").write_text((_CALIBRATED if calib is not None and passes else "") + origin.recipe)
         with stages("verify"):
             _verify(report, folder, source, [*feeds, *odd], exact=not passes, runs=goal.kind == "cpu")
         assemble.sizes(report, origin.bytes or loaded.source.bytes, folder)

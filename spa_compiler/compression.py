@@ -143,7 +143,7 @@ def run_passes(model: str | Path | onnx.ModelProto, request: Request, report: Re
     if request.calib is not None:
         with stages("read samples"):
             calibration = samples.load(request.calib, loaded, bindings[0], request.seed)
-            report.notes.append(_told(calibration))
+            report.notes.append(_told(calibration, len(passes)))
     with stages("canonicalize"):
         canonical = canonicalize(loaded, feeds)
         report.notes += canonical.notes
@@ -190,16 +190,18 @@ class Stages:
         self._report.stages.append(assemble.stage(name, seconds))
 
 
-def _told(calibration: Samples) -> str:
+def _told(calibration: Samples, passes: int) -> str:
     """What the samples are, for the report."""
     held = sum(calibration.holds_out(number) for number in range(calibration.count))
+    if not passes:
+        return "the samples were read for nothing: there is no pass that could learn from them (--sparsity, --passes)"
     if calibration.synthetic:
         return (
             f"calibrated on synthetic noise ({calibration.rows} samples): statistics of deep layers are off, and the "
             "estimate of the output change is of noise"
         )
     feeds = "1 feed" if calibration.count == 1 else f"{calibration.count} feeds"
-    return f"calibrated on {calibration.rows} samples in {feeds}, {held} of which were held out"
+    return f"calibrated on {calibration.rows} samples in {feeds}, {held} of them held out"
 
 
 def _feeds(

@@ -57,7 +57,7 @@ def test_the_report_tells_each_site() -> None:
         assert site.seconds >= 0
     kept = sum(np.count_nonzero(op.rows()) for op in weighted_ops(done.model.graph))
     assert abs(kept - 2 * 12 * 16) <= 4 * 4  # each of four layers is rounded to a block
-    assert f"calibrated on {SAMPLES} samples in 9 feeds, 1 of which were held out" in done.report.notes
+    assert f"calibrated on {SAMPLES} samples in 9 feeds, 1 of them held out" in done.report.notes
     assert {"load", "read samples", "passes", "estimate"} <= {stage.name for stage in done.report.stages}
     assert done.report.asked.options["calib"] == "data.npz"
 
@@ -132,7 +132,7 @@ def test_a_few_samples_are_called_too_few() -> None:
     (warning,) = done.report.passes[0].warnings
     assert "4 of 4 layers saw fewer positions than they have inputs" in warning
     assert "4 for 16" in warning
-    assert "give more samples" in warning
+    assert "times as many samples" in warning
     assert compress().report.passes[0].warnings == ()
 
 

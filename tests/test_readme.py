@@ -17,7 +17,8 @@ from click.testing import CliRunner
 
 from spa_compiler.cli.compile import main as spa_compile
 from spa_compiler.passes.recipe import from_flags
-from tests.peers import tables
+from tests.peers import accuracy, accuracy_tables, tables
+from tests.peers.accuracy_rows import Rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -38,6 +39,13 @@ def test_the_table_is_what_was_measured() -> None:
     between = README.split(tables.BEGIN)[1].split(tables.END)[0].strip()
     expected = tables.render(tables.read(tables.MEASURED))
     assert between == expected, "run: python tests/peers/tables.py --render"
+
+
+def test_the_accuracies_are_what_was_measured() -> None:
+    assert README.count(accuracy.BEGIN) == README.count(accuracy.END) == 1
+    between = README.split(accuracy.BEGIN)[1].split(accuracy.END)[0].strip()
+    expected = accuracy_tables.brief(Rows.read(accuracy.JSON))
+    assert between == expected, "run: python tests/peers/accuracy.py --render"
 
 
 def test_the_table_says_where_int8_wins() -> None:

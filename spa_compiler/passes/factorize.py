@@ -122,7 +122,7 @@ class Factorize:
         budget = self.goal in BUDGETS
         return Change(
             pass_name=self.name,
-            summary=self._summary(changes, len(ops), unit, got, method),
+            summary=self._summary(changes, len(ops), unit, got, allocation if budget else self.goal),
             sites=tuple(changes),
             skipped=(*skipped, *dense),
             zeros_alone=not changes,
@@ -237,14 +237,15 @@ class Factorize:
             f"{self.options.multiple}, and where the smallest of them saves too little a weight stays dense",
         )
 
-    def _summary(self, changes: Sequence[SiteChange], taken: int, unit: Unit, got: float, method: Method) -> str:
+    def _summary(self, changes: Sequence[SiteChange], taken: int, unit: Unit, got: float, allocation: str) -> str:
         apart = sum(change.pattern != DENSE for change in changes)
         if not apart:
             return "no weight taken apart"
         joint = ", joint" if self.options.joint else ""
+        how = ", ".join(sorted({change.method for change in changes if change.pattern != DENSE}))
         return (
             f"{apart} of {taken} weights taken apart, {got:.1%} of their {_WORDS[unit]} kept "
-            f"({method}, allocate {self.options.allocate}{joint})"
+            f"({how}, {allocation} shares{joint})"
         )
 
 

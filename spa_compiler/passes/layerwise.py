@@ -159,10 +159,15 @@ def problem_of(weight: F64, moments: Moments, group: int = 0, *, centred: bool =
     gram, mean = moments.get("gram")[group], moments.get("mean")[group]
     if centred:
         gram = gram - np.outer(mean, mean)
-    few = 1 - moments.count / (_ENOUGH * len(mean))
+    few = 1 - _trust(moments)
     if few > 0:
         gram = gram * (1 - few / 2) + np.diag(np.diagonal(gram)) * (few / 2)
     return Problem(weight, gram, mean, moments.count)
+
+
+def _trust(moments: Moments) -> float:
+    """0 to 1: how much of what a repair would change may change, by how many positions it knows."""
+    return min(1.0, moments.count / (_ENOUGH * moments.k))
 
 
 def split(op: WeightedOp) -> tuple[F64, ...]:
@@ -204,7 +209,7 @@ def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> 
         right += extra - np.outer(mean, moments.get("target_mean")[group]) if centred else extra
     if not right.any():
         return problem
-    moved = scipy.linalg.solve(problem.damped(RIDGE), right, assume_a="pos")
+    moved = scipy.linalg.solve(problem.damped(RIDGE), right * _trust(moments), assume_a="pos")
     return Problem(problem.weight + moved.T, problem.gram, mean, problem.count)
 
 
@@ -216,9 +221,10 @@ def _shifted(op: WeightedOp, bias: Bias | None, rows: NDArray[Any], moments: Mom
     now = moments.get("mean")
     before = moments.get("dense_mean") if repair else now
     shift = [w0 @ z - w @ x for w0, w, z, x in zip(split(op), new, before, now, strict=True)]
-    values: F64 = np.asarray(bias.values, np.float64) + np.concatenate(shift)
+    change = np.concatenate(shift)
     if repair and "target_mean" in moments:
-        values += np.concatenate(list(moments.get("target_mean")))
+        change += np.concatenate(list(moments.get("target_mean")))
+    values: F64 = np.asarray(bias.values, np.float64) + _trust(moments) * change
     return values
 
 

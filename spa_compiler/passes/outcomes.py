@@ -89,7 +89,7 @@ def scarce(ops: Sequence[WeightedOp], outcomes: Sequence[Outcome]) -> tuple[str,
     op, positions = min(few, key=lambda pair: pair[1] / pair[0].k)
     return (
         f"{len(few)} of {len(ops)} layers saw fewer positions than they have inputs ({op.name!r}: {positions} for "
-        f"{op.k}): their statistics were regularized; give more samples",
+        f"{op.k}): less of what they lose is made up for; give {-(-2 * op.k // positions)} times as many samples",
     )
 
 

@@ -212,6 +212,11 @@ def _build(name: str, given: Mapping[Any, object], path: str, *, strict: bool) -
         # `replace` goes through the constructor: msgspec leaves defaults unset on the instance, and then out of YAML.
         options = dataclasses.replace(msgspec.convert(plain, cls.Options, strict=strict))
     except msgspec.ValidationError as error:
+        for key, value in plain.items():
+            if f"at `$.{key}`" in str(error) and typing.get_origin(types[key]) is Literal:
+                known = [str(word) for word in typing.get_args(types[key])]
+                fix = did_you_mean(str(value), known)
+                raise UsageError(f"{name} has no {key} {value!r}", where=f"{path}.{key}", fix=fix) from error
         raise _usage_error(error, path, None, plain) from error
     try:
         cls(options)

@@ -75,10 +75,12 @@ class SparsifyOptions:
     ] = 0.2
     scores: Annotated[
         str | None,
-        Meta(description="an .npz of importances, one array for each weight, by its name; for `scores` and `symbolic`"),
+        Meta(description="an .npz of importances, one array for each weight, by its name (`spa-compile --dry-run --json` "
+            "lists them); makes the method `scores`, or is G in `symbolic`"),
     ] = None
     masks: Annotated[
-        str | None, Meta(description="an .npz of masks, one array for each weight, by its name: 0 or False goes")
+        str | None, Meta(description="an .npz of masks, one array for each weight, by its name: 0 or False goes; makes the method "
+            "`masks`")
     ] = None
     expression: Annotated[
         str | None,

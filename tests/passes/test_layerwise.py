@@ -231,6 +231,18 @@ def test_without_repair_biases_take_up_what_their_own_site_did() -> None:
     assert np.abs(outcomes[1].values - bias).max() > 0.01
 
 
+@pytest.mark.parametrize("count, share", [(3, 3 / 24), (12, 0.5), (24, 1.0), (60, 1.0)])
+def test_few_positions_move_biases_by_a_part(count: int, share: float) -> None:
+    """Twice as many positions as inputs are trusted; what three of them say about a mean is mostly chance."""
+    given, model, before = samples({"x": correlated(count, WIDTH, 0)}), feed_forward(), feed_forward()
+    outcome = rewrite(model, weighted_ops(model.graph)[:1], given, solving(shaken))[0]
+    x = correlated(count, WIDTH, 0).mean(axis=0, dtype=np.float64)
+    shift = (weighted_ops(before.graph)[0].rows() - outcome.result.rows) @ x
+    bias = before.graph.tensors()["u0"].values
+    np.testing.assert_allclose(outcome.values - bias, share * shift, atol=1e-5)
+    assert np.abs(shift).max() > 0.05
+
+
 def test_biases_of_convolutions_keep_means_too() -> None:
     before, model, given = grouped(), grouped(), pictures()
     after = written(model, rewrite(model, weighted_ops(model.graph), given, solving(shaken)))

@@ -1,10 +1,10 @@
-"""docs/accuracy.md: what every method loses on real models, beside the controls, and whether the bars are met.
+"""docs/accuracy.md, and a table in README.md: what every method loses on real models, and whether the bars are met.
 
     python tests/peers/accuracy.py                                   what docs/accuracy.json lacks; many hours for all
     python tests/peers/accuracy.py --only minilm --setting "60*"     some models, settings, methods: names or globs
     python tests/peers/accuracy.py --method sparsegpt --fresh        anew, though the rows are there
     python tests/peers/accuracy.py --method "onnxsim*" --python onnxsim=/path/to/bin/python
-    python tests/peers/accuracy.py --render                          docs/accuracy.md from the rows, nothing measured
+    python tests/peers/accuracy.py --render                          both from the rows, nothing measured
 
 Each compression runs in a process of its own and is written down when it is done, so a run that stops goes on where it
 was. A row stays while the versions that it was measured with are the installed ones.
@@ -51,6 +51,8 @@ from tests.peers.accuracy_settings import recipe as recipe_of  # noqa: E402
 HERE = Path(__file__).resolve().parent
 JSON = ROOT / "docs" / "accuracy.json"
 MARKDOWN = ROOT / "docs" / "accuracy.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 SEED = 0
 SCORING_THREADS = 2
 LIBRARIES = ("onnxruntime", "numpy", "scipy")
@@ -385,6 +387,9 @@ def main() -> int:
         say(f"{stale} rows were measured with other sources of this package: --fresh measures them anew")
     if options.json.resolve() == JSON:
         MARKDOWN.write_text(accuracy_tables.render(rows), encoding="utf-8")
+        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        README.write_text(f"{before}{BEGIN}\n{accuracy_tables.brief(rows)}\n{END}{after}", encoding="utf-8")
     else:
         print(accuracy_tables.render(rows), end="")
     return bool(failures)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
-PERIOD = 0.05
+PERIOD = 0.5
 """Seconds between two looks; the peak of the process itself is the kernel's, so only sums over children are sampled."""
 
 

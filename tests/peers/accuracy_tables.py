@@ -10,6 +10,7 @@ from tests.peers.accuracy_rows import DENSE, Row, Rows
 from tests.peers.accuracy_settings import METHODS, MODELS, Model
 
 NOTHING = "-"
+NOT_YET = "Nothing has been measured yet: `python tests/peers/accuracy.py` does, and writes this table."
 SMALL = 0.05
 """A dense score this far from the stated one is pointed out."""
 FAR_OFF = 1000.0
@@ -43,6 +44,33 @@ def render(rows: Rows) -> str:
         lines += ["", "## Refused", ""]
         lines += [f"- {row.model}, {row.setting}, {row.method}: {row.refused}" for row in refused]
     return "\n".join(lines) + "\n"
+
+
+def brief(rows: Rows) -> str:
+    """The README's table: each bar's method beside the controls at the same budget."""
+    known = [bar for bar in BARS if rows.drop(bar.model, bar.setting, bar.method) is not None]
+    if not known:
+        return NOT_YET
+    lines = [_line(["model and metric", "what is left", "dense", "compressed", "lost", "magnitude", "random"])]
+    lines.append(_line(["---", "---", *["---:"] * 5]))
+    for bar in known:
+        model, row = MODELS[bar.model], rows[bar.model, bar.setting, bar.method]
+        dense = rows[bar.model, DENSE, DENSE]
+        unit = " %" if model.perplexity else ""
+        controls = [rows.drop(bar.model, bar.setting, name) for name in ("magnitude", "random")]
+        lines.append(
+            _line(
+                [
+                    model.title,
+                    bar.setting,
+                    _score(model, dense.score or 0.0),
+                    _score(model, row.score or 0.0),
+                    f"**{_number(row.drop or 0.0)}{unit}**",
+                    *(NOTHING if drop is None else f"{_number(drop)}{unit}" for drop in controls),
+                ]
+            )
+        )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- one model
