@@ -48,7 +48,8 @@ def facts(report: Any, sizes: Mapping[str, int], *, data: bool) -> dict[str, flo
         sizes: elements of the source's weights, by name.
         data: whether there were samples; errors are of weights without, and left out.
     """
-    sites = [site for change in report.passes for site in change.sites]
+    # What was refitted without zeros was not to be compressed.
+    sites = [site for change in report.passes for site in change.sites if site.method != "refit"]
     shares = [change.got["params"] for change in report.passes if "params" in change.got]
     known = [(sizes[site.weight], site.density_after) for site in sites if site.weight in sizes]
     whole = sum(size for size, _ in known)

@@ -151,11 +151,12 @@ def test_only_our_sites_are_taken_from_another_tool(tmp_path: Path) -> None:
 
 def test_what_a_report_says() -> None:
     sites = [
-        SimpleNamespace(weight="a", density_after=0.5, error=0.1),
-        SimpleNamespace(weight="b", density_after=1.0, error=0.3),
+        SimpleNamespace(weight="a", density_after=0.5, error=0.1, method="auto"),
+        SimpleNamespace(weight="b", density_after=1.0, error=0.3, method="auto"),
+        SimpleNamespace(weight="c", density_after=1.0, error=0.0, method="refit"),  # was not to be compressed
     ]
     report = SimpleNamespace(passes=[SimpleNamespace(sites=sites, got={})], output_change=0.25)
-    found = facts(report, {"a": 4, "b": 12}, data=True)
+    found = facts(report, {"a": 4, "b": 12, "c": 16}, data=True)
     assert found == {"kept": pytest.approx(14 / 16), "site_error": pytest.approx(0.2), "holdout": 0.25}
     assert facts(report, {"a": 4, "b": 12}, data=False)["site_error"] is None
     report.passes[0].got = {"params": 0.7}
@@ -178,7 +179,7 @@ def test_what_the_package_refuses_is_a_row() -> None:
 
 
 def test_memory_counts_the_process_and_its_children() -> None:
-    hold = "x = bytearray(b'1') * (64 << 20); import sys, time; sys.stdin.close(); time.sleep(0.6)"
+    hold = "x = bytearray(b'1') * (64 << 20); import sys, time; sys.stdin.close(); time.sleep(2)"
     child = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; p.wait(); print(1)"
     )
