@@ -51,7 +51,7 @@ def brief(rows: Rows) -> str:
     known = [bar for bar in BARS if rows.drop(bar.model, bar.setting, bar.method) is not None]
     if not known:
         return NOT_YET
-    lines = [_line(["model and metric", "what is left", "dense", "compressed", "lost", "magnitude", "random"])]
+    lines = [_line(["model and metric", "zeros or form", "dense", "compressed", "lost", "magnitude", "random"])]
     lines.append(_line(["---", "---", *["---:"] * 5]))
     for bar in known:
         model, row = MODELS[bar.model], rows[bar.model, bar.setting, bar.method]
