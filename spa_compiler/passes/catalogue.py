@@ -45,8 +45,8 @@ passes:
   pattern: block:4x1
 ```
 
-Every artifact holds its `recipe.yaml` with all options written out, which repeats the run (with the same `--calib`, if there
-was one: without samples, `auto` is another method):
+Every artifact holds its `recipe.yaml` with all options written out, which repeats the run (with the same `--calib`, if
+there was one: without samples, `auto` is another method):
 
 ```yaml
 {resolved}```

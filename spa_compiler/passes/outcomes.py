@@ -13,7 +13,6 @@ from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes.layerwise import Outcome
 from spa_compiler.passes.pass_ import SiteChange
 
-
 DENSE = "dense"
 """The pattern of a weight that was refitted and has no zeros."""
 

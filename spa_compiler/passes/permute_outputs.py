@@ -23,7 +23,7 @@ from spa_compiler.passes.cutting import analysis_of
 from spa_compiler.passes.pass_ import Change, Context, SkippedSite, check_options
 from spa_compiler.passes.sites import select
 from spa_compiler.solvers.problem import F64
-from spa_compiler.solvers.row_order import Order, row_order
+from spa_compiler.solvers.row_order import row_order
 
 _log = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class PermuteOutputs:
     """x -> MatMul(W1) -> Add(b1) -> Relu -> MatMul(W2) -> y
     becomes    x -> MatMul(W1[:, P]) -> Add(b1[P]) -> Relu -> MatMul(W2[P]) -> y        P = a permutation
 
-    Outputs that need the same inputs come to lie side by side, so that blocks of R outputs keep more of what matters: put
-    it before `sparsify` with that pattern. An element matters by its square times the mean square of its input, where
-    there is calibration data, else by its square. Nothing but rounding changes what the model computes, and every run
-    compares.
+    Outputs that need the same inputs come to lie side by side, so that blocks of R outputs keep more of what matters:
+    put it before `sparsify` with that pattern. An element matters by its square times the mean square of its input,
+    where there is calibration data, else by its square. Nothing but rounding changes what the model computes, and every
+    run compares.
 
     A group of coupled channels is permuted where it is the whole of every axis that it touches: hidden units, channels
     inside of residual blocks. Heads, concatenations and shuffles, which cut an axis in parts, keep their order, and so
@@ -118,7 +118,9 @@ class PermuteOutputs:
 def _is_whole(group: Group) -> bool:
     """Whether unit i is index i of every axis that the group touches, so that they may change places."""
     units = np.arange(group.size)
-    return all(len(member.occurrences) == 1 and np.array_equal(member.occurrences[0], units) for member in group.members)
+    return all(
+        len(member.occurrences) == 1 and np.array_equal(member.occurrences[0], units) for member in group.members
+    )
 
 
 def _writers(group: Group, ops: Sequence[WeightedOp]) -> list[int]:
@@ -135,7 +137,9 @@ def _energies(model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapp
         model, ops, context.calibration, sequential=False, threads=context.workers, progress=context.progress
     )
     return {
-        collected.site: np.diagonal(collected.fit.get("gram"), axis1=1, axis2=2) for wave in stream for collected in wave
+        collected.site: np.diagonal(collected.fit.get("gram"), axis1=1, axis2=2)
+        for wave in stream
+        for collected in wave
     }
 
 

@@ -75,12 +75,17 @@ class SparsifyOptions:
     ] = 0.2
     scores: Annotated[
         str | None,
-        Meta(description="an .npz of importances, one array for each weight, by its name (`spa-compile --dry-run --json` "
-            "lists them); makes the method `scores`, or is G in `symbolic`"),
+        Meta(
+            description="an .npz of importances, one array for each weight, by its name (`spa-compile --dry-run "
+            "--json` lists them); makes the method `scores`, or is G in `symbolic`"
+        ),
     ] = None
     masks: Annotated[
-        str | None, Meta(description="an .npz of masks, one array for each weight, by its name: 0 or False goes; makes the method "
-            "`masks`")
+        str | None,
+        Meta(
+            description="an .npz of masks, one array for each weight, by its name: 0 or False goes; makes the method "
+            "`masks`"
+        ),
     ] = None
     expression: Annotated[
         str | None,

@@ -108,7 +108,7 @@ def test_damaged_files(make: Callable[[Path], object], tmp_path: Path) -> None:
 def test_an_array_that_would_not_fit_memory_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "s.npz", **ones())
     monkeypatch.setattr(arrays, "_LARGEST", 1000)
-    with pytest.raises(UsageError, match="'A0.npy' would take"):
+    with pytest.raises(UsageError, match=r"'A0\.npy' would take"):
         sparsify(feed_forward(), context(), sparsity=0.5, scores=str(tmp_path / "s.npz"))
 
 

@@ -9,7 +9,7 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import weighted_ops
 from spa_compiler.passes.gated import gates
 from tests.networks import model_of
-from tests.passes.tiny import correlated, context, rows, samples, sparsify
+from tests.passes.tiny import context, correlated, rows, samples, sparsify
 
 SILU = "c = Sigmoid (g) act = Mul (g, c)"
 GELU = "d = Div (g, {1.4142}) e = Erf (d) o = Add (e, {1.0}) t = Mul (g, o) act = Mul (t, {0.5})"

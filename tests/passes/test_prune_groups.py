@@ -85,7 +85,9 @@ def test_at_least_one_unit_stays_and_the_shortfall_is_told() -> None:
     model = model_from(TWO_LAYERS)
     change = prune(macs=0.01)(model)
     assert change.got["macs"] == 0.25
-    assert change.warnings[0].startswith("asked to keep 1.0% of the MACs, kept 25.0%: more is not possible with min_keep=0.1")
+    assert change.warnings[0].startswith(
+        "asked to keep 1.0% of the MACs, kept 25.0%: more is not possible with min_keep=0.1"
+    )
 
 
 def test_a_shortfall_names_the_pins_that_hold_the_rest() -> None:
