@@ -208,16 +208,30 @@ class SparseLowRank:
     def _one(self, job: Job) -> Result:
         problem, pattern = job.problems[0], self.patterns[job.site]
         parameters = float(self.densities[job.site]) * problem.weight.size
-        forms: list[Form] = []
-        for rank in self._ranks(problem, pattern, parameters):
-            left = parameters - rank * sum(problem.weight.shape)
-            zeros = Zeros(pattern, 1 - left / problem.weight.size if pattern.sparsity is None else pattern.sparsity)
-            forms.append(self._pair(problem, rank, zeros))
+        forms: list[Form] = [
+            self._pair(problem, rank, _zeros_beside(problem, rank, pattern, parameters))
+            for rank in self._finalists(problem, pattern, parameters)
+        ]
         whole = int(parameters / sum(problem.weight.shape)) // self.multiple * self.multiple
         if self.part is None and pattern.sparsity is None and whole:
             forms.append(svd.whitened(problem).truncate(whole))
         stored = [rounded(form, self.sites[job.site].op.weight.dtype) for form in forms]
         return results([problem], [min(stored, key=lambda form: problem.loss(product(form)))])[0]
+
+    def _finalists(self, problem: Problem, pattern: Pattern, parameters: float) -> list[int]:
+        """Of several ranks to try, none at all and the one that a cheap solver loses least with."""
+        ranks = self._ranks(problem, pattern, parameters)
+        if len(ranks) < 3:
+            return ranks
+        solver = METHODS["sparsegpt" if self.data else "magnitude"].solve
+
+        def loss(rank: int) -> float:
+            zeros = _zeros_beside(problem, rank, pattern, parameters)
+            low, _ = sparse_low_rank(problem, rank, zeros, refits=0)
+            rest = replace(problem, weight=problem.weight - low.weight)
+            return rest.loss(solver(rest, zeros, Layer(np.random.default_rng(0))).weight)
+
+        return [ranks[0], min(ranks[1:], key=loss)]
 
     def _ranks(self, problem: Problem, pattern: Pattern, parameters: float) -> list[int]:
         """The ranks to try, ascending."""
@@ -253,6 +267,12 @@ class SparseLowRank:
                 break
             loss, low, sparse = after, factors, fitted
         return Beside(sparse.weight, low)
+
+
+def _zeros_beside(problem: Problem, rank: int, pattern: Pattern, parameters: float) -> Zeros:
+    """What a low-rank part leaves of the parameters to the sparse one."""
+    left = parameters - rank * sum(problem.weight.shape)
+    return Zeros(pattern, 1 - left / problem.weight.size if pattern.sparsity is None else pattern.sparsity)
 
 
 def results(problems: Sequence[Problem], forms: Sequence[Form]) -> list[Result]:
