@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from spa_compiler.placement import choose, place
+
 pytest.register_assert_rewrite("tests.onnx_text", "tests.networks", "tests.kernel_harness", "tests.region_harness")
 
 
@@ -16,3 +18,12 @@ def spa_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPA_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def short_races() -> Iterator[None]:
+    """Compilations spend little time on measuring."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "_RACE_S", 0.2)
+        patch.setattr(choose, "_BUDGET_S", 0.1)
+        yield

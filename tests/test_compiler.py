@@ -22,22 +22,13 @@ from spa_compiler.compiler import Result, compile, load
 from spa_compiler.errors import BudgetError, ModelError, UsageError, VerificationError
 from spa_compiler.graph.session import open_session, run
 from spa_compiler.passes.recipe import from_command_line
-from spa_compiler.placement import choose, place
 from spa_compiler.report import report as reports
-from spa_compiler.targets import host
+from tests.folders import ARTIFACT, names
+from tests.marks import needs_avx512
 from tests.networks import mlp
 
 WIDTH = 256
-FILES = {"model.onnx", "kernels.so", "portable.onnx", "manifest.json", "report.json", "recipe.yaml"}
-needs_avx512 = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="sparse kernels need x86-64-v4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_races() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "_RACE_S", 0.2)
-        patch.setattr(choose, "_BUDGET_S", 0.1)
-        yield
+pytestmark = pytest.mark.usefixtures("short_races")
 
 
 @pytest.fixture
@@ -63,10 +54,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return folder, compile(proto, folder / "out", threads=1)
 
 
-def names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
-
-
 def assert_same(source: Path, folder: Path, width: int, batch: int, seq: int, tolerance: float = 1e-5) -> None:
     feeds = {"x": np.random.default_rng(seq).standard_normal((batch, seq, width)).astype(np.float32)}
     want = run(open_session(source), feeds)["y"]
@@ -83,12 +70,12 @@ class TestFolder:
         return Path(request.getfixturevalue(made)[0])
 
     def test_what_it_holds(self, folder: Path) -> None:
-        assert names(folder / "out") == FILES
+        assert names(folder / "out") == ARTIFACT
         assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
     def test_the_manifest(self, folder: Path) -> None:
         found = manifest.check(folder / "out")
-        assert set(found.files) == FILES - {"manifest.json", "report.json"}
+        assert set(found.files) == ARTIFACT - {"manifest.json", "report.json"}
         assert found.artifact_version == manifest.ARTIFACT_VERSION
 
     def test_the_report(self, folder: Path, made: str) -> None:
@@ -164,7 +151,7 @@ def test_load_checks_the_manifest(sparse: tuple[Path, Result], tmp_path: Path) -
 def test_the_same_request_gives_the_same_bytes(sparse: tuple[Path, Result], tmp_path: Path) -> None:
     folder, first = sparse
     again = compile(folder / "zeros.onnx", tmp_path / "out", threads=1, records=folder / "records.sqlite")
-    for name in FILES - {"report.json"}:
+    for name in ARTIFACT - {"report.json"}:
         assert (tmp_path / "out" / name).read_bytes() == (folder / "out" / name).read_bytes(), name
     assert again.report.race == first.report.race, "the records were replayed"
 
@@ -175,7 +162,7 @@ def test_an_artifact_is_placed_anew(sparse: tuple[Path, Result], tmp_path: Path)
     before = manifest.read(folder)
     result = compile(folder, threads=1, records=sparse[0] / "records.sqlite")
     assert result.folder == folder
-    assert names(folder) == FILES
+    assert names(folder) == ARTIFACT
     assert names(tmp_path) == {"out"}
     after = manifest.check(folder)
     assert after.files["portable.onnx"] == before.files["portable.onnx"]
@@ -233,7 +220,7 @@ def test_other_targets_stay_dense_and_say_so(here: Path, target: str, words: str
     assert any(words in note for note in result.report.notes)
     assert {p.form for p in result.report.placements} == {"dense"}
     assert all(words in p.reason for p in result.report.placements)
-    assert names(here / "out") == FILES
+    assert names(here / "out") == ARTIFACT
     assert_same_as_proto(mlp(0.1, 64), here / "out")
 
 

@@ -14,16 +14,12 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
 
 from spa_compiler.analysis import schema
 from spa_compiler.cli.analyze import main
 from tests.analysis import nets
 from tests.analysis.told import weighted
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(main, list(arguments))
+from tests.cli.command import invoke
 
 
 @pytest.fixture
@@ -34,7 +30,7 @@ def model(tmp_path: Path) -> str:
 
 
 def test_tables(model: str) -> None:
-    result = invoke(model)
+    result = invoke(main, model)
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["group", "size", "granularity", "params", "MACs", "members"] in lines
@@ -52,7 +48,7 @@ def test_pins_are_told_with_their_reasons(tmp_path: Path) -> None:
       y = MatMul(b, v)
     }"""
     onnx.save(weighted(text), path)
-    result = invoke(str(path))
+    result = invoke(main, str(path))
     assert result.exit_code == 0
     assert "no groups: nothing can be removed" in result.stdout
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -69,7 +65,7 @@ def test_pins_are_told_with_their_reasons(tmp_path: Path) -> None:
 
 
 def test_a_model_without_pins_that_hold_says_so(model: str) -> None:
-    assert invoke(model).stdout.splitlines()[-1] == "pinned: 0.0% of parameters"
+    assert invoke(main, model).stdout.splitlines()[-1] == "pinned: 0.0% of parameters"
 
 
 def test_little_is_not_nothing(tmp_path: Path) -> None:
@@ -82,7 +78,7 @@ def test_little_is_not_nothing(tmp_path: Path) -> None:
     }"""),
         path,
     )
-    last = invoke(str(path)).stdout.splitlines()[-1]
+    last = invoke(main, str(path)).stdout.splitlines()[-1]
     assert last == "pinned: <0.1% of parameters, held by: interface (graph output) <0.1%"
 
 
@@ -99,13 +95,13 @@ def deep(layers: int) -> onnx.ModelProto:
 def test_long_tables_show_the_largest_and_count_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "deep.onnx"
     onnx.save(deep(45), path)
-    result = invoke(str(path))
+    result = invoke(main, str(path))
     lines = [line.split() for line in result.stdout.splitlines()]
     shown = [int(line[3].replace(",", "")) for line in lines if len(line) > 3 and line[2:3] == ["channel"]]
     assert len(shown) == 40
     assert shown == sorted(shown, reverse=True)
     assert "and 5 more smaller groups; --all shows them" in result.stdout
-    whole = invoke(str(path), "--all").stdout
+    whole = invoke(main, str(path), "--all").stdout
     assert sum(line.split()[2:3] == ["channel"] for line in whole.splitlines()) == 45
     assert "--all" not in whole
 
@@ -117,7 +113,7 @@ def test_markup_in_names_is_text(tmp_path: Path) -> None:
         tensor.name = tensor.name.replace("wd", "[red]wd[/nonsense]")
     model.graph.node[-1].input[1] = "[red]wd[/nonsense]"
     onnx.save(model, path)
-    result = invoke(str(path))
+    result = invoke(main, str(path))
     assert result.exit_code == 0
     assert "[red]wd[/nonsense][0]" in result.stdout
 
@@ -130,7 +126,7 @@ def test_names_give_a_terminal_no_orders(tmp_path: Path) -> None:
         tensor.name = tensor.name.replace("wd", name)
     model.graph.node[-1].input[1] = name
     onnx.save(model, path)
-    result = invoke(str(path))
+    result = invoke(main, str(path))
     assert result.exit_code == 0
     assert not set("\x1b\x07\x9b\u202e") & set(result.stdout)
     assert "\ufffd[2J\ufffd\ufffdm\ufffdlonglong" in result.stdout
@@ -138,7 +134,7 @@ def test_names_give_a_terminal_no_orders(tmp_path: Path) -> None:
 
 
 def test_json_is_all_there_is_on_stdout(model: str) -> None:
-    result = invoke(model, "--json")
+    result = invoke(main, model, "--json")
     assert result.exit_code == 0
     assert [group["size"] for group in json.loads(result.stdout)["groups"]] == [8, 6]
     msgspec.json.decode(result.stdout, type=schema.Document, strict=True)
@@ -148,7 +144,7 @@ def test_json_is_all_there_is_on_stdout(model: str) -> None:
 def test_drawings_are_written(model: str, tmp_path: Path) -> None:
     page, picture = tmp_path / "net.html", tmp_path / "net.svg"
     page.write_text("an older one")
-    result = invoke(model, "--html", str(page), "--svg", str(picture))
+    result = invoke(main, model, "--html", str(page), "--svg", str(picture))
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-2:] == [f"written: {page}", f"written: {picture}"]
     assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
@@ -164,7 +160,7 @@ def _umask() -> int:
 
 
 def test_drawings_go_with_json(model: str, tmp_path: Path) -> None:
-    result = invoke(model, "--json", "--svg", str(tmp_path / "net.svg"))
+    result = invoke(main, model, "--json", "--svg", str(tmp_path / "net.svg"))
     assert result.exit_code == 0
     assert json.loads(result.stdout)["groups"]
     assert (tmp_path / "net.svg").exists()
@@ -172,13 +168,13 @@ def test_drawings_go_with_json(model: str, tmp_path: Path) -> None:
 
 def test_a_link_stays_a_link(model: str, tmp_path: Path) -> None:
     (tmp_path / "link.svg").symlink_to("real.svg")
-    assert invoke(model, "--svg", str(tmp_path / "link.svg")).exit_code == 0
+    assert invoke(main, model, "--svg", str(tmp_path / "link.svg")).exit_code == 0
     assert (tmp_path / "link.svg").is_symlink()
     assert (tmp_path / "real.svg").read_text("utf-8").startswith("<?xml")
 
 
 def test_a_device_can_be_named(model: str) -> None:
-    assert invoke(model, "--svg", os.devnull).exit_code == 0
+    assert invoke(main, model, "--svg", os.devnull).exit_code == 0
     assert Path(os.devnull).is_char_device()
 
 
@@ -191,11 +187,11 @@ def test_files_that_cannot_be_meant_exit_2_before_any_work(model: str, tmp_path:
         (("--svg", model), "is the model itself"),
         (("--html", both, "--svg", both), "same file"),
     ):
-        result = invoke(model, *arguments)
+        result = invoke(main, model, *arguments)
         assert (result.exit_code, result.stdout) == (2, "")
         assert words in result.stderr
     assert Path(model).read_bytes() == before
-    assert invoke(str(tmp_path / "nothing.onnx"), "--html", str(tmp_path)).exit_code == 2
+    assert invoke(main, str(tmp_path / "nothing.onnx"), "--html", str(tmp_path)).exit_code == 2
 
 
 def test_what_cannot_be_written_exits_6_and_leaves_nothing(
@@ -208,7 +204,7 @@ def test_what_cannot_be_written_exits_6_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    result = invoke(model, "--svg", str(picture))
+    result = invoke(main, model, "--svg", str(picture))
     assert result.exit_code == 6
     assert result.stdout == ""
     assert "No space left on device" in result.stderr
@@ -218,14 +214,14 @@ def test_what_cannot_be_written_exits_6_and_leaves_nothing(
 
 
 def test_unusable_models_exit_3_with_one_line(tmp_path: Path) -> None:
-    result = invoke(str(tmp_path / "nothing.onnx"))
+    result = invoke(main, str(tmp_path / "nothing.onnx"))
     assert result.exit_code == 3
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert "nothing.onnx" in result.stderr
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"this is no model")
-    result = invoke(str(broken), "--json")
+    result = invoke(main, str(broken), "--json")
     assert result.exit_code == 3
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
@@ -233,11 +229,11 @@ def test_unusable_models_exit_3_with_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [(), ("--nonsense",), ("a.onnx", "b.onnx")])
 def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
-    assert invoke(*arguments).exit_code == 2
+    assert invoke(main, *arguments).exit_code == 2
 
 
 def test_help_has_examples_and_imports_nothing_heavy() -> None:
-    result = invoke("--help")
+    result = invoke(main, "--help")
     assert result.exit_code == 0
     assert "spa-analyze model.onnx --json" in result.stdout
     assert "--html FILE" in result.stdout
@@ -267,7 +263,7 @@ def test_the_documented_programs_run(model: str, tmp_path: Path, monkeypatch: py
     """The trainer's program of docs/analysis.md masks a quarter of every group, on every axis that it names."""
     monkeypatch.chdir(tmp_path)
     Path(model).rename("model.onnx")
-    Path("groups.json").write_text(invoke("model.onnx", "--json").stdout, encoding="utf-8")
+    Path("groups.json").write_text(invoke(main, "model.onnx", "--json").stdout, encoding="utf-8")
     programs = re.findall(r"^```python\n(.*?)^```", DOCS, re.M | re.S)
     assert len(programs) == 2
     for program in programs:
@@ -292,7 +288,7 @@ def test_macs_are_counted_with_the_sizes_that_are_given(tmp_path: Path) -> None:
     }"""
     path = tmp_path / "open.onnx"
     onnx.save(weighted(text), path)
-    result = CliRunner().invoke(main, [str(path), "--shape", "x=1,50,4"])
+    result = invoke(main, str(path), "--shape", "x=1,50,4")
     assert result.exit_code == 0, result.output
     assert f"{50 * (4 * 8 + 8 * 3):,}" in result.output
     assert "counted with x=1,50,4" in result.output

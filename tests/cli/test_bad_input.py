@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,38 +16,24 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from onnx import TensorProto, numpy_helper
 
 from spa_compiler import compiler, compression
 from spa_compiler.artifact import manifest
 from spa_compiler.cli.compile import main
 from spa_compiler.placement import place
+from tests.cli.command import invoke
+from tests.folders import names
 from tests.networks import mlp, network
 from tests.onnx_text import HEADER
 
 WIDTH = 16
 
 
-def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(main, list(arguments))
-
-
-def names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
-
-
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder; temporary files go to a folder beside it, which must be empty in the end."""
-    work, temporary = tmp_path / "work", tmp_path / "temporary"
-    work.mkdir()
-    temporary.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    yield work
-    assert names(temporary) == set(), "temporary files were left"
+def here(tidy: Path) -> Path:
+    return tidy
 
 
 def assert_refused(result: Result, code: int, *words: str) -> None:
@@ -181,7 +167,7 @@ MODELS = [
 @pytest.mark.parametrize("bad", MODELS, ids=[bad.id for bad in MODELS])
 def test_models(here: Path, bad: Bad) -> None:
     bad.make(here)
-    result = invoke("bad.onnx", "--threads", "1", *bad.options)
+    result = invoke(main, "bad.onnx", "--threads", "1", *bad.options)
     assert_refused(result, bad.code, "error: ", bad.where, *bad.words)
     assert names(here) == bad.left
 
@@ -189,7 +175,7 @@ def test_models(here: Path, bad: Bad) -> None:
 def test_masks_may_hold_infinity(here: Path) -> None:
     mask = np.array([0, -np.inf] * 4, np.float32)
     text("g (float[N,8] x) => (float[N,8] y) { m = MatMul(x, w) a = Add(m, mask) y = Softmax(a) }", w=np.eye(8, dtype=np.float32), mask=mask)(here)  # fmt: skip
-    assert invoke("bad.onnx", "--dry-run").exit_code == 0
+    assert invoke(main, "bad.onnx", "--dry-run").exit_code == 0
 
 
 # ---------------------------------------------------------------- usage
@@ -230,7 +216,7 @@ def test_usage(here: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -
     onnx.save(net(), "net.onnx")
     (here / "photos").mkdir()
     (here / "photos" / "me.jpg").write_text("")
-    result = invoke(*arguments)
+    result = invoke(main, *arguments)
     assert_refused(result, 2, *words)
     assert names(here) == {"net.onnx", "photos"}
     assert names(here / "photos") == {"me.jpg"}
@@ -239,7 +225,7 @@ def test_usage(here: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -
 def test_pickles_in_samples_are_not_opened(here: Path) -> None:
     onnx.save(net(), "net.onnx")
     np.savez("evil.npz", x=np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert_refused(invoke("net.onnx", "--samples", "evil.npz"), 2, "evil.npz", "Python objects", "numpy.savez")
+    assert_refused(invoke(main, "net.onnx", "--samples", "evil.npz"), 2, "evil.npz", "Python objects", "numpy.savez")
 
 
 def test_force_replaces_other_content_but_never_the_model(here: Path) -> None:
@@ -247,18 +233,18 @@ def test_force_replaces_other_content_but_never_the_model(here: Path) -> None:
     (here / "photos").mkdir()
     (here / "photos" / "me.jpg").write_text("")
     onnx.save(net(), here / "photos" / "net.onnx")
-    assert_refused(invoke("photos/net.onnx", "-o", "photos", "--force"), 2, "net.onnx lies in it")
+    assert_refused(invoke(main, "photos/net.onnx", "-o", "photos", "--force"), 2, "net.onnx lies in it")
     assert names(here / "photos") == {"me.jpg", "net.onnx"}
-    assert invoke("net.onnx", "-o", "photos", "--force", "--threads", "1").exit_code == 0
+    assert invoke(main, "net.onnx", "-o", "photos", "--force", "--threads", "1").exit_code == 0
     assert "me.jpg" not in names(here / "photos")
 
 
 def test_a_damaged_artifact(here: Path) -> None:
     onnx.save(net(), "net.onnx")
-    assert invoke("net.onnx", "-o", "out", "--threads", "1").exit_code == 0
+    assert invoke(main, "net.onnx", "-o", "out", "--threads", "1").exit_code == 0
     with (here / "out" / "portable.onnx").open("r+b") as file:
         file.truncate(100)
-    assert_refused(invoke("out"), 3, "portable.onnx", "not what was written", "Copy the folder again")
+    assert_refused(invoke(main, "out"), 3, "portable.onnx", "not what was written", "Copy the folder again")
     assert names(here) == {"net.onnx", "out"}
 
 
@@ -283,20 +269,20 @@ def test_the_linker(
     here: Path, model: str, monkeypatch: pytest.MonkeyPatch, compiler_name: str, words: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("SPA_CC", compiler_name)
-    assert_refused(invoke(model, "--threads", "1"), 6, *words)
+    assert_refused(invoke(main, model, "--threads", "1"), 6, *words)
     assert names(here) == {"net.onnx"}
 
 
 def test_an_output_below_a_file(here: Path, model: str) -> None:
     (here / "file").write_text("")
-    assert_refused(invoke(model, "-o", "file/out"), 6, "file/out", "cannot be written", "-o")
+    assert_refused(invoke(main, model, "-o", "file/out"), 6, "file/out", "cannot be written", "-o")
     assert names(here) == {"net.onnx", "file"}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unwritable to root")
 def test_an_output_folder_without_permission(here: Path, model: str) -> None:
     (here / "locked").mkdir(mode=0o500)
-    assert_refused(invoke(model, "-o", "locked/out"), 6, "cannot be written (Permission denied)", "-o")
+    assert_refused(invoke(main, model, "-o", "locked/out"), 6, "cannot be written (Permission denied)", "-o")
     assert names(here / "locked") == set()
 
 
@@ -309,7 +295,7 @@ def test_an_output_on_a_read_only_file_system(here: Path, model: str, monkeypatc
         real(self, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    assert_refused(invoke(model, "-o", "out"), 6, "cannot be written (Read-only file system)", "-o")
+    assert_refused(invoke(main, model, "-o", "out"), 6, "cannot be written (Read-only file system)", "-o")
     assert names(here) == {"net.onnx"}
 
 
@@ -319,21 +305,23 @@ def test_a_full_disk(here: Path, model: str, monkeypatch: pytest.MonkeyPatch, st
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(place if stage == "save" else compiler, stage, full)
-    assert_refused(invoke(model, "-o", "deep/out", "--threads", "1"), 6, "the disk is full", "deep/out", "Make room")
+    assert_refused(
+        invoke(main, model, "-o", "deep/out", "--threads", "1"), 6, "the disk is full", "deep/out", "Make room"
+    )
     assert names(here) == {"net.onnx"}
 
 
 def test_a_cache_that_cannot_be_made(here: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "file").write_text("")
     monkeypatch.setenv("SPA_CACHE_DIR", str(here / "file" / "cache"))
-    assert_refused(invoke(model, "--threads", "1"), 6, "the cache folder cannot be created", "SPA_CACHE_DIR")
+    assert_refused(invoke(main, model, "--threads", "1"), 6, "the cache folder cannot be created", "SPA_CACHE_DIR")
     assert names(here) == {"net.onnx", "file"}
 
 
 def test_records_that_are_none(here: Path, model: str) -> None:
     (here / "records").write_bytes(b"this is no database at all, whatever it may be called" * 100)
     assert_refused(
-        invoke(model, "--records", "records", "--threads", "1"), 6, "the records cannot be used", "--records"
+        invoke(main, model, "--records", "records", "--threads", "1"), 6, "the records cannot be used", "--records"
     )
     assert names(here) == {"net.onnx", "records"}
 
@@ -343,19 +331,19 @@ def test_without_onnxruntime(here: Path, model: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(session, "_version", lambda name: None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert_refused(invoke(model), 6, "ONNX Runtime is not installed", 'pip install "spa-compiler[cpu]"')
+    assert_refused(invoke(main, model), 6, "ONNX Runtime is not installed", 'pip install "spa-compiler[cpu]"')
 
 
 def test_with_both_onnxruntimes(here: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from spa_compiler.graph import session
 
     monkeypatch.setattr(session, "_version", lambda name: "1.31.1")
-    assert_refused(invoke(model), 6, "both installed", "pip uninstall -y onnxruntime onnxruntime-gpu")
+    assert_refused(invoke(main, model), 6, "both installed", "pip uninstall -y onnxruntime onnxruntime-gpu")
 
 
 def test_an_internal_error_has_no_traceback(here: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "canonicalize", lambda *_: 1 / 0)
-    result = invoke(model, "--log-file", "log.txt")
+    result = invoke(main, model, "--log-file", "log.txt")
     assert result.exit_code == 1
     assert "internal error: ZeroDivisionError" in result.stderr
     assert "Traceback" not in result.output

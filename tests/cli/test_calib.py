@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner, Result
 from onnx import numpy_helper
 
 from spa_compiler import compiler
 from spa_compiler.cli.compile import main
-from spa_compiler.placement import choose, place
+from tests.cli.command import invoke
+from tests.folders import ARTIFACT, names
 from tests.networks import network
 
 WIDTH, VOCABULARY = 16, 20
-FILES = {"model.onnx", "kernels.so", "portable.onnx", "manifest.json", "report.json", "recipe.yaml"}
+pytestmark = pytest.mark.usefixtures("short_races")
 ZEROS = ("--sparsity", "0.5", "--threads", "1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_races() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "_RACE_S", 0.05)
-        patch.setattr(choose, "_BUDGET_S", 0.02)
-        yield
 
 
 def net() -> onnx.ModelProto:
@@ -52,26 +44,11 @@ def arrays(count: int = 70) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with net.onnx and data.npz; temporary files go beside it, and none may be left."""
-    work, temporary = tmp_path / "work", tmp_path / "temporary"
-    work.mkdir()
-    temporary.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    onnx.save(net(), "net.onnx")
-    np.savez("data.npz", **arrays())
-    yield work
-    assert names(temporary) == set(), "temporary files were left"
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(main, list(arguments))
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+def here(tidy: Path) -> Path:
+    """A tidy folder with net.onnx and data.npz."""
+    onnx.save(net(), tidy / "net.onnx")
+    np.savez(tidy / "data.npz", **arrays())
+    return tidy
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -88,11 +65,11 @@ def originals() -> dict[str, np.ndarray]:
 
 
 def test_from_samples_to_an_artifact(here: Path) -> None:
-    result = invoke("net.onnx", "--calib", "data.npz", *ZEROS, "--pattern", "block:4x1", "-o", "out")
+    result = invoke(main, "net.onnx", "--calib", "data.npz", *ZEROS, "--pattern", "block:4x1", "-o", "out")
     assert result.exit_code == 0, result.output
     assert "on calibration samples that no pass has seen" in result.stdout
     assert names(here) == {"net.onnx", "data.npz", "out"}
-    assert names(here / "out") == FILES
+    assert names(here / "out") == ARTIFACT
     report = json.loads((here / "out" / "report.json").read_bytes())
     assert report["asked"]["options"]["calib"] == "data.npz"
     assert "calibrated on 70 samples in 9 feeds, 1 of them held out" in report["notes"]
@@ -115,10 +92,10 @@ def test_zeros_stay_unless_they_may_be_taken_back(here: Path) -> None:
     """Where nothing runs sparse (there are no kernels for this target), zeros that the user asked for stay."""
     asked = ("net.onnx", "--calib", "data.npz", *ZEROS, "--target", "cuda")
     before = originals()
-    assert invoke(*asked, "-o", "zeros").exit_code == 0
+    assert invoke(main, *asked, "-o", "zeros").exit_code == 0
     held = weights(here / "zeros")
     assert sum(np.count_nonzero(held[name]) for name in "uv") == WIDTH * 32
-    result = invoke(*asked, "-o", "dense", "--restore-unused", "--json")
+    result = invoke(main, *asked, "-o", "dense", "--restore-unused", "--json")
     assert result.exit_code == 0, result.output
     for name, values in weights(here / "dense").items():
         np.testing.assert_array_equal(values, before[name])
@@ -128,7 +105,7 @@ def test_zeros_stay_unless_they_may_be_taken_back(here: Path) -> None:
 
 
 def test_synthetic_samples_are_marked(here: Path) -> None:
-    result = invoke("net.onnx", "--calib", "synthetic", *ZEROS, "--dry-run", "--json")
+    result = invoke(main, "net.onnx", "--calib", "synthetic", *ZEROS, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     (note,) = [note for note in json.loads(result.stdout)["notes"] if "calibrated" in note]
     assert "synthetic noise" in note
@@ -137,11 +114,11 @@ def test_synthetic_samples_are_marked(here: Path) -> None:
 
 def test_too_few_samples_are_warned_about(here: Path) -> None:
     np.savez("few.npz", **arrays(2))
-    result = invoke("net.onnx", "--calib", "few.npz", *ZEROS, "--dry-run")
+    result = invoke(main, "net.onnx", "--calib", "few.npz", *ZEROS, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "layers saw fewer positions than they have inputs" in result.stdout
     assert "times as many samples" in result.stdout
-    assert "fewer positions" not in invoke("net.onnx", "--calib", "data.npz", *ZEROS, "--dry-run").stdout
+    assert "fewer positions" not in invoke(main, "net.onnx", "--calib", "data.npz", *ZEROS, "--dry-run").stdout
 
 
 def test_folders_and_functions(here: Path) -> None:
@@ -153,7 +130,7 @@ def test_folders_and_functions(here: Path) -> None:
     )
     told = []
     for data in ("folder", "mine.py:feeds"):
-        result = invoke("net.onnx", "--calib", data, *ZEROS, "--dry-run", "--json")
+        result = invoke(main, "net.onnx", "--calib", data, *ZEROS, "--dry-run", "--json")
         assert result.exit_code == 0, result.output
         told += [note for note in json.loads(result.stdout)["notes"] if "calibrated" in note]
     assert told == [
@@ -212,7 +189,7 @@ def test_bad_samples(
     monkeypatch.setattr(compiler, "place", lambda *_, **__: pytest.fail("timed"))
     make(here)
     before = names(here) | {"__pycache__"}
-    result = invoke("net.onnx", "--calib", data, *ZEROS, "-o", "deep/out")
+    result = invoke(main, "net.onnx", "--calib", data, *ZEROS, "-o", "deep/out")
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     assert "internal error" not in result.output
@@ -229,7 +206,7 @@ def test_floats_with_nan(here: Path) -> None:
     x = np.ones((9, 4), np.float32)
     x[6, 2] = np.inf
     np.savez("bad.npz", x=x)
-    result = invoke("net.onnx", "--calib", "bad.npz", *ZEROS)
+    result = invoke(main, "net.onnx", "--calib", "bad.npz", *ZEROS)
     assert (result.exit_code, result.stdout.count("wrote")) == (2, 0)
     assert "sample 6 of 'x' holds NaN or infinity" in result.stderr
     assert names(here) == {"net.onnx", "data.npz", "bad.npz"}
@@ -237,13 +214,13 @@ def test_floats_with_nan(here: Path) -> None:
 
 def test_samples_that_end_early_the_second_time(here: Path) -> None:
     """Half of the work is done by then; an older result stays whole."""
-    assert invoke("net.onnx", "--threads", "1", "-o", "out").exit_code == 0
+    assert invoke(main, "net.onnx", "--threads", "1", "-o", "out").exit_code == 0
     older = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
     (here / "bad.py").write_text(
         "import numpy as np\ncalls = 0\ndef feeds():\n    global calls\n    calls += 1\n"
         "    for _ in range(4 - calls):\n        yield {name: np.ones((2, 6), np.int64) for name in ('ids', 'attention_mask')}\n"
     )
-    result = invoke("net.onnx", "--calib", "bad.py:feeds", *ZEROS, "-o", "out")
+    result = invoke(main, "net.onnx", "--calib", "bad.py:feeds", *ZEROS, "-o", "out")
     assert result.exit_code == 2, result.output
     assert "there were 3 feeds of samples at first, and 2 when they were read again" in result.stderr
     assert {path.name: path.read_bytes() for path in (here / "out").iterdir()} == older
@@ -252,7 +229,7 @@ def test_samples_that_end_early_the_second_time(here: Path) -> None:
 
 @pytest.mark.parametrize("passes", ["sparsify{sparsity=0.5,method=wanda}", "sparsify{sparsity=0.5,allocate=ecoflap}"])
 def test_what_needs_samples_says_so(here: Path, passes: str) -> None:
-    result = invoke("net.onnx", "--passes", passes, "--threads", "1")
+    result = invoke(main, "net.onnx", "--passes", passes, "--threads", "1")
     assert result.exit_code == 2, result.output
     assert "--calib" in result.stderr
     assert names(here) == {"net.onnx", "data.npz"}

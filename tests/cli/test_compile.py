@@ -7,32 +7,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
 import spa_compiler
 from spa_compiler.artifact import manifest
 from spa_compiler.cli.compile import main
-from spa_compiler.placement import choose, place
 from spa_compiler.targets import host
+from tests.cli.command import invoke
+from tests.folders import ARTIFACT, names
+from tests.marks import needs_avx512
 from tests.networks import mlp
 
-needs_avx512 = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="sparse kernels need x86-64-v4")
-FILES = {"model.onnx", "kernels.so", "portable.onnx", "manifest.json", "report.json", "recipe.yaml"}
+pytestmark = pytest.mark.usefixtures("short_races")
 SPARSE = ("--sparsity", "0.9", "--pattern", "block:4x1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_races() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "_RACE_S", 0.2)
-        patch.setattr(choose, "_BUDGET_S", 0.1)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -44,29 +35,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def invoke(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(main, list(arguments))
-
-
-def names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
-
-
 def subprocess_of(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "spa_compiler.cli.compile", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
 def test_the_output_is_called_after_the_model(here: Path) -> None:
-    result = invoke("net.onnx", "--threads", "1")
+    result = invoke(main, "net.onnx", "--threads", "1")
     assert result.exit_code == 0, result.output
     assert names(here) == {"net.onnx", "zeros.onnx", "net-spa"}
-    assert names(here / "net-spa") == FILES
+    assert names(here / "net-spa") == ARTIFACT
     manifest.check(here / "net-spa")
 
 
 def test_what_is_printed(here: Path) -> None:
-    result = invoke("net.onnx", "--threads", "1")
+    result = invoke(main, "net.onnx", "--threads", "1")
     first, *_ = lines = result.stdout.splitlines()
     assert first == f"spa-compiler {spa_compiler.__version__} | net.onnx -> cpu:{host().level} ({host().level})"
     assert "1 thread" in lines[1]
@@ -82,7 +65,7 @@ def test_what_is_printed(here: Path) -> None:
 
 
 def test_the_snippet_runs(here: Path) -> None:
-    lines = invoke("net.onnx", "--threads", "1").stdout.splitlines()
+    lines = invoke(main, "net.onnx", "--threads", "1").stdout.splitlines()
     code = "\n".join(lines[lines.index("import onnxruntime as ort") :])
     done = subprocess.run([sys.executable, "-c", f"{code}\nprint(session.get_inputs()[0].name)"], capture_output=True)
     assert done.stdout == b"x\n"
@@ -99,56 +82,56 @@ def test_json_and_nothing_else_on_stdout(here: Path) -> None:
 
 
 def test_json_of_a_failure_is_empty() -> None:
-    result = invoke("missing.onnx", "--json")
+    result = invoke(main, "missing.onnx", "--json")
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr.startswith("error: ")
 
 
 def test_json_of_a_dry_run(here: Path) -> None:
-    result = invoke("zeros.onnx", "--json", "--dry-run", *SPARSE)
+    result = invoke(main, "zeros.onnx", "--json", "--dry-run", *SPARSE)
     report = json.loads(result.stdout)
     assert report["passes"][0]["name"] == "sparsify"
     assert names(here) == {"net.onnx", "zeros.onnx"}
 
 
 def test_quiet(here: Path) -> None:
-    assert invoke("net.onnx", "-q", "--dry-run").stderr == ""
+    assert invoke(main, "net.onnx", "-q", "--dry-run").stderr == ""
 
 
 def test_a_dry_run_shows_the_plan(here: Path) -> None:
-    result = invoke("zeros.onnx", "--dry-run", "--explain")
+    result = invoke(main, "zeros.onnx", "--dry-run", "--explain")
     assert result.exit_code == 0
     assert "would be timed dense and as block:1x1" in result.stdout
     assert names(here) == {"net.onnx", "zeros.onnx"}
 
 
 def test_explain(here: Path) -> None:
-    result = invoke("net.onnx", "--explain", "--threads", "1")
+    result = invoke(main, "net.onnx", "--explain", "--threads", "1")
     assert "64 x 64" in result.stdout
     assert "it has no zeros" in result.stdout
-    assert "64 x 64" not in invoke("net.onnx", "--threads", "1").stdout
+    assert "64 x 64" not in invoke(main, "net.onnx", "--threads", "1").stdout
 
 
 def test_check_hardware() -> None:
-    result = invoke("--check-hardware")
+    result = invoke(main, "--check-hardware")
     assert result.exit_code == 0
     assert host().level in result.stdout
     assert "linker" in result.stdout
-    facts = json.loads(invoke("--check-hardware", "--json").stdout)
+    facts = json.loads(invoke(main, "--check-hardware", "--json").stdout)
     assert facts["linker"] == "works"
     assert facts["isa"] == host().level
 
 
 def test_check_hardware_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPA_CC", "/no/such/compiler")
-    result = invoke("--check-hardware")
+    result = invoke(main, "--check-hardware")
     assert result.exit_code == 6
     assert "/no/such/compiler" in result.stdout
     assert "SPA_CC must name a C compiler" in result.stderr
 
 
 def test_list_passes() -> None:
-    result = invoke("--list-passes")
+    result = invoke(main, "--list-passes")
     assert result.exit_code == 0
     assert "sparsify" in result.stdout
     for option in ("sparsity", "pattern", "scope", "targets", "ignore"):
@@ -156,11 +139,11 @@ def test_list_passes() -> None:
 
 
 def test_version() -> None:
-    assert invoke("--version").stdout == f"spa-compile, version {spa_compiler.__version__}\n"
+    assert invoke(main, "--version").stdout == f"spa-compile, version {spa_compiler.__version__}\n"
 
 
 def test_help_names_every_exit_code() -> None:
-    text = invoke("--help").stdout
+    text = invoke(main, "--help").stdout
     assert "130 interrupted" in text
     assert all(f"{code} " in text for code in range(7))
 
@@ -192,22 +175,22 @@ def test_a_recipe_file_says_the_same_as_flags(here: Path) -> None:
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     common = ("net.onnx", "--threads", "1", "--records", "records.sqlite")
     for name, arguments in {"flags": SPARSE, "file": ("--recipe", "recipe.yaml")}.items():
-        result = invoke(*common, *arguments, "-o", name)
+        result = invoke(main, *common, *arguments, "-o", name)
         assert result.exit_code == 0, result.output
-    for file in FILES - {"report.json"}:
+    for file in ARTIFACT - {"report.json"}:
         assert (here / "file" / file).read_bytes() == (here / "flags" / file).read_bytes(), file
 
 
 def test_every_way_to_ask_is_one_recipe(here: Path) -> None:
     (here / "recipe.yaml").write_text("{version: 1, passes: [{name: sparsify, sparsity: 0.9, pattern: block:4x1}]}")
     ways = (SPARSE, ("--recipe", "recipe.yaml"), ("--passes", "sparsify{sparsity=0.9,pattern=block:4x1}"))
-    asked = [json.loads(invoke("net.onnx", "--dry-run", "--json", *way).stdout)["asked"] for way in ways]
+    asked = [json.loads(invoke(main, "net.onnx", "--dry-run", "--json", *way).stdout)["asked"] for way in ways]
     assert asked[0] == asked[1] == asked[2]
     assert asked[0]["recipe"]["passes"][0]["options"]["sparsity"] == 0.9
 
 
 def test_too_large(here: Path) -> None:
-    result = invoke("net.onnx", "--max-size", "10kB", "--threads", "1")
+    result = invoke(main, "net.onnx", "--max-size", "10kB", "--threads", "1")
     assert result.exit_code == 5
     assert "more than the 10.0 kB of --max-size" in result.stderr
     assert names(here) == {"net.onnx", "zeros.onnx"}
@@ -221,13 +204,13 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch, text: str, size: int) -> None:
 
     seen: list[object] = []
     monkeypatch.setattr(compiler, "compile", lambda *_, max_size, **__: seen.append(max_size) or sys.exit(0))
-    invoke("net.onnx", "--max-size", text)
+    invoke(main, "net.onnx", "--max-size", text)
     assert seen == [size]
 
 
 @pytest.mark.parametrize("text", ["", "much", "-5MB", "nan", "inf", "5PB", "MB", "1e3", "5 5MB"])
 def test_sizes_that_are_none(text: str) -> None:
-    result = invoke("net.onnx", "--max-size", text)
+    result = invoke(main, "net.onnx", "--max-size", text)
     assert result.exit_code == 2
     assert "is no size: write 500MB" in result.stderr
 
@@ -236,40 +219,40 @@ def test_sizes_that_are_none(text: str) -> None:
     "target,words", [("cuda", "no kernels for CUDA yet"), ("cpu:x86-64-v3", "sparse kernels need x86-64-v4 (AVX-512)")]
 )
 def test_other_targets_stay_dense_and_say_so(here: Path, target: str, words: str) -> None:
-    result = invoke("zeros.onnx", "--target", target, "--threads", "1", "-o", "out")
+    result = invoke(main, "zeros.onnx", "--target", target, "--threads", "1", "-o", "out")
     assert result.exit_code == 0, result.output
     assert words in result.stdout
-    assert names(here / "out") == FILES
+    assert names(here / "out") == ARTIFACT
     model = onnx.load(here / "out" / "model.onnx")
     assert {n.domain for n in model.graph.node} == {""}
 
 
 def test_an_artifact_is_placed_anew(here: Path) -> None:
-    assert invoke("net.onnx", "--threads", "1", "-o", "out").exit_code == 0
+    assert invoke(main, "net.onnx", "--threads", "1", "-o", "out").exit_code == 0
     before = (here / "out" / "portable.onnx").read_bytes()
-    result = invoke("out", "--threads", "1")
+    result = invoke(main, "out", "--threads", "1")
     assert result.exit_code == 0, result.output
     assert f"wrote {here / 'out'}" in result.stdout
     assert names(here) == {"net.onnx", "zeros.onnx", "out"}
     assert (here / "out" / "portable.onnx").read_bytes() == before
-    assert invoke("out", "--threads", "1", "-o", "moved", "--target", "cuda").exit_code == 0
-    assert names(here / "moved") == FILES
+    assert invoke(main, "out", "--threads", "1", "-o", "moved", "--target", "cuda").exit_code == 0
+    assert names(here / "moved") == ARTIFACT
 
 
 def test_shapes_in_all_three_spellings() -> None:
     for spelling in ("x=2,5,64", "x:2x5x64", "x:[2,5,64]"):
-        result = invoke("net.onnx", "--dry-run", "--json", "--shape", spelling)
+        result = invoke(main, "net.onnx", "--dry-run", "--json", "--shape", spelling)
         assert json.loads(result.stdout)["shapes"] == ["2x5x64"]
 
 
 def test_a_log_file(here: Path) -> None:
-    assert invoke("net.onnx", "--dry-run", "--log-file", "log.txt").exit_code == 0
+    assert invoke(main, "net.onnx", "--dry-run", "--log-file", "log.txt").exit_code == 0
     log = (here / "log.txt").read_text()
     assert all(stage in log for stage in ("load", "canonicalize", "analyze"))
 
 
 def test_verbose_logs_on_stderr() -> None:
-    result = invoke("net.onnx", "--dry-run", "-v")
+    result = invoke(main, "net.onnx", "--dry-run", "-v")
     assert "canonicalize" in result.stderr
     assert "INFO" not in result.stdout
 

@@ -11,19 +11,16 @@ from pathlib import Path
 import pytest
 
 import spa_compiler
-from spa_compiler import targets
 from spa_compiler.bench import compare, engines
 from spa_compiler.passes.recipe import from_command_line
+from tests.marks import needs_avx512
 from tests.peers import accuracy, accuracy_tables, sources
 from tests.peers.accuracy_bars import BARS, TIMED, Bar, findings, judge, judge_memory, judge_time
 from tests.peers.accuracy_calibration import evaluate
 from tests.peers.accuracy_rows import DENSE, Rows
 from tests.peers.accuracy_settings import METHODS, MODELS
 
-pytestmark = [
-    pytest.mark.peers,
-    pytest.mark.skipif(not sources.have_shared(), reason="needs the benchmark models in ../shared"),
-]
+pytestmark = [pytest.mark.peers, sources.needs_shared]
 
 Measure = Callable[[str, str, Iterable[str]], Rows]
 
@@ -80,7 +77,7 @@ def test_the_dense_model_scores_what_is_stated(name: str, measure: Measure) -> N
     assert dense.score == pytest.approx(MODELS[name].dense, abs=DENSE_TOLERANCE)
 
 
-@pytest.mark.skipif(not targets.host().runs("x86-64-v4"), reason="the kernels need x86-64-v4")
+@needs_avx512
 def test_one_command_gives_speed_and_accuracy(tmp_path: Path) -> None:
     """`spa-compile minilm.onnx --calib ... --sparsity 0.5 --pattern block:4x1`"""
     folder, source = tmp_path / "artifact", sources.minilm()

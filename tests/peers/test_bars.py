@@ -25,12 +25,13 @@ from spa_compiler.compiler import Result
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.passes.recipe import from_command_line
+from tests.marks import needs_avx512
 from tests.peers import sources
 
 pytestmark = [
     pytest.mark.peers,
-    pytest.mark.skipif(not sources.have_shared(), reason="needs the benchmark models in ../shared"),
-    pytest.mark.skipif(not targets.host().runs("x86-64-v4"), reason="the kernels need x86-64-v4"),
+    sources.needs_shared,
+    needs_avx512,
 ]
 
 RUNS = 60

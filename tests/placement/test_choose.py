@@ -16,12 +16,12 @@ from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.sites import Site, find_sites, held
-from spa_compiler.targets import host
+from tests.marks import needs_avx512
 from tests.networks import F32, model_of, weight
 
 RNG = np.random.default_rng(0)
 TEXT = "g (float[N,64] x) => (float[N,64] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
-pytestmark = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="kernels need x86-64-v4")
+pytestmark = needs_avx512
 
 
 def sites_of(w: F32, v: F32 | None = None) -> list[Site]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,10 +24,10 @@ from spa_compiler.placement.regions import join
 from spa_compiler.placement.sites import find_sites, held
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
-from spa_compiler.targets import host
+from tests.marks import needs_avx512
 from tests.networks import F32, network, weight
 
-pytestmark = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="kernels.so needs x86-64-v4")
+pytestmark = needs_avx512
 TOKENS = (1, 5, 33, 128)
 
 

@@ -26,11 +26,10 @@ from spa_compiler.placement.regions import join, single
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
-from spa_compiler.targets import host
+from tests.marks import needs_avx512
 from tests.networks import F32, network, weight
 
 RNG = np.random.default_rng(1)
-needs_avx512 = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="kernels.so needs x86-64-v4")
 
 
 def sparse(k: int, n: int, rows: int = 4) -> F32:

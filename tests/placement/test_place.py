@@ -20,9 +20,9 @@ from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
+from tests.marks import needs_avx512
 from tests.networks import mlp, network, weight
 
-needs_avx512 = pytest.mark.skipif(not host().runs("x86-64-v4"), reason="kernels need x86-64-v4")
 WIDTH = 64
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.region_harness import CASES, assert_parity, case, needs_avx512, run, session
+from tests.marks import needs_avx512
+from tests.region_harness import CASES, assert_parity, case, run, session
 
 pytestmark = needs_avx512
 
