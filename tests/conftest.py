@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from spa_compiler.placement import choose, place
+from spa_compiler.placement import contests, place
 
 pytest.register_assert_rewrite("tests.onnx_text", "tests.networks", "tests.kernel_harness", "tests.region_harness")
 
@@ -25,5 +25,5 @@ def short_races() -> Iterator[None]:
     """Compilations spend little time on measuring."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, "_RACE_S", 0.2)
-        patch.setattr(choose, "_BUDGET_S", 0.1)
+        patch.setattr(contests, "_BUDGET_S", 0.1)
         yield

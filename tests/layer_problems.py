@@ -29,3 +29,10 @@ def optimum(problem: Problem, mask: Mask, damping: float = 0.01) -> F64:
     for row, kept, wanted in zip(out, mask, problem.weight, strict=True):
         row[kept] = np.linalg.lstsq(root[:, kept], root @ wanted)[0]
     return out
+
+
+def with_a_dead_input(problem: Problem, which: int = 3) -> Problem:
+    """The same with an input that is always 0."""
+    gram, mean = np.array(problem.gram), np.array(problem.mean)
+    gram[which], gram[:, which], mean[which] = 0, 0, 0
+    return Problem(problem.weight, gram, mean, problem.count)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from msgspec import Meta
 
 from spa_compiler.errors import UsageError
+from spa_compiler.passes.sites import Ignore, Targets
 
 BUDGETS = ("params", "macs")
 """Goals that all weights together are held to; the others are of each layer."""
@@ -63,13 +64,8 @@ class FactorizeOptions:
         str | None,
         Meta(description="of `fwsvd`: an .npz of mean squared gradients, one array for each weight, by its name"),
     ] = None
-    targets: Annotated[
-        tuple[str, ...],
-        Meta(description="what to take: names or globs of nodes or weights, or op types; empty takes all"),
-    ] = ()
-    ignore: Annotated[
-        tuple[str, ...], Meta(description="what to leave alone, written like `targets`, and stronger")
-    ] = ()
+    targets: Targets = ()
+    ignore: Ignore = ()
 
 
 def goal_of(options: FactorizeOptions) -> str:

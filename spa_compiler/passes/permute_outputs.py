@@ -21,7 +21,7 @@ from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.graph.weights import array_of
 from spa_compiler.passes.cutting import analysis_of
 from spa_compiler.passes.pass_ import Change, Context, SkippedSite, check_options
-from spa_compiler.passes.sites import select
+from spa_compiler.passes.sites import Ignore, Targets, select
 from spa_compiler.solvers.problem import F64
 from spa_compiler.solvers.row_order import row_order
 
@@ -36,13 +36,8 @@ class PermuteOutputsOptions:
         "block:4x1"
     )
     sparsity: Annotated[float, Meta(gt=0, lt=1, description="the share of zeros that comes after")] = 0.5
-    targets: Annotated[
-        tuple[str, ...],
-        Meta(description="whose outputs to look at: names or globs of nodes or weights, or op types; empty takes all"),
-    ] = ()
-    ignore: Annotated[
-        tuple[str, ...], Meta(description="what not to look at, written like `targets`, and stronger")
-    ] = ()
+    targets: Targets = ()
+    ignore: Ignore = ()
 
 
 class PermuteOutputs:

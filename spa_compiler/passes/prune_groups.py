@@ -23,6 +23,7 @@ from spa_compiler.passes.cutting import analysis_of, analyzed, cut, shares, what
 from spa_compiler.passes.importance import Criterion, Importance
 from spa_compiler.passes.matching import held_back, match, slabs
 from spa_compiler.passes.pass_ import Change, Context, Removal, check_options
+from spa_compiler.passes.sites import Ignore
 from spa_compiler.targets import Target
 
 _log = logging.getLogger(__name__)
@@ -102,9 +103,7 @@ class PruneGroupsOptions:
             "their outputs), or a granularity; empty takes all"
         ),
     ] = ()
-    ignore: Annotated[
-        tuple[str, ...], Meta(description="what to leave alone, written like `targets`, and stronger")
-    ] = ()
+    ignore: Ignore = ()
 
 
 class PruneGroups:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Annotated, TypeAlias
 
 import onnx_graphsurgeon as gs
+from msgspec import Meta
 
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.operators import WeightedOp, reaches_output_bare, weighted_ops
 from spa_compiler.passes.pass_ import SkippedSite
 
 _log = logging.getLogger(__name__)
+
+Targets: TypeAlias = Annotated[
+    tuple[str, ...], Meta(description="what to take: names or globs of nodes or weights, or op types; empty takes all")
+]
+Ignore: TypeAlias = Annotated[
+    tuple[str, ...], Meta(description="what to leave alone, written like `targets`, and stronger")
+]
 
 _SHOWN_NAMES = 5
 

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from spa_compiler.errors import UsageError
 from spa_compiler.passes import shares
+from spa_compiler.passes.sites import Ignore, Targets
 from spa_compiler.patterns import Pattern
 
 
@@ -91,13 +92,8 @@ class SparsifyOptions:
         str | None,
         Meta(description="of the method `symbolic`, over W, A=|W|, X, M, V, Y and G: `abs(W)*X` is Wanda's"),
     ] = None
-    targets: Annotated[
-        tuple[str, ...],
-        Meta(description="what to take: names or globs of nodes or weights, or op types; empty takes all"),
-    ] = ()
-    ignore: Annotated[
-        tuple[str, ...], Meta(description="what to leave alone, written like `targets`, and stronger")
-    ] = ()
+    targets: Targets = ()
+    ignore: Ignore = ()
 
 
 def method_name(options: SparsifyOptions) -> str:

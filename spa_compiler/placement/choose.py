@@ -1,17 +1,12 @@
-"""The best form of every class of sites, by time: ONNX Runtime's dense op and every sparse kernel take turns."""
+"""The best form of every class of sites, by time."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
-
-from spa_compiler.graph.session import open_session
 from spa_compiler.placement.candidates import (
     DENSE,
     FACTOR_ROWS,
@@ -22,17 +17,11 @@ from spa_compiler.placement.candidates import (
     candidate_name,
 )
 from spa_compiler.placement.chains import Chain
-from spa_compiler.placement.measure import CLOSE, Timing, interleave
-from spa_compiler.placement.nodes import Packer
-from spa_compiler.placement.records import Records
+from spa_compiler.placement.contests import Contest, Referee
+from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.regions import Group
 from spa_compiler.placement.sites import Site
-from spa_compiler.placement.trial import dense_model, pick, region_of, sparse_model
-from spa_compiler.runtime.link import link
 
-Progress = Callable[[str, int, int], None]
-
-_BUDGET_S = 0.25  # of one class at one shape
 #: A layer that is slower than this as a kernel of its own is not tried in larger regions either, where it saves the way
 #: into panels and back, and lets others save theirs. MiniLM with half of its parameters left: layers at 0.72 of dense
 #: speed by themselves (8 x 128 tokens), the model as one region 1.17x as fast as dense.
@@ -94,44 +83,22 @@ class ChainChoice:
         return self.layout.of(self.chain)
 
 
-@dataclass(frozen=True)
-class _Contest:
-    """Like groups of sites, timed together in every form: the form's name -> R of each site by name."""
-
-    groups: list[Group]
-    shapes: tuple[tuple[int, ...], ...]
-    forms: dict[str, dict[str, int]]
-    questions: list[dict[str, object]]
-
-
-def choose(
-    classes: Sequence[SiteClass],
-    mcpu: str,
-    threads: int,
-    records: Records,
-    packer: Packer,
-    workspace: Path,
-    progress: Progress,
-    rng: np.random.Generator,
-) -> list[Choice]:
+def choose(classes: Sequence[SiteClass], referee: Referee) -> list[Choice]:
     """Times every class in every form its weights have, and picks the fastest; dense wins ties.
 
     Several shapes are weighed by the geometric mean of their speed-ups.
-
-    Args:
-        workspace: a folder for the trials' library, which is removed again.
     """
     contests = [
-        _Contest(
+        Contest(
             [Group([site], site.layout) for site in c.sites],
             c.shapes,
             {s.name: {site.name: s.rows for site in c.sites} for s in c.stored},
-            [c.question(shape, threads) for shape in c.shapes],
+            [c.question(shape, referee.threads) for shape in c.shapes],
         )
         for c in classes
         if c.stored
     ]
-    found = iter(_timed("timing sites", contests, mcpu, threads, records, packer, workspace, progress, rng))
+    found = iter(referee.timings("timing sites", contests))
     choices: list[Choice] = []
     for each in classes:
         timings = next(found) if each.stored else []
@@ -143,27 +110,18 @@ def choose(
     return choices
 
 
-def choose_chains(
-    classes: Sequence[ChainClass],
-    mcpu: str,
-    threads: int,
-    records: Records,
-    packer: Packer,
-    workspace: Path,
-    progress: Progress,
-    rng: np.random.Generator,
-) -> list[ChainChoice]:
+def choose_chains(classes: Sequence[ChainClass], referee: Referee) -> list[ChainChoice]:
     """The same for low-rank layers as one node: the best way of each, whether it wins or not."""
     contests = [
-        _Contest(
+        Contest(
             [chain.group for chain in c.chains],
             c.shapes,
             {way.name: {n: r for chain in c.chains for n, r in way.of(chain).items()} for way in c.layouts},
-            [c.question(shape, threads) for shape in c.shapes],
+            [c.question(shape, referee.threads) for shape in c.shapes],
         )
         for c in classes
     ]
-    found = _timed("timing low-rank layers", contests, mcpu, threads, records, packer, workspace, progress, rng)
+    found = referee.timings("timing low-rank layers", contests)
     choices = []
     for each, timings in zip(classes, found, strict=True):
         best = max(each.layouts, key=lambda way: _mean_ratio(timings, way.name))
@@ -223,54 +181,6 @@ def _as_chain(choice: Choice, found: ChainChoice, joined: bool) -> Choice:
         tokens=found.tokens,
         candidate=name if kernel else DENSE,
     )
-
-
-def _timed(
-    what: str,
-    contests: Sequence[_Contest],
-    mcpu: str,
-    threads: int,
-    records: Records,
-    packer: Packer,
-    workspace: Path,
-    progress: Progress,
-    rng: np.random.Generator,
-) -> list[list[dict[str, Timing]]]:
-    """The timings of each contest at each of its shapes: from the records, or taken now."""
-    out = []
-    with tempfile.TemporaryDirectory(prefix="trial-", dir=workspace) as folder:
-        library = Path(folder) / "kernels.so"
-        known = [[records.get(q) for q in c.questions] for c in contests]
-        missing = [c for c, answers in zip(contests, known, strict=True) if any(a is None for a in answers)]
-        if missing:
-            regions = [region_of(g, r, packer).spec for c in missing for r in c.forms.values() for g in pick(c.groups)]
-            link(regions, mcpu, library)
-        for i, (contest, answers) in enumerate(zip(contests, known, strict=True)):
-            timings = []
-            for shape, question, answer in zip(contest.shapes, contest.questions, answers, strict=True):
-                if answer is None:
-                    answer = _time(contest, shape, threads, library, packer, rng)
-                    records.put(question, answer)
-                timings.append(answer)
-            out.append(timings)
-            progress(what, i + 1, len(contests))
-    return out
-
-
-def _time(
-    each: _Contest, shape: Sequence[int], threads: int, library: Path, packer: Packer, rng: np.random.Generator
-) -> dict[str, Timing]:
-    groups = pick(each.groups)
-    feeds = {"x": rng.standard_normal(tuple(shape), np.float32)}
-    models = {DENSE: dense_model(groups, shape)}
-    models |= {name: sparse_model(groups, shape, rows, packer) for name, rows in each.forms.items()}
-    sessions = {name: open_session(model, threads=threads, library=library) for name, model in models.items()}
-    calls = {name: (lambda s=session: s.run(None, feeds)) for name, session in sessions.items()}
-    count = len(groups)
-    return {
-        name: Timing(t.median_us / count, t.p10_us / count, t.p90_us / count, t.runs)
-        for name, t in interleave(calls, _BUDGET_S).items()
-    }
 
 
 def nothing_to_leave_out(site: Site) -> str:

@@ -19,7 +19,8 @@ from spa_compiler.graph.session import Feeds, open_session
 from spa_compiler.placement.attention import Shapes, find_attention
 from spa_compiler.placement.candidates import chain_classes, classes, forms
 from spa_compiler.placement.chains import Chain, find_chains
-from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, Progress, choose, choose_chains, explain
+from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
+from spa_compiler.placement.contests import Progress, Referee
 from spa_compiler.placement.measure import CLOSE, Timing, interleave
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms
@@ -129,10 +130,10 @@ def place(
         known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
         packer = Packer()
         measured = known[: len(feeds)]
-        timing = (target.mcpu, threads, records, packer, workspace, progress, rng)
-        placed.choices = choose(classes(sites, measured), *timing)
+        referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng)
+        placed.choices = choose(classes(sites, measured), referee)
         alone = {c.site.name: c.rows for c in placed.choices if c.rows is not None}
-        chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), *timing)
+        chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), referee)
         for name, rows in _worth_a_race(model, placed.choices, chains, known).items():
             plans.append(_sparse_plan(name, model, rows, known, packer, target, workspace))
         if between := _between(model, placed.choices, chains, known):

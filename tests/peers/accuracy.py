@@ -293,11 +293,11 @@ def wanted(only: Sequence[str], settings: Sequence[str], methods: Sequence[str])
     ]
 
 
-def missing(todo: Sequence[Cell], rows: Rows, bench: Bench, *, fresh: bool) -> list[Cell]:
+def missing(queue: Sequence[Cell], rows: Rows, bench: Bench, *, fresh: bool) -> list[Cell]:
     """What has no row of these versions. Tools that are not here are named once, and their cells left as they are."""
     absent: set[str] = set()
     found = []
-    for cell in todo:
+    for cell in queue:
         row = rows.get((cell.model.name, cell.setting.name, cell.method.name))
         try:
             if fresh or row is None or row.versions != bench.versions(cell.method):
@@ -318,12 +318,12 @@ def expected(cell: Cell, rows: Rows) -> float | None:
     return sum(took) / len(took) if took else None
 
 
-def left(todo: Sequence[Cell], rows: Rows) -> str:
+def left(queue: Sequence[Cell], rows: Rows) -> str:
     """How long the rest takes, as far as that is known."""
-    known = [seconds for cell in todo if (seconds := expected(cell, rows)) is not None]
+    known = [seconds for cell in queue if (seconds := expected(cell, rows)) is not None]
     if not known:
         return ""
-    return f"; about {sum(known) / len(known) * len(todo) / 60:.0f} minutes left"
+    return f"; about {sum(known) / len(known) * len(queue) / 60:.0f} minutes left"
 
 
 def say(text: str) -> None:
@@ -331,11 +331,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def measure_all(todo: Sequence[Cell], rows: Rows, bench: Bench, path: Path) -> int:
+def measure_all(queue: Sequence[Cell], rows: Rows, bench: Bench, path: Path) -> int:
     """Measures, saving after each row; gives how many failed."""
     failures = 0
-    for done, cell in enumerate(todo):
-        say(f"[{done + 1}/{len(todo)}] {cell.text}{left(todo[done:], rows)}")
+    for done, cell in enumerate(queue):
+        say(f"[{done + 1}/{len(queue)}] {cell.text}{left(queue[done:], rows)}")
         try:
             row = bench.measure(cell.model, cell.setting, cell.method, dense_row(cell.model, rows, bench, path))
         except Failed as error:
@@ -374,14 +374,14 @@ def main() -> int:
     if not options.render:
         if not sources.have_shared():
             parser.error(f"the models are not there: {sources.SHARED}")
-        todo = wanted(options.only, options.setting, options.method)
-        if not todo:
+        queue = wanted(options.only, options.setting, options.method)
+        if not queue:
             parser.error("no model, setting and method has such names")
         with tempfile.TemporaryDirectory(prefix="spa-accuracy-") as folder:
             bench = Bench(Path(folder), pythons)
-            for model in {cell.model.name: cell.model for cell in todo}.values():
+            for model in {cell.model.name: cell.model for cell in queue}.values():
                 dense_row(model, rows, bench, options.json)
-            failures = measure_all(missing(todo, rows, bench, fresh=options.fresh), rows, bench, options.json)
+            failures = measure_all(missing(queue, rows, bench, fresh=options.fresh), rows, bench, options.json)
     stale = sum(1 for row in rows.values() if row.code and row.code != code())
     if stale:
         say(f"{stale} rows were measured with other sources of this package: --fresh measures them anew")

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spa_compiler.placement import choose as choosing
+from spa_compiler.placement import contests
 from spa_compiler.placement.candidates import DENSE, LOW_RANK, SiteClass, chain_classes, classes, forms
 from spa_compiler.placement.chains import find_chains
 from spa_compiler.placement.choose import ChainChoice, Choice, choose, choose_chains, explain
+from spa_compiler.placement.contests import Referee
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.records import Records
@@ -38,9 +39,9 @@ class Timed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *ratios: Mapping[str, float]) -> None:
         self.asked: list[set[str]] = []
         self._ratios = ratios
-        monkeypatch.setattr(choosing, "interleave", self)
-        monkeypatch.setattr(choosing, "link", lambda regions, mcpu, path: path.touch())
-        monkeypatch.setattr(choosing, "open_session", lambda *_, **__: self)
+        monkeypatch.setattr(contests, "interleave", self)
+        monkeypatch.setattr(contests, "link", lambda regions, mcpu, path: path.touch())
+        monkeypatch.setattr(contests, "open_session", lambda *_, **__: self)
 
     def run(self, names: None, feeds: dict[str, F32]) -> None:
         """A session that computes nothing."""
@@ -54,11 +55,15 @@ class Timed:
         return {name: Timing(t, 0.9 * t, 1.1 * t, 7) for name, t in times.items()}
 
 
+def referee(book: Records, work: Path) -> Referee:
+    return Referee("x86-64-v4", 1, book, Packer(), work, lambda *_: None, np.random.default_rng(0))
+
+
 def decide(folder: Path, found: list[SiteClass], records: str = "records.sqlite") -> list[Choice]:
     book = Records(folder / records, {"cpu": "this one"})
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    choices = choose(found, "x86-64-v4", 1, book, Packer(), work, lambda *_: None, np.random.default_rng(0))
+    choices = choose(found, referee(book, work))
     assert list(work.iterdir()) == []
     return choices
 
@@ -133,7 +138,7 @@ def test_a_second_run_times_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     timed = Timed(monkeypatch, {"block:4x1": 2.0})
     first = decide(tmp_path, found)
     assert len(timed.asked) == len(found) == 2
-    monkeypatch.setattr(choosing, "link", lambda *_: pytest.fail("there is nothing to link"))
+    monkeypatch.setattr(contests, "link", lambda *_: pytest.fail("there is nothing to link"))
     again = decide(tmp_path, found)
     assert len(timed.asked) == 2
     assert [(c.rows, c.reason, c.timings) for c in again] == [(c.rows, c.reason, c.timings) for c in first]
@@ -160,11 +165,8 @@ def decide_layer(folder: Path, sparse: bool = True, *tokens: int) -> tuple[list[
     chains = find_chains(sites, {s.name for s in sites if forms(s)}, held(model.graph), known)
     work = folder / "work"
     book = Records(folder / "records.sqlite", {"cpu": "this one"})
-    rng = np.random.default_rng(0)
     rows = {c.site.name: c.rows for c in alone if c.rows is not None}
-    found = choose_chains(
-        chain_classes(chains, rows, known), "x86-64-v4", 1, book, Packer(), work, lambda *_: None, rng
-    )
+    found = choose_chains(chain_classes(chains, rows, known), referee(book, work))
     assert list(work.iterdir()) == []
     return alone, found
 

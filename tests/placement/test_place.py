@@ -14,7 +14,7 @@ from spa_compiler.errors import ModelError
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import open_session, run
-from spa_compiler.placement import choose as choosing
+from spa_compiler.placement import contests
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
@@ -37,9 +37,9 @@ class Stopwatch:
     ) -> None:
         self.sites, self.races = 0, 0
         self._site, self._races = site, races
-        monkeypatch.setattr(choosing, "interleave", self._time_sites)
+        monkeypatch.setattr(contests, "interleave", self._time_sites)
         monkeypatch.setattr(placing, "interleave", self._time_models)
-        for module in () if real else (choosing, placing):
+        for module in () if real else (contests, placing):
             monkeypatch.setattr(module, "link", lambda regions, mcpu, path: path.write_text(repr(regions)))
             monkeypatch.setattr(module, "open_session", lambda *_, **__: self)
 
@@ -150,7 +150,7 @@ def test_the_strongest_convolutions_alone_are_a_plan(
         gain = next(turns)
         return {n: _timing(100 if n == "dense" else 100 / gain) for n in calls}
 
-    monkeypatch.setattr(choosing, "interleave", time_sites)
+    monkeypatch.setattr(contests, "interleave", time_sites)
     result = placed(tmp_path, proto=convolutions(), shapes=((1, 16, 8, 8), (3, 16, 8, 8)))
     if expected is None:  # all are strong, or none: nothing that the other plans do not have
         assert result.plan.name == PORTABLE
@@ -234,7 +234,7 @@ def test_layers_between_kernels_become_kernels(
 ) -> None:
     """With the kernel that was timed, unless it is so slow that all of the weight as 4 x 1 blocks must be better."""
     Stopwatch(monkeypatch, 5.0, {EVERY: 50}, real=True)
-    monkeypatch.setattr(choosing, "interleave", time_sites({0: 5.0, 1: slow}))
+    monkeypatch.setattr(contests, "interleave", time_sites({0: 5.0, 1: slow}))
     result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert result.plan.name == EVERY
     assert result.plan.rows == {"a": 4, "b": 4, "y": last[1] or 4}
@@ -254,7 +254,7 @@ def test_layers_between_kernels_become_kernels(
 @needs_avx512
 def test_layers_between_kernels_stay_dense_where_that_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Stopwatch(monkeypatch, 5.0, {REGIONS: 50, EVERY: 60})
-    monkeypatch.setattr(choosing, "interleave", time_sites({0: 5.0, 1: 0.9}))
+    monkeypatch.setattr(contests, "interleave", time_sites({0: 5.0, 1: 0.9}))
     result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert result.plan.name == REGIONS
     assert {c.site.name: (c.form, c.rows) for c in result.choices} == {
@@ -272,7 +272,7 @@ def test_layers_that_stand_between_nothing_are_left_alone(
 ) -> None:
     """No neighbour shares a region with them, or no neighbour is a kernel."""
     Stopwatch(monkeypatch, 5.0, {})
-    monkeypatch.setattr(choosing, "interleave", time_sites({0: first, 1: 0.9}))
+    monkeypatch.setattr(contests, "interleave", time_sites({0: first, 1: 0.9}))
     result = placed(tmp_path, proto=in_between(apart), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert EVERY not in result.race[0]
 

@@ -12,7 +12,7 @@ from spa_compiler.solvers.admm import admm
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import Problem, Zeros
 from spa_compiler.solvers.sparsegpt import sparsegpt
-from tests.layer_problems import correlated, damped, optimum
+from tests.layer_problems import correlated, damped, optimum, with_a_dead_input
 
 PATTERNS = ["unstructured", "block:4x1", "block:3x2", "2:4", "1:4", "fan-in", "channel"]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -81,10 +81,7 @@ def test_one_output_against_every_possibility() -> None:
 
 
 def test_inputs_that_are_always_zero_go_first() -> None:
-    problem = correlated(6, 12, 5)
-    gram = np.array(problem.gram)
-    gram[3], gram[:, 3] = 0, 0
-    solution = admm(Problem(problem.weight, gram, problem.mean, 100), Zeros(parse("unstructured"), 0.5))
+    solution = admm(with_a_dead_input(correlated(6, 12, 5)), Zeros(parse("unstructured"), 0.5))
     assert np.isfinite(solution.weight).all()
     assert not solution.mask[:, 3].any()
 

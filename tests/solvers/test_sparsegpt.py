@@ -13,7 +13,7 @@ from spa_compiler.patterns import parse
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import Problem, Zeros
 from spa_compiler.solvers.sparsegpt import sparsegpt
-from tests.layer_problems import correlated, damped, optimum
+from tests.layer_problems import correlated, damped, optimum, with_a_dead_input
 
 PATTERNS = ["unstructured", "block:4x1", "block:3x2", "block:4x4", "2:4", "1:4", "4:8", "fan-in", "channel"]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -107,10 +107,7 @@ def test_uncorrelated_inputs_leave_weights_alone_and_magnitude_times_norm_decide
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
-    problem = correlated(6, 12, 5)
-    dead = np.array(problem.gram)
-    dead[3], dead[:, 3] = 0, 0
-    solution = sparsegpt(Problem(problem.weight, dead, problem.mean, 100), Zeros(parse("unstructured"), 0.5))
+    solution = sparsegpt(with_a_dead_input(correlated(6, 12, 5)), Zeros(parse("unstructured"), 0.5))
     assert np.isfinite(solution.weight).all()
     assert not solution.mask[:, 3].any()
 
