@@ -34,8 +34,12 @@ Name: TypeAlias = Literal["auto", "uniform", "global", "lamp", "erk", "error", "
 
 NEEDS_DATA = frozenset({"error", "proportional", "ecoflap", "evolution"})
 
-_STEPS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2)
-"""Levels around the sparsity that is asked for."""
+_STEPS = (-0.48, -0.35, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
+"""Levels around the sparsity that is asked for. Some layers, like EfficientNet-Lite0's fourth projection, which alone
+changes the outputs more than all others together, should have next to no zeros."""
+
+_EVEN_STEPS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2)
+"""Levels that layers can trade one for one."""
 
 _LOWEST, _HIGHEST = 0.02, 0.98
 
@@ -135,14 +139,16 @@ class _Measured:
     at_target: F64
 
 
-def _measure(request: Request, keep: Callable[[int, int, F64], None] | None = None) -> _Measured:
+def _measure(
+    request: Request, keep: Callable[[int, int, F64], None] | None = None, steps: Sequence[float] = _STEPS
+) -> _Measured:
     """Solves every layer by itself at every level, from the moments of the model as it is.
 
     Args:
         keep: called with (layer, number of the level, weights), for a database.
     """
     assert request.samples is not None
-    levels = sorted({round(min(_HIGHEST, max(_LOWEST, request.sparsity + step)), 4) for step in _STEPS})
+    levels = sorted({round(min(_HIGHEST, max(_LOWEST, request.sparsity + step)), 4) for step in steps})
     target = min(range(len(levels)), key=lambda i: abs(levels[i] - request.sparsity))
     errors = np.zeros((len(request.ops), len(levels)))
     solved: dict[int, F64] = {}
@@ -238,7 +244,7 @@ def _ecoflap(request: Request) -> F64:
 
 def _evolution(request: Request) -> F64:
     database: dict[tuple[int, int], F64] = {}
-    measured = _measure(request, lambda site, level, weight: database.__setitem__((site, level), weight))
+    measured = _measure(request, lambda site, level, weight: database.__setitem__((site, level), weight), _EVEN_STEPS)
     shares = allocation.by_error(
         measured.levels, measured.losses, request.sizes, request.sparsity, max_sparsity=request.most
     )

@@ -26,8 +26,9 @@ from spa_compiler.passes.outcomes import DENSE, apply, check_finite, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
 from spa_compiler.passes.sites import DEPTHWISE, select
 from spa_compiler.passes.sparsify_options import SparsifyOptions, method_name, share_of_zeros
+from spa_compiler.passes.worth import worth_of_outputs
 from spa_compiler.passes.zeroing import Zeroing
-from spa_compiler.patterns import Pattern
+from spa_compiler.patterns import FanIn, NofM, Pattern
 from spa_compiler.solvers.problem import F64, Zeros
 
 __all__ = ["Sparsify", "SparsifyOptions"]
@@ -107,6 +108,7 @@ class Sparsify:
             masks,
             self._gated(model, ops, samples),
             self.expression,
+            self._worth(model, ops, context),
         )
         dense = _between(model, skipped) if method.moves and samples is not None else []
         if samples is None:
@@ -220,6 +222,12 @@ class Sparsify:
                     gram = collected.fit.get("gram")[0]
                     norms[downs[collected.site]] = np.sqrt(np.maximum(np.diagonal(gram), 0))
         return {place: norms[down] for place, down in pairs.items()}
+
+    def _worth(self, model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapping[int, F64]:
+        """For `auto`, where outputs of one weight compete for zeros."""
+        if self.method != "auto" or context.calibration is None or isinstance(self.pattern, NofM | FanIn):
+            return {}
+        return worth_of_outputs(model, ops, context.calibration, threads=context.workers, progress=context.progress)
 
     def _without_data(self, layers: Zeroing, context: Context) -> list[Outcome]:
         outcomes: list[Outcome] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,11 @@ from spa_compiler.solvers.problem import F64, Problem, Zeros
 
 @dataclass(frozen=True)
 class Zeroing:
-    """What solving any of the sites needs."""
+    """What solving any of the sites needs.
+
+    Attributes:
+        worth: of the outputs of a site, `[n]`: what an error of each counts where they compete for zeros.
+    """
 
     ops: Sequence[WeightedOp]
     zeros: Sequence[Zeros]
@@ -27,6 +31,7 @@ class Zeroing:
     masks: Mapping[int, NDArray[np.bool_]]
     gated: Mapping[int, F64]
     expression: symbolic.Expression | None
+    worth: Mapping[int, F64] = field(default_factory=dict)
 
     def solve(self, jobs: Sequence[Job]) -> list[Result]:
         """A `layerwise.Solve`; sites beyond these get no zeros."""
@@ -49,6 +54,11 @@ class Zeroing:
 
     def _solved(self, site: int, problems: Sequence[Problem]) -> list[F64]:
         """The new weight of each group."""
+        if site in self.worth:
+            scale = np.sqrt(self.worth[site])[:, None]
+            (alone,) = problems  # no grouped convolution has any
+            scaled = replace(alone, weight=alone.weight * scale)
+            return [self.method.solve(scaled, self.zeros[site], self._layer(site, 0)).weight / scale]
         return [
             self.method.solve(problem, self.zeros[site], self._layer(site, group)).weight
             for group, problem in enumerate(problems)

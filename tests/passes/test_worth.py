@@ -1,0 +1,111 @@
+"""What outputs are worth to their readers, and that zeros go where they are worth little."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spa_compiler.graph.model import Model
+from spa_compiler.graph.operators import weighted_ops
+from spa_compiler.passes.worth import readers, worth_of_outputs
+from tests.networks import model_of
+from tests.passes.tiny import calibration, context, correlated, feed_forward, rows, samples, sparsify
+
+BLOCK = """agraph (float[n, 8] x) => (float[n, 8] y) {
+  h = MatMul (x, W) r = Relu (h) o = MatMul (r, V) s = Add (o, x) y = LayerNormalization (s, one)
+}"""
+
+
+def block(scale: np.ndarray | None = None, seed: int = 0) -> Model:
+    """A feed-forward block of 12 hidden units, whose second weight has rows of these sizes."""
+    rng = np.random.default_rng(seed)
+    down = rng.standard_normal((12, 8)) * (np.ones(12) if scale is None else scale)[:, None]
+    up = rng.standard_normal((8, 12))
+    return model_of(BLOCK, W=up.astype(np.float32), V=down.astype(np.float32), one=np.ones(8, np.float32))
+
+
+def test_hidden_units_have_a_reader_and_a_residual_stream_has_none() -> None:
+    assert readers(weighted_ops(feed_forward(blocks=2).graph)) == {0: [1], 2: [3]}
+
+
+def test_widths_that_do_not_fit_are_no_readers() -> None:
+    text = "agraph (float[n, 4] x) => (float[n, 3] y) { h = MatMul (x, W) r = Mul (h, six) y = MatMul (r, V) }"
+    ones = np.ones(6, np.float32)
+    model = model_of(text, W=np.ones((4, 1), np.float32), V=np.ones((6, 3), np.float32), six=ones)
+    assert readers(weighted_ops(model.graph)) == {}
+
+
+def test_the_worth_is_that_of_the_definition() -> None:
+    model = block()
+    feeds = [{"x": correlated(50, 8, seed)} for seed in range(3)]
+    ops = weighted_ops(model.graph)
+    found = worth_of_outputs(model, ops, samples(*feeds))
+    assert set(found) == {0}
+    x = np.concatenate([feed["x"] for feed in feeds[:-1]]).astype(np.float64)  # the last one is held out
+    before = x @ ops[0].rows().T
+    after = np.maximum(before, 0)
+    want = np.square(ops[1].rows()).sum(axis=0) * after.var(axis=0) / before.var(axis=0)
+    np.testing.assert_allclose(found[0], want / want.mean(), rtol=1e-4)
+
+
+def test_several_readers_add_up() -> None:
+    text = """agraph (float[n, 8] x) => (float[n, 4] y, float[n, 4] z) {
+      h = MatMul (x, W) r = Relu (h) y = MatMul (r, V) z = MatMul (r, U)
+    }"""
+    rng = np.random.default_rng(0)
+    w, v, u = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 6), (6, 4), (6, 4)))
+
+    def worth(v: np.ndarray, u: np.ndarray) -> np.ndarray:
+        model = model_of(text, W=w, V=v, U=u)
+        return worth_of_outputs(model, weighted_ops(model.graph), samples({"x": correlated(64, 8, 0)}))[0]
+
+    both = np.sqrt(np.square(v) + np.square(u))
+    np.testing.assert_allclose(worth(v, u), worth(both, np.zeros_like(u)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block:2x1"])
+def test_outputs_that_nobody_reads_lose_their_weights_first(pattern: str) -> None:
+    scale = np.where(np.arange(12) < 6, 1.0, 1e-3)
+    model = block(scale)
+    feeds = [{"x": correlated(200, 8, seed)} for seed in range(3)]
+    change = sparsify(model, context(samples(*feeds)), sparsity=0.5, pattern=pattern, allocate="uniform")
+    assert change.sites[0].density_after == 0.5
+    zeros = (rows(model)[0] == 0).mean(axis=1)
+    assert zeros[6:].min() == 1
+    assert zeros[:6].max() == 0
+
+
+@pytest.mark.parametrize("how", [{"method": "sparsegpt"}, {"pattern": "2:4"}, {"pattern": "fan-in"}])
+def test_other_methods_and_patterns_within_outputs_do_not_look(how: dict[str, str]) -> None:
+    model = block(np.where(np.arange(12) < 6, 1.0, 1e-3))
+    share = {} if how.get("pattern") == "2:4" else {"sparsity": 0.5}
+    feeds = [{"x": correlated(200, 8, seed)} for seed in range(3)]
+    sparsify(model, context(samples(*feeds)), allocate="uniform", **share, **how)
+    assert (rows(model)[0] == 0).mean(axis=1)[6:].min() < 1
+
+
+def test_a_second_weight_of_zeros_leaves_everything_as_it_is() -> None:
+    model = block(np.zeros(12))
+    assert worth_of_outputs(model, weighted_ops(model.graph), calibration_of_8()) == {}
+
+
+def calibration_of_8() -> object:
+    return samples({"x": correlated(64, 8, 0)}, {"x": correlated(64, 8, 1)})
+
+
+def test_without_data_there_is_no_worth() -> None:
+    model = block(np.where(np.arange(12) < 6, 1.0, 1e-3))
+    before = rows(model)
+    sparsify(model, context(), sparsity=0.5)
+    assert (rows(model)[0] == 0).mean(axis=1)[6:].min() < 1
+    kept = rows(model)[0] != 0
+    np.testing.assert_array_equal(rows(model)[0][kept], before[0][kept])
+
+
+def test_the_result_does_not_depend_on_workers() -> None:
+    results = []
+    for workers in (1, 2):
+        model = feed_forward(blocks=2)
+        sparsify(model, context(calibration(), workers), sparsity=0.5)
+        results.append([row.tobytes() for row in rows(model)])
+    assert results[0] == results[1]
