@@ -125,35 +125,36 @@ _METHODS = (
 )
 METHODS = {method.name: method for method in _METHODS}
 
-_ZEROS = (*(method.name for method in (*_PLAIN, *_UNIFORM) if method.name != "dass"), "auto")
 _PEERS = ("onnxsim wanda", "onnxsim sparsegpt")
 _ALLOCATED = tuple(f"auto, {name}" for name in ALLOCATIONS)
 _FIXED = "2:4"
-# The pattern fixes the share of every layer, so nothing can be global.
-_N_M = tuple(name for name in _ZEROS if name != "magnitude, global")
+_EVERYWHERE = (*CONTROLS, "magnitude + data", "wanda", "sparsegpt", "admm", "auto")
+"""What every setting with zeros compares; one setting of each kind of network compares all methods."""
+# DaSS is for gated feed-forward blocks, which one model here has.
+_OTHERS = tuple(m.name for m in (*_PLAIN, *_UNIFORM) if m.name not in (*_EVERYWHERE, "dass"))
 _MATRICES = ("svd", "fwsvd", "whitened", "low rank, auto")
 
 
 def _unstructured(share: float, *more: str) -> Setting:
-    methods = (*_ZEROS, *more, *_PEERS)
+    methods = (*_EVERYWHERE, *more, *_PEERS)
     return Setting(f"{share:.0%} unstructured", _rest(share), "unstructured", methods)
 
 
 def _blocks(share: float) -> Setting:
-    return Setting(f"{share:.0%} in 4x1 blocks", _rest(share), "block:4x1", _ZEROS)
+    return Setting(f"{share:.0%} in 4x1 blocks", _rest(share), "block:4x1", _EVERYWHERE)
 
 
 def _rest(share: float) -> float:
     return round(1 - share, ROUNDING)
 
 
-TWO_OF_FOUR = Setting(_FIXED, 0.5, _FIXED, (*_N_M, *_PEERS))
+TWO_OF_FOUR = Setting(_FIXED, 0.5, _FIXED, (*_EVERYWHERE, *_PEERS))
 LOW_RANK_70 = Setting("low rank, 70% of params", 0.7, "unstructured", (*CONTROLS, *_MATRICES, "sparse-low-rank"))
 HALF = Setting(
     "50% of params, any form",
     0.5,
     "unstructured",
-    (*CONTROLS, "magnitude + data", "wanda", "sparsegpt", "admm", "auto", *_PEERS, *_MATRICES, "sparse-low-rank"),
+    (*_EVERYWHERE, *_PEERS, *_MATRICES, "sparse-low-rank"),
 )
 _TUCKER_70 = Setting("low rank, 70% of params", 0.7, "unstructured", (*CONTROLS, *_MATRICES, "tucker"))
 
@@ -168,8 +169,8 @@ MODELS = {
             dense=86.72,
             also="stsb_test",
             settings=(
-                _unstructured(0.6, *_ALLOCATED),
-                _unstructured(0.7, *_ALLOCATED),
+                _unstructured(0.6),
+                _unstructured(0.7, *_OTHERS, *_ALLOCATED),
                 _unstructured(0.8),
                 _blocks(0.5),
                 _blocks(0.6),
@@ -185,7 +186,7 @@ MODELS = {
             metric="cifar10",
             dense=93.39,
             peer_batches=16,
-            settings=(_unstructured(0.7), _blocks(0.5), _TUCKER_70),
+            settings=(_unstructured(0.7, *_OTHERS), _blocks(0.5), _TUCKER_70),
         ),
         Model(
             name="efficientnet_lite0",
@@ -213,8 +214,7 @@ MODELS = {
             metric="tinystories_perplexity",
             dense=3.658,
             perplexity=True,
-            # DaSS is for gated feed-forward blocks, and no other model here has one.
-            settings=(_unstructured(0.2, "dass"), _unstructured(0.3, "dass")),
+            settings=(_unstructured(0.2), _unstructured(0.3, *_OTHERS, "dass", *_ALLOCATED)),
         ),
     )
 }

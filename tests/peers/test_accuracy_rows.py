@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -13,6 +14,8 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
+from spa_compiler.passes.factorize_options import Asked
+from spa_compiler.passes.methods import METHODS as ZEROING
 from spa_compiler.passes.recipe import from_yaml
 from tests.peers import accuracy, accuracy_ours, accuracy_tables
 from tests.peers.accuracy_bars import BARS, CLAIMS, Bar, Than, findings, judge, judge_memory, judge_time
@@ -28,6 +31,16 @@ U60 = "60% unstructured"
 def rows(**drops: float) -> Rows:
     made = [Row(model="minilm", setting=U60, method=name, versions={}, drop=drop) for name, drop in drops.items()]
     return Rows({row.key: row for row in made})
+
+
+def test_every_method_of_sparsify_and_factorize_is_measured_somewhere() -> None:
+    measured = [method for model in MODELS.values() for _, method in cells(model)]
+    assert {method.name for method in measured} == set(METHODS)
+    from_files = {"scores", "masks"}
+    options = [method.options for method in measured if method.pass_name == "sparsify"]
+    assert {option["method"] for option in options} == set(ZEROING) - from_files
+    low_rank = {method.options["method"] for method in measured if method.pass_name == "factorize"}
+    assert low_rank == set(get_args(Asked))
 
 
 def bar(at_most: float | None, *than: Than) -> Bar:
