@@ -7,6 +7,8 @@
     abs  sq  sqrt  exp  log  neg  element by element
     mms  (x - min) / (max - min) over the whole array          zsn  (x - mean) / deviation; both 0 where x is constant
 
+Where a bias takes up what the means give, X and Y are those of inputs and outputs without their means.
+
 `sq(W)*mms(G)` is what the genetic search of Pruner-Zero found (Dong et al., "Pruner-Zero: Evolving Symbolic Pruning
 Metric from Scratch for Large Language Models", 2024), with G the aggregated gradients; `A*X` is Wanda, `sq(W)`
 magnitude. G is whatever the user's score file holds.

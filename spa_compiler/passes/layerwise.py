@@ -20,7 +20,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import joblib
@@ -162,7 +162,7 @@ def problem_of(weight: F64, moments: Moments, group: int = 0, *, centred: bool =
     few = 1 - _trust(moments)
     if few > 0:
         gram = gram * (1 - few / 2) + np.diag(np.diagonal(gram)) * (few / 2)
-    return Problem(weight, gram, mean, moments.count)
+    return Problem(weight, gram, mean, moments.count, centred)
 
 
 def _trust(moments: Moments) -> float:
@@ -210,7 +210,7 @@ def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> 
     if not right.any():
         return problem
     moved = scipy.linalg.solve(problem.damped(RIDGE), right * _trust(moments), assume_a="pos")
-    return Problem(problem.weight + moved.T, problem.gram, mean, problem.count)
+    return replace(problem, weight=problem.weight + moved.T)
 
 
 def _shifted(op: WeightedOp, bias: Bias | None, rows: NDArray[Any], moments: Moments, repair: bool) -> F64 | None:

@@ -92,9 +92,8 @@ def _symbolic(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
             where="expression",
             fix="Write one, such as expression='abs(W)*X' (Wanda) or expression='sq(W)*mms(G)' with scores=FILE for G",
         )
-    variance = np.maximum(np.square(problem.norms) - np.square(problem.mean), 0)
     outputs = np.sqrt(np.maximum(np.einsum("ij,ij->i", problem.weight @ problem.gram, problem.weight), 0))
-    statistics = Statistics(problem.weight, problem.norms, problem.mean, variance, outputs, layer.scores)
+    statistics = Statistics(problem.weight, problem.norms, problem.mean, problem.variance, outputs, layer.scores)
     return _kept(problem, zeros.choose(layer.expression.evaluate(statistics)))
 
 

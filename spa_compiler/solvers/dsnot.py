@@ -61,7 +61,7 @@ def dsnot(
         )
     n = len(problem.weight)
     height = min(pattern.rows, n)
-    variance = np.maximum(np.diagonal(problem.gram) - np.square(problem.mean), 0.0)
+    variance = problem.variance
     terms = _stack(problem.weight * problem.mean, height)
     scores = _stack(np.square(problem.weight * problem.norms), height).sum(axis=1)
     noise = np.sqrt((_stack(np.square(problem.weight), height) * variance).sum(axis=(1, 2)))

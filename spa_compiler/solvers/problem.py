@@ -34,17 +34,25 @@ class Problem:
         gram: G `[k, k]`, symmetric, not negative definite; the mean over positions, not the sum.
         mean: E[x] `[k]`.
         count: positions that the statistics were taken over; below `k`, G is singular.
+        centred: whether G is E[(x - E[x]) (x - E[x])^T], as where a bias takes up what the mean of x gives.
     """
 
     weight: F64
     gram: F64
     mean: F64
     count: int
+    centred: bool = False
 
     @property
     def norms(self) -> F64:
-        """Root mean square of each input, `[k]`."""
+        """Root mean square of each input, `[k]`; of x - E[x] where G is centred."""
         return np.asarray(np.sqrt(np.maximum(np.diagonal(self.gram), 0)))
+
+    @property
+    def variance(self) -> F64:
+        """Var(x) of each input, `[k]`."""
+        energy = np.diagonal(self.gram)
+        return np.asarray(np.maximum(energy if self.centred else energy - np.square(self.mean), 0.0))
 
     def loss(self, weight: F64) -> float:
         """E |W0 x - W x|^2 of `weight [n, k]`."""

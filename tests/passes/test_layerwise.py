@@ -104,6 +104,7 @@ def test_behind_a_perturbed_prefix_the_best_weight_is_least_squares() -> None:
     centred = now - now.mean(axis=0)
     np.testing.assert_allclose(job.problems[0].gram, centred.T @ centred / len(now), atol=1e-4)
     np.testing.assert_allclose(job.problems[0].mean, now.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(job.problems[0].variance, now.var(axis=0), atol=1e-4)
     assert job.problems[0].count == len(now) == 400
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from spa_compiler import patterns
+from spa_compiler.criteria import symbolic
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.operators import weighted_ops
-from spa_compiler.passes.methods import METHODS
+from spa_compiler.passes.methods import METHODS, Layer
 from spa_compiler.passes.sparsify import Sparsify, SparsifyOptions
+from spa_compiler.solvers.problem import Problem, Zeros
 from tests.passes.tiny import HIDDEN, WIDTH, bits, calibration, context, feed_forward, rows, sparsify
 
 SHAPES = {"A0": (WIDTH, HIDDEN), "B0": (HIDDEN, WIDTH)}
@@ -172,6 +174,16 @@ def test_expressions_of_known_criteria(expression: str, same: str) -> None:
     sparsify(first, context(calibration()), sparsity=0.5, method="symbolic", expression=expression, pattern="fan-in")
     sparsify(second, context(calibration()), sparsity=0.5, method=same, pattern="fan-in")
     assert bits(first) == bits(second)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_an_expression_reads_the_variance(centred: bool) -> None:
+    mean, variance = np.array([5.0, 0.0, 1.0, 0.0]), np.array([4.0, 1.0, 3.0, 2.0])
+    gram = np.diag(variance) if centred else np.diag(variance) + np.outer(mean, mean)
+    problem = Problem(np.ones((1, 4)), gram, mean, 99, centred)
+    layer = Layer(np.random.default_rng(0), expression=symbolic.parse("A*V"))
+    solution = METHODS["symbolic"].solve(problem, Zeros(patterns.parse("unstructured"), 0.5), layer)
+    np.testing.assert_array_equal(solution.mask, [[True, False, True, False]])
 
 
 def test_an_expression_over_given_scores(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def test_variance_holds_growth_back() -> None:
     zeros = Zeros(parse("unstructured"), 0.5)
     np.testing.assert_array_equal(dsnot(problem, mask, zeros, cycles=1, power=1.0), [[False, True, False, True]])
     np.testing.assert_array_equal(dsnot(problem, mask, zeros, cycles=1, power=0.0), [[True, False, False, True]])
+    centred = Problem(terms[None], np.diag(variance), mean, 99, centred=True)
+    np.testing.assert_array_equal(dsnot(centred, mask, zeros, cycles=1, power=1.0), [[False, True, False, True]])
 
 
 def test_centred_inputs_leave_the_mask_alone() -> None:
@@ -96,6 +98,23 @@ def test_constant_inputs_divide_nothing_by_zero() -> None:
     problem = Problem(np.array([[1.0, 1.0, -1.0, 1.0]]), np.outer(mean, mean), mean, 1)
     mask = dsnot(problem, np.array([[False, False, True, True]]), Zeros(parse("unstructured"), 0.5))
     assert mask.sum() == 2
+
+
+def test_a_constant_input_wins_by_what_it_cancels_alone() -> None:
+    # It counts as noisy as the least noisy of the others: 1 is less than 3.
+    terms, mean = np.array([1.0, 3.0, -0.5, -0.4]), np.ones(4)
+    problem = Problem(terms[None], np.diag([0.0, 1.0, 1.0, 1.0]) + np.outer(mean, mean), mean, 99)
+    mask = np.array([[False, False, True, True]])
+    found = dsnot(problem, mask, Zeros(parse("unstructured"), 0.5), cycles=1)
+    np.testing.assert_array_equal(found, [[False, True, True, False]])
+
+
+def test_a_mean_change_far_below_the_noise_is_left_alone() -> None:
+    mean = np.array([2e-4, 1e-4])
+    mask, zeros = np.array([[False, True]]), Zeros(parse("unstructured"), 0.5)
+    for noise, expected in ((1.0, [False, True]), (1e-8, [True, False])):
+        problem = Problem(np.array([[1.0, -1.0]]), noise * np.eye(2) + np.outer(mean, mean), mean, 99)
+        np.testing.assert_array_equal(dsnot(problem, mask, zeros), [expected])
 
 
 def test_wide_blocks_are_refused() -> None:
