@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from spa_compiler.solvers import rank, tucker
-from spa_compiler.solvers.allocation import welore
+from spa_compiler.solvers import tucker
+from spa_compiler.solvers.allocation import knapsack, welore
 from spa_compiler.solvers.problem import F64
 
 Rank: TypeAlias = tuple[int, ...]
@@ -155,7 +155,7 @@ def by_error(
     count = np.ones(len(layers)) if weights is None else _tempered(weights, power)
     costs = [np.append(layer.costs, layer.dense) for layer in layers]
     losses = [np.append(layer.losses, 0.0) * each for layer, each in zip(layers, count, strict=True)]
-    chosen = rank.allocate(costs, losses, share * sum(layer.dense for layer in layers))
+    chosen = knapsack(costs, losses, share * sum(layer.dense for layer in layers))
     return [(*layer.options, None)[option] for layer, option in zip(layers, chosen, strict=True)]
 
 

@@ -1,73 +1,105 @@
-"""Exact: the best choice of one level per layer, by dynamic programming over the number of zeros.
+"""Knapsack: one option of each layer, the least sum of losses within one budget.
 
-    minimize sum_l errors[l, c[l]]      subject to sum_l sizes[l] * levels[c[l]] >= sparsity * sum_l sizes[l]
+    min sum_l loss_l(option_l)        s.t.  sum_l cost_l(option_l) <= budget
 
-The multiple-choice knapsack (Kellerer, Pferschy, Pisinger, "Knapsack Problems", 2004, chapter 11). For losses that add
-up; `evolution.py` is for those that do not.
+The options of a layer are its ranks, say, and to stay dense at loss 0. On the lower convex hull of each layer's
+(cost, loss) points, steps in the order of loss saved per cost are the Lagrangian optimum, exact at every budget at
+which a step ends. Squared singular values descend, so ranks alone are convex already and every rank is on the hull; the
+dense point does not continue that curve (from the last rank that pays to dense the loss falls to 0 at once), and takes
+the ranks near it off the hull. What the steps leave of the budget is then spent on single options, off the hull too,
+and on exchanges between two layers. Sinha and Zoltners, "The multiple-choice knapsack problem", 1979.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from spa_compiler.errors import BudgetError
-from spa_compiler.solvers.allocation.budget import Sizes
+from spa_compiler.solvers.allocation.budget import F64
+from spa_compiler.solvers.allocation.hull import lower_hull
 
-_PARTS = 1000
-"""Zeros are counted in thousandths of an element, so that shares like 0.3 compare as they are meant."""
+Indices: TypeAlias = NDArray[np.int64]
+
+_SLACK = 1e-9
+"""Of a budget: shares are quotients, and a budget of 0.7 is met by 0.7. Of the whole loss: less is no change."""
 
 
-def exact(
-    levels: ArrayLike, errors: ArrayLike, sizes: Sizes, sparsity: float, *, resolution: int = 10_000
-) -> list[int]:
-    """The index of each layer's level, the lowest where losses are equal.
+def knapsack(costs: Sequence[F64], losses: Sequence[F64], budget: float) -> list[int]:
+    """One option of each layer, the least loss within the budget; the index of each.
+
+    The loss is above the optimum by less than one hull step saves, and is the optimum wherever steps end at the
+    budget.
 
     Args:
-        levels: shares of zeros, `[m]`, or `[L, m]` where layers have their own.
-        errors: losses that add up, `[L, m]`; infinite where a layer must not have a level.
-        resolution: cells that the budget is divided into. If the zeros of all choices are multiples of a cell (as with
-            even levels and sizes that are multiples of each other), the answer is the best there is. Else zeros are
-            counted down to whole cells, and the answer may have up to a cell of zeros per layer more than it needs.
-
-    Raises:
-        BudgetError: no allowed choice has enough zeros.
+        costs: for each layer what each of its options costs, in any order. At least one option.
+        losses: what each option loses.
+        budget: where it cannot be met, each layer gets its cheapest option.
     """
-    losses = np.asarray(errors, np.float64)
-    if losses.ndim != 2 or np.isnan(losses).any():
-        raise ValueError(f"errors are [layers, levels] without NaN, not {list(losses.shape)}")
-    shares = np.broadcast_to(np.asarray(levels, np.float64), losses.shape)
-    elements = np.asarray(sizes, np.float64)
-    zeros = np.rint(_PARTS * shares * elements[:, None]).astype(np.int64)
-    # Each layer's zeros were rounded by up to half a part.
-    target = max(0, int(np.rint(_PARTS * sparsity * float(elements.sum()))) - len(losses) // 2)
-    most = np.where(np.isfinite(losses), zeros, -1).max(axis=1, initial=-1)
-    if (most < 0).any() or int(most.sum()) < target:
-        reach = max(0.0, float(most.sum())) / (_PARTS * float(elements.sum()))
-        raise BudgetError(
-            f"no choice of levels has {sparsity:.2%} zeros, at most {reach:.2%}", fix="Ask for fewer zeros"
-        )
-    cell = max(int(np.gcd.reduce(zeros, axis=None)), -(-target // resolution), 1)
-    needed = -(-target // cell)
-    if needed > int((most // cell).sum()):
-        # Counted down, even the most zeros are too few; whole, they are enough, and less than L cells too many.
-        return [int(level) for level in np.where(np.isfinite(losses), zeros, -1).argmax(axis=1)]
-    return _choose(zeros // cell, losses, needed)
-
-
-def _choose(zeros: NDArray[np.int64], losses: NDArray[np.float64], target: int) -> list[int]:
-    """Levels with the least loss that have at least `target` cells of zeros."""
-    need = np.arange(target + 1)
-    least = np.where(need == 0, 0.0, np.inf)  # of the layers behind, for each number of cells that they must have
-    picks = []
-    for layer in reversed(range(len(losses))):
-        costs = np.stack(
-            [loss + least[np.maximum(need - z, 0)] for z, loss in zip(zeros[layer], losses[layer], strict=True)]
-        )
-        picks.append(costs.argmin(axis=0))
-        least = costs.min(axis=0)
-    chosen, rest = [], len(need) - 1
-    for layer, pick in enumerate(reversed(picks)):
-        chosen.append(int(pick[rest]))
-        rest = max(0, rest - int(zeros[layer, chosen[-1]]))
+    budget += abs(budget) * _SLACK
+    useful = [_useful(cost, loss) for cost, loss in zip(costs, losses, strict=True)]
+    steps: list[tuple[float, int, int, int]] = []  # minus the loss saved per cost, layer, from, to
+    for layer, some in enumerate(useful):
+        corners = lower_hull(costs[layer][some], losses[layer][some])
+        for here, there in itertools.pairwise(some[corners].tolist()):
+            saved = losses[layer][here] - losses[layer][there]
+            steps.append((-saved / (costs[layer][there] - costs[layer][here]), layer, here, there))
+    chosen = [int(some[0]) for some in useful]
+    left = budget - sum(float(costs[layer][option]) for layer, option in enumerate(chosen))
+    for _, layer, here, there in sorted(steps):
+        more = float(costs[layer][there] - costs[layer][here])
+        if chosen[layer] == here and more <= left:  # a layer whose step was too long stays where it is
+            chosen[layer] = there
+            left -= more
+    if left >= 0:
+        _spend(costs, losses, useful, chosen, left)
     return chosen
+
+
+def _useful(cost: F64, loss: F64) -> Indices:
+    """The options that lose less than every cheaper one, cheapest first."""
+    order = np.lexsort((loss, cost))
+    least = np.minimum.accumulate(loss[order])
+    useful: Indices = order[np.append(True, least[1:] < least[:-1])]
+    return useful
+
+
+def _spend(
+    costs: Sequence[F64], losses: Sequence[F64], useful: Sequence[Indices], chosen: list[int], left: float
+) -> None:
+    """Improve `chosen` within what is left: the best change of one layer or exchange of two, until there is none."""
+    whole = sum(float(loss[option]) for loss, option in zip(losses, chosen, strict=True))
+    while True:
+        best = (-whole * _SLACK, -1, 0, -1, 0)  # change of loss, layer, option, other layer, its option
+        for layer, option in enumerate(chosen):
+            change_cost = costs[layer] - costs[layer][option]
+            change_loss = losses[layer] - losses[layer][option]
+            for other in range(layer, len(chosen)):
+                partner: Indices = np.full(change_cost.size, option)
+                if other == layer:
+                    total = np.where(change_cost <= left, change_loss, np.inf)
+                else:
+                    now = chosen[other]
+                    partner = _best_within(costs[other], useful[other], costs[other][now] + left - change_cost)
+                    total = np.where(partner >= 0, change_loss + losses[other][partner] - losses[other][now], np.inf)
+                pick = int(np.argmin(total))
+                if total[pick] < best[0]:
+                    best = (float(total[pick]), layer, pick, other, int(partner[pick]))
+        _, layer, pick, other, partner_pick = best
+        if layer < 0:
+            return
+        before = costs[layer][chosen[layer]] + (costs[other][chosen[other]] if other != layer else 0.0)
+        chosen[layer] = pick
+        if other != layer:
+            chosen[other] = partner_pick
+        after = costs[layer][pick] + (costs[other][partner_pick] if other != layer else 0.0)
+        left -= float(after - before)
+
+
+def _best_within(cost: F64, useful: Indices, limit: F64) -> Indices:
+    """For each limit the option of the least loss that costs no more, -1 where there is none."""
+    place = np.searchsorted(cost[useful], limit, side="right") - 1
+    return np.where(place >= 0, useful[np.maximum(place, 0)], -1)

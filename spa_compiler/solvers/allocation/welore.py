@@ -10,12 +10,16 @@ to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", 2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spa_compiler.errors import BudgetError
 from spa_compiler.solvers.allocation.budget import F64
-from spa_compiler.solvers.allocation.ranks import Ranks, affordable, check_spectra, parameters
+
+Ranks: TypeAlias = NDArray[np.int64]
+"""Rank per layer, `[L]`; min(n, k) means dense."""
 
 
 def welore(singular: Sequence[F64], shapes: Sequence[tuple[int, int]], sparsity: float, *, multiple: int = 1) -> Ranks:
@@ -30,21 +34,25 @@ def welore(singular: Sequence[F64], shapes: Sequence[tuple[int, int]], sparsity:
 
     Raises:
         BudgetError: even ranks of `multiple` have more parameters.
+        ValueError: singular values are not as many as a layer has, or not in descending order.
     """
-    check_spectra(singular, shapes)
+    _check_spectra(singular, shapes)
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}, not in [0, 1)")
     values, steps, owners = [np.zeros(0)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for layer, (spectrum, (n, k)) in enumerate(zip(singular, shapes, strict=True)):
         ranks = np.minimum(np.arange(0, len(spectrum) + multiple, multiple), len(spectrum))
         first = np.asarray(spectrum[::multiple], np.float64) / (spectrum[0] or 1)
         first[0] = np.inf  # no layer without a rank
         values.append(first)
-        steps.append(np.diff(parameters(ranks, n, k)))
+        steps.append(np.diff(np.minimum(ranks * (n + k), n * k)))
         owners.append(np.full(len(first), layer))
     step, owner = np.concatenate(steps), np.concatenate(owners)
     order = np.argsort(-np.concatenate(values), kind="stable")
     dense = sum(n * k for n, k in shapes)
     reached = step[order].cumsum()
-    count = int(np.searchsorted(reached, affordable(shapes, sparsity), side="right"))
+    # (1 - 0.9) * 10 is less than 1: a little more, so that whole numbers stay what they are.
+    count = int(np.searchsorted(reached, int((1 - sparsity) * dense * (1 + 1e-12)), side="right"))
     if count < len(shapes):
         least = int(reached[len(shapes) - 1])
         raise BudgetError(
@@ -54,3 +62,10 @@ def welore(singular: Sequence[F64], shapes: Sequence[tuple[int, int]], sparsity:
         )
     whole = np.array([min(shape) for shape in shapes], np.int64)
     return np.minimum(multiple * np.bincount(owner[order[:count]], minlength=len(shapes)), whole)
+
+
+def _check_spectra(singular: Sequence[F64], shapes: Sequence[tuple[int, int]]) -> None:
+    for layer, (spectrum, (n, k)) in enumerate(zip(singular, shapes, strict=True)):
+        # Written so that NaN fails too.
+        if len(spectrum) != min(n, k) or not (np.diff(spectrum) <= 0).all() or not spectrum[-1] >= 0:
+            raise ValueError(f"layer {layer} [{n}, {k}] needs {min(n, k)} singular values in descending order")

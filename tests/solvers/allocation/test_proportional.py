@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spa_compiler.solvers.allocation import ecoflap, gradient_norms, proportional
+from spa_compiler.solvers.allocation import ecoflap, proportional
+from spa_compiler.solvers.allocation.ecoflap import gradient_norms
 
 
 def test_density_above_the_floor_is_in_proportion() -> None:
