@@ -17,6 +17,14 @@ def correlated(n: int, k: int, seed: int, decay: float = 1.0) -> Problem:
     return Problem(rng.standard_normal((n, k)), (gram + gram.T) / 2, rng.standard_normal(k), 100 * k)
 
 
+def sampled(n: int, k: int, seed: int, samples: int = 0) -> Problem:
+    """Moments of so many samples (four for each input if 0); inputs are correlated and of unequal size."""
+    rng = np.random.default_rng(seed)
+    count = samples or 4 * k
+    inputs = rng.normal(size=(count, k)) @ (rng.normal(size=(k, k)) / np.sqrt(k) + np.eye(k)) * rng.uniform(0.3, 3, k)
+    return Problem(rng.normal(size=(n, k)), inputs.T @ inputs / count, inputs.mean(axis=0), count)
+
+
 def damped(problem: Problem, damping: float = 0.01) -> Problem:
     """The problem whose loss is the damped loss of `problem`."""
     return Problem(problem.weight, problem.damped(damping), problem.mean, problem.count)

@@ -13,6 +13,7 @@ from spa_compiler.patterns import parse
 from spa_compiler.solvers.envelope import budgets, envelope, prox
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import Problem, Zeros
+from tests.layer_problems import sampled, with_a_dead_input
 
 NAMES = ["unstructured", "fan-in", "2:4", "block:2x1", "block:4x4", "channel"]
 
@@ -105,19 +106,12 @@ def test_zeros_everywhere() -> None:
         )
 
 
-def layer(n: int, k: int, seed: int) -> Problem:
-    """Correlated inputs of unequal size."""
-    rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(4 * k, k)) @ (rng.normal(size=(k, k)) / np.sqrt(k) + np.eye(k)) * rng.uniform(0.3, 3, k)
-    return Problem(rng.normal(size=(n, k)), inputs.T @ inputs / len(inputs), inputs.mean(axis=0), len(inputs))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_support_is_better_than_that_of_the_wanda_scores(name: str) -> None:
     zeros = Zeros(parse(name), 0.6)
     ours = theirs = 0.0
     for seed in range(3):
-        problem = layer(32, 48, seed)
+        problem = sampled(32, 48, seed)
         found = envelope(problem, zeros)
         assert zeros.pattern.fits(found.weight)
         assert not found.weight[~found.mask].any()
@@ -134,10 +128,7 @@ def test_uncorrelated_inputs_give_the_optimum() -> None:
 
 
 def test_silent_inputs_and_the_same_again() -> None:
-    problem = layer(5, 8, 1)
-    gram = problem.gram.copy()
-    gram[3], gram[:, 3] = 0, 0
-    problem = Problem(problem.weight, gram, problem.mean, problem.count)
+    problem = with_a_dead_input(sampled(5, 8, 1))
     one, again = (envelope(problem, Zeros(parse("unstructured"), 0.5)) for _ in range(2))
     assert not one.mask[:, 3].any()
     np.testing.assert_array_equal(one.weight, again.weight)

@@ -14,17 +14,10 @@ from spa_compiler.patterns import parse
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import Problem, Zeros
 from spa_compiler.solvers.swap import swap
+from tests.layer_problems import sampled
 
 EXACT = 1e-6
 """A damping that changes no loss by more than rounding does, where samples abound."""
-
-
-def layer(n: int, k: int, seed: int, samples: int = 0) -> Problem:
-    """Correlated inputs of unequal size."""
-    rng = np.random.default_rng(seed)
-    count = samples or 4 * k
-    inputs = rng.normal(size=(count, k)) @ (rng.normal(size=(k, k)) / np.sqrt(k) + np.eye(k)) * rng.uniform(0.3, 3, k)
-    return Problem(rng.normal(size=(n, k)), inputs.T @ inputs / count, inputs.mean(axis=0), count)
 
 
 def damped_loss(problem: Problem, mask: np.ndarray, damping: float) -> float:
@@ -52,7 +45,7 @@ def best_of_all(problem: Problem, row: int, kept: int) -> float:
 def test_the_loss_never_rises_and_the_pattern_stays(
     name: str, n: int, k: int, sparsity: float, seed: int, width: int
 ) -> None:
-    problem, zeros = layer(n, k, seed), Zeros(parse(name), sparsity)
+    problem, zeros = sampled(n, k, seed), Zeros(parse(name), sparsity)
     mask = zeros.choose(np.random.default_rng(seed).random((n, k)))
     before = mask.copy()
     found = swap(problem, mask, zeros, width=width)
@@ -70,14 +63,14 @@ def test_the_loss_never_rises_and_the_pattern_stays(
 
 
 def test_what_is_found_is_better_by_far_than_a_random_mask() -> None:
-    problem, zeros = layer(6, 40, 3), Zeros(parse("fan-in"), 0.6)
+    problem, zeros = sampled(6, 40, 3), Zeros(parse("fan-in"), 0.6)
     mask = zeros.choose(np.random.default_rng(0).random((6, 40)))
     found = swap(problem, mask, zeros, rounds=50)
     assert problem.loss(found.weight) < 0.5 * problem.loss(refit(problem, mask))
 
 
 def test_no_single_exchange_is_left_where_all_are_candidates() -> None:
-    problem, zeros = layer(3, 9, 5), Zeros(parse("fan-in"), 0.5)
+    problem, zeros = sampled(3, 9, 5), Zeros(parse("fan-in"), 0.5)
     start = zeros.choose(np.random.default_rng(1).random((3, 9)))
     mask = swap(problem, start, zeros, rounds=50, damping=EXACT).mask
     least = damped_loss(problem, mask, EXACT)
@@ -104,7 +97,7 @@ def test_uncorrelated_inputs_give_the_optimum(seed: int) -> None:
 def test_small_correlated_problems_mostly_reach_the_optimum() -> None:
     reached, rows = 0, 12
     for seed in range(rows):
-        problem, zeros = layer(1, 8, seed), Zeros(parse("fan-in"), 0.5)
+        problem, zeros = sampled(1, 8, seed), Zeros(parse("fan-in"), 0.5)
         start = zeros.choose(np.random.default_rng(seed).random((1, 8)))
         loss = damped_loss(problem, swap(problem, start, zeros, damping=EXACT).mask, EXACT)
         best = best_of_all(problem, 0, 4)
@@ -130,7 +123,7 @@ def test_silent_inputs_make_way() -> None:
 
 
 def test_the_same_again_and_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, zeros = layer(20, 30, 7), Zeros(parse("unstructured"), 0.6)
+    problem, zeros = sampled(20, 30, 7), Zeros(parse("unstructured"), 0.6)
     mask = zeros.choose(np.random.default_rng(0).random((20, 30)))
     one, again = (swap(problem, mask, zeros) for _ in range(2))
     np.testing.assert_array_equal(one.mask, again.mask)
@@ -141,13 +134,13 @@ def test_the_same_again_and_in_any_company(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("mask", [np.ones((4, 6), bool), np.zeros((4, 6), bool)])
 def test_nothing_to_exchange(mask: np.ndarray) -> None:
-    problem = layer(4, 6, 0)
+    problem = sampled(4, 6, 0)
     found = swap(problem, mask, Zeros(parse("unstructured"), 0.5))
     np.testing.assert_array_equal(found.mask, mask)
 
 
 def test_fewer_samples_than_inputs() -> None:
-    problem, zeros = layer(4, 30, 2, samples=9), Zeros(parse("unstructured"), 0.5)
+    problem, zeros = sampled(4, 30, 2, samples=9), Zeros(parse("unstructured"), 0.5)
     mask = zeros.choose(np.random.default_rng(0).random((4, 30)))
     found = swap(problem, mask, zeros)
     assert np.isfinite(found.weight).all()
@@ -155,6 +148,6 @@ def test_fewer_samples_than_inputs() -> None:
 
 
 def test_wide_blocks_are_refused() -> None:
-    problem = layer(4, 8, 0)
+    problem = sampled(4, 8, 0)
     with pytest.raises(UsageError, match=r"block:4x4.*block:Rx1"):
         swap(problem, np.ones((4, 8), bool), Zeros(parse("block:4x4"), 0.5))
