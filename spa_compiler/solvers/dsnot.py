@@ -27,7 +27,7 @@ CYCLES = 50
 POWER = 1.0
 """p: how much a noisy input is held back from growing."""
 
-TOLERANCE = 1e-3
+_TOLERANCE = 1e-3
 """Of the root of the summed variances of an output's terms: a mean change below it is nothing."""
 
 
@@ -36,7 +36,6 @@ def dsnot(
     mask: Mask,
     zeros: Zeros,
     cycles: int = CYCLES,
-    tolerance: float = TOLERANCE,
     power: float = POWER,
 ) -> Mask:
     """A mask with as many zeros in each output and the same pattern, whose mean output is no farther from W0's.
@@ -46,7 +45,6 @@ def dsnot(
         mask: `[n, k]`, follows the pattern.
         zeros: its pattern; the share of zeros is that of `mask`.
         cycles: exchanges per output at most.
-        tolerance: where the mean change counts as 0, relative to the output's noise.
         power: of the variance.
 
     Raises:
@@ -71,7 +69,7 @@ def dsnot(
     active = np.flatnonzero(kept.any(axis=1) & ~kept.all(axis=1))
     for _ in range(cycles):
         size = np.sqrt(np.square(change[active]).sum(axis=1))
-        active = active[size > tolerance * noise[active]]
+        active = active[size > _TOLERANCE * noise[active]]
         if not len(active):
             break
         old = change[active]

@@ -117,6 +117,14 @@ def test_a_mean_change_far_below_the_noise_is_left_alone() -> None:
         np.testing.assert_array_equal(dsnot(problem, mask, zeros), [expected])
 
 
+def test_a_group_that_keeps_nothing_has_no_partner() -> None:
+    # Growing input 1 would help most, but nothing in its group could go for it.
+    terms, mean = np.array([1.0, 2.0, -0.5, -0.4]), np.ones(4)
+    problem = Problem(terms[None], np.eye(4) + np.outer(mean, mean), mean, 99)
+    found = dsnot(problem, np.array([[False, False, True, False]]), Zeros(parse("1:2"), 0.5))
+    np.testing.assert_array_equal(found, [[False, False, False, True]])
+
+
 def test_wide_blocks_are_refused() -> None:
     with pytest.raises(UsageError, match=r"block:4x4.*block:Rx1"):
         dsnot(layer(4, 8, 0), np.ones((4, 8), bool), Zeros(parse("block:4x4"), 0.5))
