@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from spa_compiler.patterns.pattern import F64, Keep, Sizes
 
-__all__ = ["Keep", "Scores", "Sizes", "keep_highest", "keep_highest_of_each", "keep_highest_with_floor"]
-
 Scores = F64
 """`[u, v]`, not NaN."""
 

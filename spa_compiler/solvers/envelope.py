@@ -27,30 +27,21 @@ import numpy as np
 
 from spa_compiler.patterns import Pattern
 from spa_compiler.solvers.least_squares import refit
-from spa_compiler.solvers.problem import DAMPING, F64, Problem, Solution, Zeros
+from spa_compiler.solvers.problem import F64, Problem, Solution, Zeros
 from spa_compiler.solvers.regions import join, split, spread
 
-STRENGTH = 0.1
-STEPS = 40
+_STRENGTH = 0.1
+"""Of the envelope, relative to the layer's error."""
+_STEPS = 40
 
 _NEWTON = 100
 """Steps to find c at most; about ten are usual, as the sum is piecewise linear in c."""
 
 
-def envelope(
-    problem: Problem, zeros: Zeros, strength: float = STRENGTH, steps: int = STEPS, damping: float = DAMPING
-) -> Solution:
-    """The refitted weights on the support that the envelope leaves. For any pattern.
-
-    Args:
-        problem: the layer.
-        zeros: pattern and share of zeros.
-        strength: of the envelope, relative to the layer's error.
-        steps: of the proximal gradient method.
-        damping: of the Gram matrix.
-    """
+def envelope(problem: Problem, zeros: Zeros) -> Solution:
+    """The refitted weights on the support that the envelope leaves. For any pattern."""
     pattern = zeros.pattern
-    gram = problem.damped(damping)
+    gram = problem.damped()
     scale = np.sqrt(np.diagonal(gram))
     correlation = gram / np.outer(scale, scale)
     # Weights of inputs that are always 0 have no say.
@@ -60,22 +51,21 @@ def envelope(
     budget = budgets(pattern, n, k, zeros.sparsity)
     point = old = target
     momentum = 1.0
-    for _ in range(steps):
-        new = prox(pattern, point - length * ((point - target) @ correlation), length * strength, budget)
+    for _ in range(_STEPS):
+        new = prox(pattern, point - length * ((point - target) @ correlation), length * _STRENGTH, budget)
         next_momentum = (1 + np.sqrt(1 + 4 * momentum * momentum)) / 2
         point = new + (momentum - 1) / next_momentum * (new - old)
         old, momentum = new, next_momentum
     mask = zeros.choose(np.square(old))
-    return Solution(refit(problem, mask, damping), mask)
+    return Solution(refit(problem, mask), mask)
 
 
 def budgets(pattern: Pattern, n: int, k: int, sparsity: float) -> F64:
     """K of each region, `[regions, 1]`: the weights that stay there."""
     whole = split(pattern, np.array(pattern.sizes(n, k), np.float64)).sum(axis=1, keepdims=True)
     if pattern.sparsity is not None:
-        return np.asarray(
-            np.minimum(whole, pattern.cols * (1 - pattern.sparsity))
-        )  # a short last group keeps min(N, L)
+        # A short last group keeps min(N, L).
+        return np.asarray(np.minimum(whole, pattern.cols * (1 - pattern.sparsity)))
     return np.asarray(whole * (1 - sparsity))
 
 

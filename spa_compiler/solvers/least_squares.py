@@ -27,6 +27,8 @@ _TOLERANCE = 1e-6
 """Of conjugate gradients: the residual's norm over the right-hand side's. The loss grows with its square: by 1e-9."""
 
 _ROUNDS = 1000
+"""Of conjugate gradients, at most."""
+
 _ROWS = 1024
 """Outputs that conjugate gradients work on at a time: about ten arrays of that many rows are held."""
 
@@ -84,9 +86,7 @@ def shift(problem: Problem, weight: F64) -> F64:
     return np.asarray((problem.weight - weight) @ problem.mean)
 
 
-def conjugate_gradients(
-    gram: F64, inverse: F64, mask: Mask, target: F64, tolerance: float = _TOLERANCE, rounds: int = _ROUNDS
-) -> F64:
+def conjugate_gradients(gram: F64, inverse: F64, mask: Mask, target: F64, tolerance: float = _TOLERANCE) -> F64:
     """For every row, x with G_SS x_S = target_S, and 0 elsewhere; S is where the row of `mask` is True.
 
     Args:
@@ -95,7 +95,6 @@ def conjugate_gradients(
         mask: `[rows, k]`.
         target: `[rows, k]`; read on the mask only.
         tolerance: a row is done when its residual's norm is at most this much of its target's.
-        rounds: at most.
     """
     out = np.zeros_like(target)
     rows = np.arange(len(target))
@@ -104,7 +103,7 @@ def conjugate_gradients(
     goal = np.square(tolerance) * np.einsum("ij,ij->i", residual, residual)
     step = np.where(mask, residual @ inverse, 0.0)
     energy = np.einsum("ij,ij->i", residual, step)
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         done = np.einsum("ij,ij->i", residual, residual) <= goal
         # Rows that are done leave when they are many: each time, what goes on has to be copied.
         if done.all() or 4 * np.count_nonzero(done) >= len(done):

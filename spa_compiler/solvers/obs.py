@@ -20,13 +20,12 @@ from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import DAMPING, F64, Problem, Solution, Zeros
 
 
-def remove_channels(problem: Problem, zeros: Zeros, *, damping: float = DAMPING, at_once: int = 1) -> Solution:
+def remove_channels(problem: Problem, zeros: Zeros, *, damping: float = DAMPING) -> Solution:
     """Weights without the cheapest channels; those that are left are the least squares of what they can read.
 
     Args:
         zeros: of a pattern whose units are whole channels: all outputs of `cols` input columns.
         damping: of the Gram matrix.
-        at_once: channels removed between two looks at the costs; more is faster and chooses worse.
 
     Raises:
         ValueError: the pattern has other units.
@@ -41,7 +40,7 @@ def remove_channels(problem: Problem, zeros: Zeros, *, damping: float = DAMPING,
     count = channels - int(np.count_nonzero(zeros.choose(everything)[0])) // pattern.cols
     # What goes first is least important; all that is left is equally so.
     rank = np.full(channels, float(count))
-    for place, channel in enumerate(_removed(problem, pattern.cols, count, damping, at_once)):
+    for place, channel in enumerate(_removed(problem, pattern.cols, count, damping)):
         rank[channel] = place
     mask = zeros.choose(everything * np.repeat(rank, pattern.cols))
     return Solution(refit(problem, mask, damping), mask)
@@ -63,7 +62,7 @@ def channel_costs(weight: F64, inverse: F64, cols: int) -> F64:
     return np.asarray(np.einsum("cii->c", np.linalg.solve(blocks, columns @ columns.transpose(0, 2, 1))))
 
 
-def _removed(problem: Problem, cols: int, count: int, damping: float, at_once: int) -> list[int]:
+def _removed(problem: Problem, cols: int, count: int, damping: float) -> list[int]:
     """The first `count` channels to go, in their order."""
     inverse: F64 = np.linalg.inv(problem.damped(damping)).astype(np.float64)
     # Inputs that are always 0 have a made-up size: their weights must not look costly.
@@ -71,11 +70,9 @@ def _removed(problem: Problem, cols: int, count: int, damping: float, at_once: i
     left = np.arange(weight.shape[1] // cols)
     gone: list[int] = []
     while len(gone) < count:
-        costs = channel_costs(weight, inverse, cols)
-        cheapest = np.argsort(costs, kind="stable")[: min(at_once, count - len(gone))]
-        gone += left[cheapest].tolist()
-        columns = np.zeros(len(left) * cols, np.bool_)
-        columns.reshape(-1, cols)[cheapest] = True
+        cheapest = int(channel_costs(weight, inverse, cols).argmin())
+        gone.append(int(left[cheapest]))
+        columns = np.arange(len(left) * cols) // cols == cheapest
         share = np.linalg.solve(inverse[np.ix_(columns, columns)], inverse[columns][:, ~columns])
         weight = weight[:, ~columns] - weight[:, columns] @ share
         inverse = inverse[np.ix_(~columns, ~columns)] - inverse[~columns][:, columns] @ share

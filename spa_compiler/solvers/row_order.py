@@ -21,7 +21,7 @@ from spa_compiler.solvers.problem import F64
 
 Order = NDArray[np.intp]
 
-SWEEPS = 4
+_SWEEPS = 4
 _LEAST_GAIN = 1e-3
 """Of the objective: a sweep that gains less is the last."""
 
@@ -29,16 +29,16 @@ _VALUES = 1 << 18
 """Scores that are looked at, at most: of more inputs, evenly spread ones stand for all."""
 
 
-def row_order(scores: F64, rows: int, sparsity: float, sweeps: int = SWEEPS) -> Order:
+def row_order(scores: F64, rows: int, sparsity: float) -> Order:
     """The order `[n]`: output i of the new weight is output `order[i]` of the old one.
 
     Args:
         scores: `[n, K]`, not negative.
         rows: R. Where it does not divide n, the outputs of the last, short block stay.
         sparsity: share of blocks that go.
-        sweeps: at most.
+
     Returns:
-        An order that keeps no less than the one there was.
+        An order that keeps no less of the scores that were looked at than the one there was.
     """
     n = len(scores)
     whole = n // rows * rows
@@ -47,7 +47,7 @@ def row_order(scores: F64, rows: int, sparsity: float, sweeps: int = SWEEPS) -> 
     step = max(1, -(-scores.size // _VALUES))
     search = _Search(scores[:whole, ::step].astype(np.float32), rows, sparsity)
     candidates = [np.arange(whole), search.paired()]
-    found = max((search.exchanged(start, sweeps) for start in candidates), key=search.kept)
+    found = max((search.exchanged(start) for start in candidates), key=search.kept)
     if search.kept(found) <= search.kept(candidates[0]):
         return np.arange(n)
     blocks = np.sort(found.reshape(-1, rows), axis=1)
@@ -84,10 +84,10 @@ class _Search:
             groups = np.concatenate([groups[pair] for pair in _matched(unit @ unit.T).T], axis=1)
         return np.asarray(groups.ravel(), np.intp)
 
-    def exchanged(self, order: Order, sweeps: int) -> Order:
+    def exchanged(self, order: Order) -> Order:
         """The order after exchanges of outputs between blocks; each raises the objective at that sweep's threshold."""
         order = order.copy()
-        for _ in range(sweeps):
+        for _ in range(_SWEEPS):
             sums = self._sums(order)
             limit = self._threshold(sums)
             worth = np.maximum(sums - limit, 0).sum(axis=1, dtype=np.float64)

@@ -79,14 +79,9 @@ def plain(problem: Problem) -> Decomposition:
     return decompose(problem, None)
 
 
-def whitened(problem: Problem, damping: float = 0.0) -> Decomposition:
-    """The best of each rank for the output.
-
-    Args:
-        damping: of the Gram matrix's mean diagonal, added to the diagonal of the norm that is minimized: weights along
-            directions that the calibration rarely saw get a say. `tails` stay the undamped losses.
-    """
-    return decompose(problem, damped(problem.gram, damping))
+def whitened(problem: Problem) -> Decomposition:
+    """The best of each rank for the output."""
+    return decompose(problem, problem.gram)
 
 
 def decompose(problem: Problem, metric: F64 | None) -> Decomposition:

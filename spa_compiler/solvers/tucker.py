@@ -14,8 +14,6 @@ is again minimized by turns, and cannot rise:
     first fixed         z = first x at every kernel position. `last` and `core` together are the best map of rank r_out
                         from z: whitened SVD of W0 G Z^T (Z G Z^T)^+ in the norm of Z G Z^T, a closed form
     last, core fixed    linear least squares in `first`, by conjugate gradients: the system has r_in * C unknowns
-
-`spatial` is the other way to take a kernel apart: kh x 1 (C -> r), then 1 x kw (r -> M).
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import numpy as np
 import scipy.linalg
 
 from spa_compiler.solvers.problem import DAMPING, F64, Problem
-from spa_compiler.solvers.svd import damped, decompose, whitened
+from spa_compiler.solvers.svd import damped, whitened
 
 SWEEPS = 5
 _FLOOR = 1e-10
@@ -54,19 +52,6 @@ class Tucker:
     def weight(self) -> F64:
         """The product, `[M, C, kh, kw]`."""
         return np.asarray(np.einsum("mo,oiyx,ic->mcyx", self.last, self.core, self.first, optimize=True))
-
-
-@dataclass(frozen=True, eq=False)
-class Spatial:
-    """`first [r, C, kh, 1]`, `last [M, r, 1, kw]`."""
-
-    first: F64
-    last: F64
-
-    @property
-    def weight(self) -> F64:
-        """The product, `[M, C, kh, kw]`."""
-        return np.asarray(np.einsum("rcy,mrx->mcyx", self.first[..., 0], self.last[:, :, 0], optimize=True))
 
 
 def tucker2(
@@ -128,25 +113,6 @@ def energies(weight: F64, channel_gram: F64 | None = None) -> tuple[F64, F64]:
         values = np.maximum(scipy.linalg.eigvalsh(_along(weight, axis)), 0.0)  # ascending
         tails.append(np.append(np.cumsum(values)[::-1], 0.0))
     return tails[0], tails[1]
-
-
-def spatial(weight: F64, rank: int, channel_gram: F64 | None = None) -> Spatial:
-    """kh x 1, then 1 x kw, of a weight `[M, C, kh, kw]`: the SVD of [(C, kh), (kw, M)], optimal in the weights' norm.
-
-    Args:
-        rank: 1 to min(C * kh, kw * M).
-        channel_gram: whitens the input channels, as in `tucker2`.
-
-    Raises:
-        ValueError: there is no such rank.
-    """
-    outputs, channels, height, width = weight.shape
-    unfolded = weight.transpose(0, 3, 1, 2).reshape(outputs * width, channels * height)
-    gram = np.eye(channels) if channel_gram is None else channel_gram
-    metric: F64 = np.asarray(np.kron(gram, np.eye(height)), np.float64)
-    found = decompose(Problem(unfolded, metric, np.zeros(channels * height), 0), metric).truncate(rank)
-    last = found.up.reshape(outputs, width, rank).transpose(0, 2, 1)
-    return Spatial(found.down.reshape(rank, channels, height, 1), np.ascontiguousarray(last)[:, :, None])
 
 
 def _roots(gram: F64) -> tuple[F64, F64]:

@@ -1,4 +1,4 @@
-"""Tucker-2 and spatial factors of convolutions: exact at full ranks, never a step back, better in the norm asked for."""
+"""Tucker-2 factors of convolutions: exact at full ranks, never a step back, better in the norm asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import scipy.optimize
 
 from spa_compiler.solvers.problem import DAMPING, F64, Problem
 from spa_compiler.solvers.svd import damped, whitened
-from spa_compiler.solvers.tucker import Tucker, channels_of, energies, spatial, tucker2
+from spa_compiler.solvers.tucker import Tucker, channels_of, energies, tucker2
 
 
 def images(channels: int, rng: np.random.Generator) -> F64:
@@ -194,20 +194,3 @@ def test_another_layer_s_problem_is_refused() -> None:
     weight, _ = layer(6, 5, 3, 3)
     with pytest.raises(ValueError, match=r"a problem of \[6, 45\]|a problem of \[5, 45\]"):
         tucker2(weight[:, :4], (2, 2), problem=layer(5, 5, 3, 3)[1])
-
-
-def test_spatial_is_the_best_of_its_rank() -> None:
-    weight, problem = layer(5, 4, 3, 2)
-    unfolded = weight.transpose(1, 2, 3, 0).reshape(12, 10)  # [(C, kh), (kw, M)]
-    singular = np.linalg.svd(unfolded, compute_uv=False)
-    for rank in (1, 4, 10):
-        factors = spatial(weight, rank)
-        assert (factors.first.shape, factors.last.shape) == ((rank, 4, 3, 1), (5, rank, 1, 2))
-        lost = np.square(weight - factors.weight).sum()
-        assert lost == pytest.approx(np.square(singular[rank:]).sum(), rel=1e-9, abs=1e-12)
-    gram = channels_of(problem.gram, 4)
-    by_channel, by_weight = spatial(weight, 4, gram).weight, spatial(weight, 4).weight
-    assert problem.loss(by_channel.reshape(5, -1)) < problem.loss(by_weight.reshape(5, -1))
-    np.testing.assert_allclose(spatial(weight, 10, gram).weight, weight, atol=1e-9)
-    with pytest.raises(ValueError, match="10 at most"):
-        spatial(weight, 11)

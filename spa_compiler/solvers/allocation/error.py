@@ -77,9 +77,9 @@ def curves(levels: ArrayLike, errors: ArrayLike) -> tuple[F64, F64]:
 
 def between(at: F64, levels: F64, errors: F64) -> F64:
     """The error at each share `at`, which lie between the first and the last of `levels [m]`."""
-    right = np.clip(np.searchsorted(levels, at, side="left"), 1, max(1, len(levels) - 1))
     if len(levels) == 1:
         return np.full(at.shape, errors[0])
+    right = np.clip(np.searchsorted(levels, at, side="left"), 1, len(levels) - 1)
     left = right - 1
     part = (at - levels[left]) / (levels[right] - levels[left])
     low, high = errors[left], errors[right]
