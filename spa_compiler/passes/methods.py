@@ -14,13 +14,14 @@ import numpy as np
 from spa_compiler.criteria import chance, dass, magnitude, wanda
 from spa_compiler.criteria.symbolic import Expression, Statistics
 from spa_compiler.errors import UsageError
-from spa_compiler.patterns import Channel, FanIn, Pattern, Unstructured
+from spa_compiler.patterns import Channel, FanIn, Unstructured
 from spa_compiler.solvers.admm import admm
 from spa_compiler.solvers.dsnot import dsnot
 from spa_compiler.solvers.envelope import envelope
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.obs import remove_channels
 from spa_compiler.solvers.problem import F64, Mask, Problem, Solution, Zeros
+from spa_compiler.solvers.regions import exchangeable
 from spa_compiler.solvers.sparsegpt import sparsegpt
 from spa_compiler.solvers.spectrum import spectrum
 from spa_compiler.solvers.swap import swap
@@ -146,11 +147,6 @@ def _auto(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
     if exchangeable(zeros.pattern):
         return swap(problem, found.mask, zeros)
     return found
-
-
-def exchangeable(pattern: Pattern) -> bool:
-    """Whether `swap` knows the pattern."""
-    return pattern.cols == 1 or pattern.sparsity is not None
 
 
 METHODS: Mapping[str, Method] = {

@@ -21,7 +21,7 @@ from spa_compiler.graph.operators import WeightedOp, weighted_ops
 from spa_compiler.passes import arrays, shares
 from spa_compiler.passes.gated import gates
 from spa_compiler.passes.layerwise import Outcome, leaders, rewrite
-from spa_compiler.passes.methods import METHODS, REFITTED, Method, exchangeable
+from spa_compiler.passes.methods import METHODS, REFITTED, Method
 from spa_compiler.passes.outcomes import DENSE, apply, check_finite, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
 from spa_compiler.passes.sites import DEPTHWISE, select
@@ -30,6 +30,7 @@ from spa_compiler.passes.worth import worth_of_outputs
 from spa_compiler.passes.zeroing import Zeroing
 from spa_compiler.patterns import FanIn, NofM, Pattern
 from spa_compiler.solvers.problem import F64, Zeros
+from spa_compiler.solvers.regions import exchangeable
 
 __all__ = ["Sparsify", "SparsifyOptions"]
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from spa_compiler.errors import UsageError
 from spa_compiler.solvers.problem import F64, Mask, Problem, Zeros
+from spa_compiler.solvers.regions import exchangeable
 
 CYCLES = 50
 POWER = 1.0
@@ -52,7 +53,7 @@ def dsnot(
     """
     pattern = zeros.pattern
     grouped = pattern.sparsity is not None
-    if pattern.cols > 1 and not grouped:
+    if not exchangeable(pattern):
         raise UsageError(
             f"DSnoT cannot exchange zeros in the pattern {pattern.name}",
             fix="It can for unstructured, fan-in, N:M, block:Rx1 and a linear layer's channels",

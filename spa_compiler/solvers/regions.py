@@ -11,6 +11,11 @@ from spa_compiler.patterns import FanIn, Pattern
 from spa_compiler.solvers.problem import F64
 
 
+def exchangeable(pattern: Pattern) -> bool:
+    """Whether zeros can change places one input at a time: units are one input wide, or elements in groups (N:M)."""
+    return pattern.cols == 1 or pattern.sparsity is not None
+
+
 def split(pattern: Pattern, values: F64) -> F64:
     """Values `[u, v]` as `[regions, members]`; zeros complete the last group of each output of N:M."""
     if pattern.sparsity is not None:

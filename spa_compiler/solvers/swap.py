@@ -33,6 +33,7 @@ from scipy.linalg.lapack import dpotrf, dpotri
 from spa_compiler.errors import UsageError
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import DAMPING, F64, Mask, Problem, Solution, Zeros
+from spa_compiler.solvers.regions import exchangeable
 
 ROUNDS = 6
 WIDTH = 32
@@ -75,7 +76,7 @@ def swap(
     pattern = zeros.pattern
     grouped = pattern.sparsity is not None
     k = len(problem.gram)
-    if pattern.cols > 1 and not grouped:
+    if not exchangeable(pattern):
         raise UsageError(
             f"zeros in the pattern {pattern.name} cannot be exchanged",
             fix="Those of unstructured, fan-in, N:M, block:Rx1 and a linear layer's channels can be",
