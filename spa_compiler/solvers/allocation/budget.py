@@ -35,6 +35,7 @@ def ceilings(sizes: Sizes, sparsity: float, max_sparsity: float | F64 | None) ->
 
     Raises:
         BudgetError: even with all layers at their ceilings there are too few zeros.
+        ValueError: a layer has no element, or `sparsity` is not in [0, 1).
     """
     elements = np.asarray(sizes, np.float64)
     if (elements < 1).any():
@@ -64,6 +65,9 @@ def fit(base: ArrayLike, slope: ArrayLike, sizes: Sizes, sparsity: float, highes
         base: `[L]`.
         slope: `[L]`, not negative.
         highest: `ceilings` of the same sizes and sparsity, `[L]`.
+
+    Raises:
+        ValueError: a slope is negative or not finite.
     """
     elements = np.asarray(sizes, np.float64)
     start, rise = np.broadcast_to(base, elements.shape).astype(np.float64), np.asarray(slope, np.float64)

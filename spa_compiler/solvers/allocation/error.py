@@ -32,6 +32,7 @@ def by_error(
 
     Raises:
         BudgetError: `max_sparsity` and the last levels leave too few zeros.
+        ValueError: the levels do not ascend within [0, 1], or an error is negative or not finite.
     """
     known, losses = curves(levels, errors)
     limit = np.inf if max_sparsity is None else max_sparsity
@@ -58,7 +59,11 @@ def by_error(
 
 
 def curves(levels: ArrayLike, errors: ArrayLike) -> tuple[F64, F64]:
-    """Levels and errors, both `[L, m]` or `[L, m + 1]`: from level 0, where there is no error, and never falling."""
+    """Levels and errors, both `[L, m]` or `[L, m + 1]`: from level 0, where there is no error, and never falling.
+
+    Raises:
+        ValueError: as `by_error`.
+    """
     losses = np.asarray(errors, np.float64)
     known = np.broadcast_to(np.asarray(levels, np.float64), losses.shape)
     if losses.ndim != 2 or not losses.shape[1]:

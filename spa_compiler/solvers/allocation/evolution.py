@@ -62,6 +62,7 @@ def evolve(
 
     Raises:
         BudgetError: the highest levels have too few zeros.
+        ValueError: the levels do not ascend, or the start has other layers or levels.
     """
     zeros = level_zeros(levels, sizes)
     if start is None:

@@ -15,6 +15,9 @@ def to_levels(share: ArrayLike, sizes: Sizes, levels: ArrayLike) -> list[int]:
     Args:
         share: of zeros per layer, `[L]`.
         levels: shares of zeros, ascending, `[m]`, or `[L, m]` where layers have their own.
+
+    Raises:
+        ValueError: the levels do not ascend, or there is none.
     """
     wanted, elements = np.asarray(share, np.float64), np.asarray(sizes, np.float64)
     zeros = level_zeros(levels, sizes)
@@ -41,7 +44,11 @@ def to_levels(share: ArrayLike, sizes: Sizes, levels: ArrayLike) -> list[int]:
 
 
 def level_zeros(levels: ArrayLike, sizes: Sizes) -> F64:
-    """Zeros of each layer at each level, `[L, m]`, of levels `[m]` or `[L, m]` that ascend."""
+    """Zeros of each layer at each level, `[L, m]`, of levels `[m]` or `[L, m]` that ascend.
+
+    Raises:
+        ValueError: as `to_levels`.
+    """
     shares = np.asarray(levels, np.float64)
     if shares.ndim == 0 or shares.shape[-1] == 0 or (np.diff(shares) <= 0).any():
         raise ValueError("levels must ascend, and there must be one")

@@ -25,6 +25,7 @@ def proportional(
 
     Raises:
         BudgetError: `max_sparsity` leaves too few zeros.
+        ValueError: a score is negative or not finite.
     """
     highest = ceilings(sizes, sparsity, max_sparsity)
     values = np.asarray(scores, np.float64)
