@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa_compiler.patterns import parse
-from spa_compiler.solvers.row_order import row_order
+from spa_compiler.solvers import row_order as row_order_module
+from spa_compiler.solvers.row_order import Order, row_order
 
 
 def kept(scores: np.ndarray, rows: int, sparsity: float) -> float:
@@ -55,3 +56,57 @@ def test_nothing_moves_where_nothing_can_gain() -> None:
     assert row_order(np.zeros((8, 4)), 4, 0.5).tolist() == list(range(8))
     assert row_order(np.ones((8, 4)), 4, 0.5).tolist() == list(range(8))
     assert row_order(np.random.default_rng(0).random((8, 4)), 1, 0.5).tolist() == list(range(8))
+
+
+def test_what_makes_no_difference_stays_in_order() -> None:
+    order = row_order(np.random.default_rng(1).gamma(0.3, size=(26, 9)), 4, 0.5)
+    blocks = order[:24].reshape(6, 4)
+    np.testing.assert_array_equal(blocks, np.sort(blocks, axis=1))
+    np.testing.assert_array_equal(blocks[:, 0], np.sort(blocks[:, 0]))
+    np.testing.assert_array_equal(order[24:], [24, 25])  # the short block
+    assert order.tolist() != list(range(26))
+
+
+def test_of_many_inputs_evenly_spread_ones_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.gamma(0.3, size=(16, 30))
+    others = rng.gamma(0.3, size=(16, 30))
+    others[:, ::3] = scores[:, ::3]
+    assert row_order(scores, 4, 0.5).tolist() != row_order(others, 4, 0.5).tolist()
+    monkeypatch.setattr("spa_compiler.solvers.row_order._VALUES", 16 * 10)
+    assert row_order(scores, 4, 0.5).tolist() == row_order(others, 4, 0.5).tolist()
+
+
+def test_what_an_exchange_promised_and_did_not_keep_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(203)
+    scores = rng.gamma(0.3, size=(int(rng.integers(3, 8)) * 2, int(rng.integers(2, 9))))
+    assert row_order(scores, 2, 0.5).tolist() == list(range(8))
+    ends = starts_and_ends(monkeypatch, scores, 2)
+    assert all(kept(scores[end], 2, 0.5) < kept(scores, 2, 0.5) - 0.1 for _, end in ends)
+
+
+def starts_and_ends(monkeypatch: pytest.MonkeyPatch, scores: np.ndarray, rows: int) -> list[tuple[Order, Order]]:
+    """The orders that the search starts from and where it ends."""
+    seen = []
+    exchanged = row_order_module._Search.exchanged
+
+    def spy(search: row_order_module._Search, order: Order) -> Order:
+        seen.append((order, exchanged(search, order)))
+        return seen[-1][1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(row_order_module._Search, "exchanged", spy)
+        row_order(scores, rows, 0.5)
+    return seen
+
+
+def test_either_start_may_end_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    better = set()
+    for seed in range(20):
+        scores = np.random.default_rng(seed).gamma(0.3, size=(12, 8))
+        (first, one), (second, other) = starts_and_ends(monkeypatch, scores, 4)
+        assert first.tolist() == list(range(12)) != second.tolist()
+        ends = [kept(scores[end], 4, 0.5) for end in (one, other)]
+        assert kept(scores[row_order(scores, 4, 0.5)], 4, 0.5) >= max(ends) - 1e-6
+        better.add(int(np.argmax(ends)))
+    assert better == {0, 1}

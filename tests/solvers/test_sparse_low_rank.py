@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,31 @@ def test_rank_never_hurts_a_sparse_answer(solver: object) -> None:
     for rank in (0, 1, 4):
         factors, solution = sparse_low_rank(problem, rank, zeros, solver)
         assert goal.loss(factors.weight + solution.weight) <= alone * (1 + 1e-9)
+
+
+def test_the_better_of_two_starts_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    alternate = sparse_low_rank_module._alternate
+    better = set()
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        problem = Problem(rng.standard_t(3, size=(16, 12)), gram(12, rng), np.zeros(12), 240)
+        seen: list[list[float]] = []
+
+        def spy(*given: Any, seen: list[list[float]] = seen) -> Iterator[sparse_low_rank_module.Pair]:
+            own: list[float] = []
+            seen.append(own)
+            for pair in alternate(*given):
+                own.append(pair[0])
+                yield pair
+
+        monkeypatch.setattr(sparse_low_rank_module, "_alternate", spy)
+        factors, solution = sparse_low_rank(problem, 2, Zeros(ANY, 0.7), refits=0)
+        best = int(np.argmin([min(path[:3]) for path in seen]))
+        assert [len(path) for path in seen] == [10 if path == best else 3 for path in (0, 1)]
+        better.add(best)
+        goal = replace(problem, gram=damped(problem.gram, DAMPING))
+        assert goal.loss(factors.weight + solution.weight) == pytest.approx(min(map(min, seen)))
+    assert better == {0, 1}
 
 
 def test_a_solver_that_fails_on_what_is_left_costs_nothing() -> None:

@@ -69,6 +69,15 @@ def test_what_is_found_is_better_by_far_than_a_random_mask() -> None:
     assert problem.loss(found.weight) < 0.5 * problem.loss(refit(problem, mask))
 
 
+def test_every_round_starts_from_new_candidates() -> None:
+    problem, zeros = sampled(6, 40, 3), Zeros(parse("fan-in"), 0.6)
+    mask = zeros.choose(np.random.default_rng(0).random((6, 40)))
+    losses = [
+        damped_loss(problem, swap(problem, mask, zeros, rounds=rounds, width=2).mask, 0.01) for rounds in (1, 2, 4)
+    ]
+    assert losses[2] < 0.9 * losses[1] < 0.9 * 0.9 * losses[0]
+
+
 def test_no_single_exchange_is_left_where_all_are_candidates() -> None:
     problem, zeros = sampled(3, 9, 5), Zeros(parse("fan-in"), 0.5)
     start = zeros.choose(np.random.default_rng(1).random((3, 9)))

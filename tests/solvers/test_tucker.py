@@ -90,6 +90,20 @@ def test_hooi_never_steps_back_and_improves_on_hosvd(ranks: tuple[int, int]) -> 
     assert losses[-1] >= max(inside[ranks[0]], outside[ranks[1]]) - 1e-9 * whole
 
 
+def test_one_turn_of_hooi_is_not_the_last() -> None:
+    weight, _ = layer(8, 6, 3, 3, seed=4)
+    one, many = (np.square(weight - tucker2(weight, (3, 1), sweeps=sweeps).weight).sum() for sweeps in (1, 5))
+    assert many < 0.995 * one
+
+
+def test_without_damping_a_singular_gram_matrix_blows_nothing_up() -> None:
+    weight, problem = layer(5, 4, 3, 3, seed=10)
+    few = np.random.default_rng(1).normal(size=(6, 36))
+    thin = Problem(problem.weight, few.T @ few / 6, few.mean(axis=0), 6)
+    for ranks in ((3, 3), (4, 5)):
+        assert np.linalg.norm(tucker2(weight, ranks, problem=thin, damping=0.0).weight) < np.linalg.norm(weight)
+
+
 @pytest.mark.parametrize("ranks", [(2, 3), (4, 4), (3, 1)])
 def test_turns_never_step_back_in_the_true_loss(ranks: tuple[int, int]) -> None:
     weight, problem = layer(8, 6, 3, 3, seed=4)

@@ -80,6 +80,13 @@ def test_nan_is_the_worst() -> None:
     assert evolve(fitness, [10] * 2, LEVELS, 0.6, _rng(), generations=5) == [3, 3]
 
 
+def test_a_start_that_is_nan_is_left() -> None:
+    def fitness(levels: tuple[int, ...], samples: int) -> float:
+        return float("nan") if levels == (3, 3) else 1.0
+
+    assert evolve(fitness, [10] * 2, LEVELS, 0.6, _rng(), generations=1) != [3, 3]
+
+
 def test_the_same_seed_gives_the_same_calls() -> None:
     def calls(seed: int) -> list[tuple[tuple[int, ...], int]]:
         made = []
@@ -137,3 +144,9 @@ def test_rounding_to_levels_loses_at_most_half_a_step_of_the_smallest(sizes: lis
 
 def test_shares_on_levels_stay() -> None:
     assert to_levels([0.3, 0.9, 0.5], [10, 20, 30], LEVELS) == [0, 6, 2]
+
+
+@pytest.mark.parametrize("levels", [0.5, [], [0.5, 0.4], [0.5, 0.5], [[0.1, 0.2], [0.3, 0.3]]])
+def test_levels_that_do_not_ascend_are_an_error(levels: object) -> None:
+    with pytest.raises(ValueError, match="levels must ascend"):
+        to_levels([0.5, 0.5], [10, 20], levels)  # type: ignore[arg-type]
