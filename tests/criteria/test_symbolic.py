@@ -181,6 +181,10 @@ def test_limits_are_reached_before_they_are_passed() -> None:
     np.testing.assert_array_equal(value(deep), np.abs(W))
     with pytest.raises(UsageError, match="deep"):
         parse(f"abs({deep})")
+    chain = "+".join("A" * (MAX_DEPTH + 1))
+    np.testing.assert_allclose(value(chain), (MAX_DEPTH + 1) * np.abs(W))
+    with pytest.raises(UsageError, match="deep"):
+        parse(f"{chain}+A")
     wide = "+".join(["(A+A+A+A+A+A+A+A+A)"] * 11)
     assert 2 * wide.count("A") - 1 <= MAX_NODES
     np.testing.assert_allclose(value(wide), 99 * np.abs(W))

@@ -119,6 +119,11 @@ def test_sizes_broadcast() -> None:
     np.testing.assert_array_equal(narrow_keep, wide_keep)
 
 
+def test_zeros_of_both_signs_are_equal() -> None:
+    (keep,) = keep_highest([np.array([[0.0, -0.0, 1.0, 2.0]])], [np.ones((1, 1), np.int64)], 0.4)
+    np.testing.assert_array_equal(keep, [[False, False, True, True]])
+
+
 def test_more_than_one_chunk_is_counted() -> None:
     scores = [np.random.default_rng(0).permutation(700 * 500).reshape(700, 500).astype(float)]
     (keep,) = keep_highest(scores, [np.ones((1, 1), np.int64)], 0.25)

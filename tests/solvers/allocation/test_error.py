@@ -27,6 +27,14 @@ def test_exponential_curves_have_a_closed_form() -> None:
     np.testing.assert_allclose(share, expected, atol=1 / 256)
 
 
+def test_at_most_one_layer_is_off_its_curve() -> None:
+    levels, scale = np.linspace(0, 0.9, 4), np.array([1.0, 2.0, 4.0, 3.0])
+    share = by_error(levels, scale[:, None] * np.exp(9 * levels), [1000] * 4, 0.5)
+    points = np.union1d(np.linspace(0, 0.9, 257), levels)
+    off = np.abs(share[:, None] - points).min(axis=1)
+    assert np.count_nonzero(off > 1e-9) == 1
+
+
 def test_sizes_count() -> None:
     """The same curve in a layer of 4 times the size: a zero there costs a quarter, so log(4) / b more of them."""
     levels, rate = np.linspace(0, 1, 6), 8.0

@@ -175,6 +175,8 @@ def test_options_need_no_order_and_dominated_ones_are_not_taken() -> None:
     costs = [np.array([5.0, 1.0, 3.0, 3.0]), np.array([2.0, 4.0])]
     losses = [np.array([0.0, 9.0, 9.5, 2.0]), np.array([1.0, 1.5])]
     assert knapsack(costs, losses, 5) == [3, 0]
+    with np.errstate(divide="raise", invalid="raise"):  # two cost the same
+        assert knapsack([np.array([1.0, 3.0, 3.0])], [np.array([9.0, 2.0, 9.5])], 5) == [1]
     assert knapsack(costs, losses, 7) == [0, 0]
     assert knapsack(costs, losses, 3) == [1, 0]
 

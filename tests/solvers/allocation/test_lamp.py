@@ -65,6 +65,16 @@ def test_a_ceiling_hands_its_zeros_to_the_other_layers() -> None:
     np.testing.assert_allclose(lamp(squares.__getitem__, [1000, 1000], 0.5, max_sparsity=0.6), [0.6, 0.4], rtol=1e-9)
 
 
+def test_what_a_ceiling_hands_over_goes_by_the_threshold_of_the_others() -> None:
+    rng = np.random.default_rng(1)
+    squares = [np.exp(scale * rng.normal(size=1000)) for scale in (6, 3, 0.5)]
+    share = lamp(squares.__getitem__, [1000] * 3, 0.5, max_sparsity=0.7)
+    assert share[0] == pytest.approx(0.7)
+    others = lamp(squares[1:].__getitem__, [1000] * 2, 0.4, max_sparsity=0.7)
+    np.testing.assert_allclose(share[1:], others, atol=1e-3)
+    assert share[1] > share[2] + 0.1
+
+
 def test_units_of_a_pattern_stand_for_their_elements() -> None:
     squares = np.random.default_rng(2).normal(size=(2, 60)) ** 2
     assert np.array_equal(
