@@ -1,90 +1,17 @@
-"""Layer after layer: what each site is asked for, and what becomes of biases, shared weights and other types."""
+"""Layer after layer: what each site is asked for, and what becomes of biases."""
 
 from __future__ import annotations
-
-import gc
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from spa_compiler.calibration.moments import Moments
-from spa_compiler.calibration.samples import Samples
-from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp, weighted_ops
-from spa_compiler.graph.session import Feeds, open_model, run
-from spa_compiler.passes.layerwise import RIDGE, Job, Outcome, Result, leaders, problem_of, rewrite, split
-from spa_compiler.passes.outcomes import apply
+from spa_compiler.graph.session import Feeds
+from spa_compiler.passes.layerwise import Job, problem_of, rewrite, split
 from tests.networks import model_of
+from tests.passes.layered import F64, grouped, only, patches, pictures, ridge, shaken, solving, values, whole, written
 from tests.passes.tiny import HIDDEN, WIDTH, bits, calibration, correlated, feed_forward, samples
-
-F64 = np.ndarray
-Change = Callable[[Job], np.ndarray]
-
-
-def solving(change: Change, seen: list[list[Job]] | None = None) -> Callable[[Sequence[Job]], list[Result]]:
-    """A solver that gives each job the rows that `change` makes."""
-
-    def solve(jobs: Sequence[Job]) -> list[Result]:
-        if seen is not None:
-            seen.append(list(jobs))
-        return [Result(change(job), 0.25, form=job.site) for job in jobs]
-
-    return solve
-
-
-def whole(job: Job) -> F64:
-    """No pattern: the best weight there is."""
-    return np.concatenate([problem.weight for problem in job.problems])
-
-
-def shaken(job: Job) -> F64:
-    rng = np.random.default_rng(job.site)
-    rows = np.concatenate(job.original)
-    return rows + 0.4 * rows.std() * rng.standard_normal(rows.shape)
-
-
-def only(places: set[int], change: Change) -> Change:
-    """`change` for some sites, the best weight for the others."""
-    return lambda job: change(job) if job.site in places else whole(job)
-
-
-def written(model: Model, outcomes: Sequence[Outcome]) -> Model:
-    ops = weighted_ops(model.graph)
-    apply(ops, outcomes, ["unstructured"] * len(ops), "test")
-    return model
-
-
-def values(model: Model, names: Sequence[str], given: Samples) -> dict[str, F64]:
-    """Tensors over the samples that are solved on, as rows of their last axis (their second one for images)."""
-    session = open_model(model, outputs=[n for n in names if n not in model.graph.tensors() or n not in _ends(model)])
-    found = [run(session, sample.feed) | sample.feed for sample in given.feeds() if not sample.held]
-    return {
-        name: np.concatenate([_rows(feed[name].astype(np.float64)) for feed in found]) for name in dict.fromkeys(names)
-    }
-
-
-def _ends(model: Model) -> set[str]:
-    return {tensor.name for tensor in [*model.graph.inputs, *model.graph.outputs]}
-
-
-def _rows(array: F64) -> F64:
-    return (
-        np.moveaxis(array, 1, -1).reshape(-1, array.shape[1]) if array.ndim == 4 else array.reshape(-1, array.shape[-1])
-    )
-
-
-def ridge(x: F64, target: F64, start: F64, centred: bool) -> F64:
-    """argmin over W of |target - x W^T|^2 / N + lam |W - start|^2, by least squares on the stacked system."""
-    if centred:
-        x, target = x - x.mean(axis=0), target - target.mean(axis=0)
-    count, k = x.shape
-    lam = RIDGE * np.square(x).sum() / count / k
-    left = np.concatenate([x / np.sqrt(count), np.sqrt(lam) * np.eye(k)])
-    right = np.concatenate([target / np.sqrt(count), np.sqrt(lam) * start.T])
-    return np.linalg.lstsq(left, right)[0].T
-
 
 # ---------------------------------------------------------------- the closed form
 
@@ -154,40 +81,6 @@ def test_groups_of_a_convolution_are_problems_of_their_own() -> None:
         expected = ridge(x[group], target[:, part], start[part], True)
         np.testing.assert_allclose(problem.weight, expected, atol=5e-4)
         assert np.abs(expected - start[part]).max() > 0.02
-
-
-def grouped() -> Model:
-    """A Conv, then one of two groups with a bias whose result joins another branch of the same shape."""
-    rng = np.random.default_rng(4)
-    shapes = {"u": (4, 3, 1, 1), "c": (4,), "v": (6, 2, 3, 3), "d": (6,), "s": (6, 4, 1, 1)}
-    return model_of(
-        """g (float[batch, 3, 6, 6] x) => (float[batch, 6, 6, 6] y) {
-          a = Conv (x, u, c) r = Relu (a) b = Conv <group = 2, pads = [1, 1, 1, 1]> (r, v, d)
-          t = ReduceSum <keepdims = 1> (r, one) q = Expand (t, shape) y = Add (b, q)
-        }""",
-        one=np.array([1]),
-        shape=np.array([1, 6, 6, 6]),
-        **{name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items() if name != "s"},
-    )
-
-
-def pictures(batch: int = 12) -> Samples:
-    rng = np.random.default_rng(5)
-    return samples(*({"x": rng.standard_normal((batch, 3, 6, 6)).astype(np.float32) + 0.3} for _ in range(3)))
-
-
-def patches(model: Model, given: Samples) -> F64:
-    """What each group of `b` reads, [2, positions, 18]."""
-    session = open_model(model, outputs=["r"])
-    images = np.concatenate([run(session, s.feed)["r"] for s in given.feeds() if not s.held]).astype(np.float64)
-    images = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    rows = [
-        [image[2 * group : 2 * group + 2, i : i + 3, j : j + 3].reshape(-1) for group in range(2)]
-        for image in images
-        for i in range(6)
-        for j in range(6)
-    ]
-    return np.array(rows).transpose(1, 0, 2)
 
 
 def test_without_repair_each_comes_near_its_own_weight() -> None:
@@ -296,116 +189,6 @@ def test_only_a_plain_sum_is_made_up_for(end: str, made_up: bool) -> None:
     np.testing.assert_allclose(seen[1][0].problems[0].weight, ridge(now, target, start, True), atol=5e-4)
 
 
-# ---------------------------------------------------------------- shared weights, other types, order
-
-
-SHARED = """g (float[batch, 12] x) => (float[batch, 12] y) {
-  a = MatMul (x, w) r = Tanh (a) b = MatMul (r, w) s = Tanh (b) c = Gemm <transB = 1> (s, w) y = Tanh (c)
-}"""
-
-
-def test_a_shared_weight_is_solved_once_and_stays_one() -> None:
-    w = np.random.default_rng(0).standard_normal((12, 12)).astype(np.float32)
-    model = model_of(SHARED, w=w)
-    ops = weighted_ops(model.graph)
-    assert leaders(ops) == [0, 0, 2]  # the Gemm reads it the other way round
-    seen: list[list[Job]] = []
-    outcomes = rewrite(model, ops, calibration(), solving(only({0}, shaken), seen))
-    assert [job.site for jobs in seen for job in jobs] == [0, 2]
-    np.testing.assert_array_equal(outcomes[1].result.rows, outcomes[0].result.rows)
-    assert outcomes[1].seconds == 0 < outcomes[0].seconds
-    written(model, outcomes)
-    first, second, third = (op.weight for op in weighted_ops(model.graph))
-    assert first is second
-    assert first is not third
-    np.testing.assert_array_equal(third.values, outcomes[2].result.rows.astype(np.float32))
-
-
-def test_what_leads_is_what_is_met_first() -> None:
-    model = model_of(SHARED, w=np.eye(12, dtype=np.float32))
-    ops = weighted_ops(model.graph)
-    assert leaders([ops[1], ops[0]]) == [0, 0]
-    assert leaders([ops[1], ops[0]], [1, 0]) == [1, 1]
-
-
-@pytest.mark.parametrize("dtype, tolerance", [("float16", 0.02), ("double", 1e-3)])
-def test_other_types(dtype: str, tolerance: float) -> None:
-    kind = np.float16 if dtype == "float16" else np.float64
-    rng = np.random.default_rng(1)
-    arrays = {"u": (12, 16), "c": (16,), "v": (16, 12), "d": (12,)}
-
-    def made() -> Model:
-        return model_of(
-            f"g ({dtype}[batch, 12] x) => ({dtype}[batch, 12] y) {{"
-            " a = MatMul (x, u) p = Add (a, c) r = Relu (p) b = MatMul (r, v) y = Add (b, d) }",
-            **{
-                name: (0.3 * np.random.default_rng(7).standard_normal(shape)).astype(kind)
-                for name, shape in arrays.items()
-            },
-        )
-
-    given = samples(*({"x": rng.standard_normal((200, 12)).astype(kind)} for _ in range(3)))
-    model, before = made(), made()
-    seen: list[list[Job]] = []
-    outcomes = rewrite(model, weighted_ops(model.graph), given, solving(only({0}, shaken), seen))
-    after = written(model, outcomes)
-    assert {op.rows().dtype for op in weighted_ops(after.graph)} == {np.dtype(kind)}
-    dense, now = values(before, ["b", "y"], given), values(after, ["r", "y"], given)
-    start = weighted_ops(before.graph)[1].rows().astype(np.float64)
-    np.testing.assert_allclose(seen[1][0].problems[0].weight, ridge(now["r"], dense["b"], start, True), atol=tolerance)
-    np.testing.assert_allclose(now["y"].mean(axis=0), dense["y"].mean(axis=0), atol=tolerance)
-
-
-def test_sites_with_one_key_are_solved_in_one_call() -> None:
-    model = model_of(
-        "g (float[batch, 12] x) => (float[batch, 12] y) { q = MatMul (x, a) k = MatMul (x, b) v = MatMul (x, c)"
-        " m = Mul (q, k) n = Mul (m, v) y = MatMul (n, d) }",
-        **{name: np.random.default_rng(0).standard_normal((12, 12)).astype(np.float32) for name in "abcd"},
-    )
-    seen: list[list[Job]] = []
-    ops = weighted_ops(model.graph)
-    outcomes = rewrite(
-        model, ops, calibration(), solving(whole, seen), together=lambda site: "qv" if site in (0, 2) else site
-    )
-    assert sorted([job.site for job in jobs] for jobs in seen) == [[0, 2], [1], [3]]
-    assert [outcome.result.form for outcome in outcomes] == [0, 1, 2, 3]
-    assert outcomes[0].seconds == outcomes[2].seconds
-
-
-def test_the_bits_do_not_depend_on_threads() -> None:
-    results = []
-    for threads in (1, 3):
-        model = feed_forward(blocks=2)
-        outcomes = rewrite(
-            model, weighted_ops(model.graph), calibration(feeds=9), solving(only({0, 2}, shaken)), threads=threads
-        )
-        results.append(bits(written(model, outcomes)))
-    assert results[0] == results[1]
-
-
-def test_the_model_is_left_to_the_caller() -> None:
-    model = feed_forward()
-    before = bits(model)
-    outcomes = rewrite(model, weighted_ops(model.graph), calibration(50), solving(shaken))
-    assert bits(model) == before
-    assert [outcome.positions for outcome in outcomes] == [100, 100]
-    assert [outcome.result.error for outcome in outcomes] == [0.25, 0.25]
-
-
-def test_nothing_is_left_on_disk_when_a_solver_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
-    def fail(job: Job) -> F64:
-        assert list(tmp_path.iterdir())
-        raise ZeroDivisionError
-
-    model = feed_forward()
-    with pytest.raises(ZeroDivisionError):
-        rewrite(model, weighted_ops(model.graph), calibration(), solving(only({1}, fail)))
-    gc.collect()
-    assert not list(tmp_path.iterdir())
-
-
 # ---------------------------------------------------------------- problems
 
 
@@ -440,13 +223,6 @@ def test_weights_are_split_by_group() -> None:
     assert first.dtype == np.float64
     np.testing.assert_array_equal(np.concatenate([first, second]), op.rows())
     assert first.shape == (3, 18)
-
-
-def test_progress_goes_through_all_waves() -> None:
-    calls: list[tuple[str, int, int]] = []
-    model = feed_forward(blocks=2)
-    rewrite(model, weighted_ops(model.graph), calibration(), solving(whole), progress=lambda *call: calls.append(call))
-    assert [call[1:] for call in calls] == [(done, 4) for done in range(5)]
 
 
 def test_tiny_is_what_these_tests_take_it_for() -> None:
