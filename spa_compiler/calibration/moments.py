@@ -71,6 +71,11 @@ class Moments:
         """A mean over positions: `mean`, `gram`, `dense_mean`, `cross`, `target_mean`, `extra`."""
         return np.divide(self._sums[name], max(1, self.count), dtype=np.float64)
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum has a NaN or an infinity."""
+        return all(bool(np.isfinite(held).all()) for held in self._sums.values())
+
     def __contains__(self, name: str) -> bool:
         return name in self._sums
 
@@ -131,13 +136,15 @@ class Geometry:
         else:
             taken = view[np.unravel_index(which, view.shape[:leading])]
         count = self.positions(view) if which is None else len(which)
-        return np.ascontiguousarray(taken.reshape(count, self.group, -1).transpose(1, 0, 2), np.float32)
+        k = prod(view.shape[leading:]) // self.group  # not -1: there may be no positions
+        return np.ascontiguousarray(taken.reshape(count, self.group, k).transpose(1, 0, 2), np.float32)
 
     def at(self, y: Array, which: NDArray[np.int64] | None, group: int) -> F32:
         """The operator's result, or what is shaped like it, as `[groups, positions, n / groups]`."""
         flat = y.reshape(-1, y.shape[-1]) if self.kind == "rows" else np.moveaxis(y, 1, -1).reshape(-1, y.shape[1])
         flat = flat if which is None else flat[which]
-        return np.ascontiguousarray(flat.reshape(len(flat), group, -1).transpose(1, 0, 2), np.float32)
+        n = flat.shape[1] // group
+        return np.ascontiguousarray(flat.reshape(len(flat), group, n).transpose(1, 0, 2), np.float32)
 
     @property
     def _leading(self) -> int:

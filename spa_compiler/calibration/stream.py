@@ -25,6 +25,7 @@ from spa_compiler.calibration.moments import Geometry, Moments
 from spa_compiler.calibration.samples import Samples
 from spa_compiler.calibration.spool import Spool
 from spa_compiler.calibration.waves import Waves
+from spa_compiler.errors import ModelError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.graph.session import Feeds, open_session, run
@@ -98,8 +99,9 @@ class Stream:
         """The sites of each wave; `replace` them before asking for the next wave.
 
         Raises:
-            ModelError: what has to wait between two waves is no numeric tensor.
+            ModelError: what has to wait between two waves is no numeric tensor, or what a site reads is not finite.
         """
+        self._overrides.clear()
         with tempfile.TemporaryDirectory(prefix="spa-calibration-") as folder:
             runs = {}
             for which in (NOW, BEFORE) if self.sequential else (NOW,):
@@ -146,6 +148,13 @@ class Stream:
             for parts in _in_order(pool, work, enumerate(feeds), self.threads):
                 for key, part in parts.items():
                     whole[key].merge(part)
+        for site, key in keys.items():
+            if not whole[key].finite:
+                raise ModelError(
+                    "it reads NaN or infinities on the calibration samples, or values too large to square",
+                    where=f"node {self.sites[site].name!r}",
+                    fix="See that the model computes finite numbers on them; `ignore` leaves the layer alone",
+                )
         return [Collected(site, whole[key]) for site, key in keys.items()]
 
     def _open(self, wave: int, which: str, arrays: Feeds) -> Any:
@@ -189,7 +198,8 @@ class Stream:
             rows = geometry.rows(x, which)
             dense = rows if z is x else geometry.rows(z, which)
             extra = None if lost is None else geometry.at(lost, which, moments.groups)
-            moments.add(rows, dense if self.sequential else None, extra)
+            with np.errstate(over="ignore", invalid="ignore"):  # the wave says which site reads such values
+                moments.add(rows, dense if self.sequential else None, extra)
         return moments
 
     def _parts(

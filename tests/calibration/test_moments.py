@@ -84,6 +84,16 @@ def test_rows_of_a_product_are_its_leading_axes(shape: tuple[int, ...]) -> None:
     np.testing.assert_array_equal(geometry.rows(view, np.array([0]))[0], x.reshape(-1, 3)[:1].astype(np.float32))
 
 
+def test_no_positions_are_rows_too() -> None:
+    """Of a feed that is all padding none is left."""
+    none = np.zeros(0, np.int64)
+    conv = Geometry("Conv", 2, (3, 2), (1, 1), (0, 0, 0, 0), (1, 1))
+    for geometry, x, shape in ((Geometry("rows"), normal(4, 3), (1, 0, 3)), (conv, normal(2, 6, 4, 4), (2, 0, 18))):
+        assert geometry.rows(geometry.view(x), none).shape == shape
+    assert Geometry("rows").rows(Geometry("rows").view(normal(2, 0, 3))).shape == (1, 0, 3)
+    assert conv.at(normal(2, 4, 2, 3), none, 2).shape == (2, 0, 2)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 3),

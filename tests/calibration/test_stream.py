@@ -8,6 +8,7 @@ import pytest
 from spa_compiler.calibration import stream as module
 from spa_compiler.calibration.moments import Moments
 from spa_compiler.calibration.stream import Stream
+from spa_compiler.errors import ModelError
 from spa_compiler.graph.operators import weighted_ops
 from tests.calibration.streamed import (
     CASES,
@@ -123,6 +124,19 @@ def test_a_second_pass_starts_afresh() -> None:
         np.testing.assert_array_equal(moments.get("gram"), first[site].get("gram"))
 
 
+def test_a_second_pass_knows_nothing_of_one_that_stopped_early() -> None:
+    model = tokens()
+    ops = weighted_ops(model.graph)
+    stream = Stream(model, ops, samples(token_feeds(3)))
+    first = iter(stream)
+    for collected in next(first):
+        stream.replace(collected.site, ops[collected.site].rows() * 0.5)
+    assert next(first)
+    first.close()  # type: ignore[attr-defined]
+    for moments in all_moments(stream).values():
+        np.testing.assert_allclose(moments.get("cross"), moments.get("gram"), rtol=1e-6, atol=1e-7)
+
+
 # ---------------------------------------------------------------- what counts
 
 
@@ -150,6 +164,31 @@ def test_padding_takes_no_part() -> None:
     known = tensors(model, [read_by(op) for op in ops], feeds[:-1])
     for site, op in enumerate(ops):
         assert_moments(got[site], expected(op, known, known, keep=keep))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_feed_that_is_all_padding_counts_for_nothing(sequential: bool) -> None:
+    model, feeds = tokens(), token_feeds(4)
+    feeds[1]["attention_mask"][:] = 0
+    ops = weighted_ops(model.graph)
+    targets = {4: "r"} if sequential else {}
+    known = tensors(model, [read_by(op) for op in ops], [feeds[0], feeds[2]])
+    for site, got in all_moments(Stream(model, ops, samples(feeds), sequential, targets)).items():
+        wanted = expected(ops[site], known, known)
+        assert got.count == wanted["count"]
+        np.testing.assert_allclose(got.get("gram"), wanted["gram"], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30], ids=str)
+def test_what_is_not_finite_is_refused_where_it_is_read_first(value: float) -> None:
+    """1e30 has no square in float32."""
+    model, feeds = tokens(), token_feeds(3)
+    held = model.graph.tensors()["b1"]
+    held.values = np.full_like(held.values, value)
+    waves = iter(Stream(model, weighted_ops(model.graph), samples(feeds)))
+    assert [collected.site for _ in range(3) for collected in next(waves)] == [0, 1, 2, 3]
+    with pytest.raises(ModelError, match=r"node 'd': it reads NaN or infinities .*`ignore`"):
+        next(waves)
 
 
 def test_many_positions_are_drawn_from_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
