@@ -41,12 +41,11 @@ def read(data: str, model: Model | None = None) -> Callable[[], Iterator[Feeds]]
 
     Args:
         data: `samples.npz` (arrays named after the inputs, the first axis counts samples; one feed per sample), a
-        folder of
-            such files or of `<input>.npy`, or `file.py:function` (a function without arguments whose iterator gives
-            dicts; each dict is one feed, whatever its first axis).
-        model: if given, arrays that are no inputs are left out, missing inputs and wrong shapes are refused, whole
-        numbers
-            are cast to the input's type, and trailing padding of dynamic axes is cut off where a mask says so.
+            folder of such files or of `<input>.npy`, or `file.py:function` (a function without arguments whose
+            iterator gives dicts; each dict is one feed, whatever its first axis).
+        model: if given, arrays that are no inputs are left out, missing inputs and wrong shapes are refused, numbers
+            are cast to the input's type (whole ones only where it can hold them), and of single samples trailing
+            padding of dynamic axes is cut off where a mask says so.
 
     Raises:
         UsageError: no such file, an unknown kind, or (when iterated) contents that do not fit.
@@ -120,7 +119,7 @@ def _cut(
 
 
 def _fit(feed: Feeds, model: Model | None, where: str) -> Feeds:
-    """Checks a feed against the signature and casts whole numbers to the input's type."""
+    """Checks a feed against the signature and casts numbers to the input's type."""
     if model is None:
         return feed
     fitted: Feeds = {}

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from spa_compiler.calibration.estimate import squares
-from spa_compiler.calibration.samples import Samples
+from spa_compiler.calibration.samples import Samples, size_of
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.graph.save import to_proto
@@ -49,7 +49,7 @@ class Probe:
             if sample.held:
                 continue
             self._feeds.append((sample.feed, sample.mask, run(self._session, sample.feed | self._own)))
-            left -= max((array.shape[0] for array in sample.feed.values() if array.ndim), default=1)
+            left -= size_of(sample.feed)
 
     def change(self, rows: Mapping[int, NDArray[Any]], feeds: int | None = None) -> float:
         """The sum of squared differences over that of squares, all float outputs together.

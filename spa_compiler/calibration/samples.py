@@ -94,7 +94,7 @@ def load(source: str, model: Model, shapes: Shapes, seed: int) -> Samples:
     if source == SYNTHETIC:
         first = next(synthetic.feeds(model, shapes, seed))
         return Samples(
-            lambda: synthetic.feeds(model, shapes, seed), synthetic.FEEDS, synthetic.FEEDS * _size(first), True
+            lambda: synthetic.feeds(model, shapes, seed), synthetic.FEEDS, synthetic.FEEDS * size_of(first), True
         )
     each = data.read(source, model)
 
@@ -104,7 +104,7 @@ def load(source: str, model: Model, shapes: Shapes, seed: int) -> Samples:
     count = rows = 0
     for feed in grouped(_checked(each(), examples.bounds(model), source)):
         count += 1
-        rows += _size(feed)
+        rows += size_of(feed)
     if not count:
         raise UsageError("it holds no samples", where=source, fix="Give at least one; a few hundred are better")
     return Samples(lambda: grouped(each()), count, rows)
@@ -147,8 +147,8 @@ def _together(feeds: Sequence[Feeds], size: int) -> Iterator[Feeds]:
             yield {name: np.concatenate([feed[name] for feed in part]) for name in part[0]}
 
 
-def _size(feed: Feeds) -> int:
-    """How many samples a feed holds."""
+def size_of(feed: Feeds) -> int:
+    """How many samples a feed holds: the size of its first axes."""
     return max((array.shape[0] for array in feed.values() if array.ndim), default=1)
 
 
