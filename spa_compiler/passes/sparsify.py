@@ -47,8 +47,8 @@ class Sparsify:
     is the same for the same seed.
 
     With calibration data, layers are solved in the order of the graph, each from what it reads once those before it are
-    rewritten, and biases take up the shift of the means. `sparsegpt`, `admm`, `swap`, `envelope` and `auto` give the
-    weights that stay new values; the other methods leave them.
+    rewritten, and biases take up the shift of the means. `sparsegpt`, `admm`, `swap`, `envelope`, `spectrum` and `auto`
+    give the weights that stay new values, and so do `masks` then; the other methods leave them.
 
     Depthwise convolutions keep all of their weights; where methods give new values, they get some, too, which make up
     for what was lost before. Embeddings, the first convolution, and a layer that reaches an output with no residual or
@@ -99,7 +99,9 @@ class Sparsify:
         pattern_of = [self.pattern.on(int(np.prod(op.kernel or (1,)))) for op in ops]
         scores, masks = self._files(ops, pattern_of)
         allocation = self._allocation(method, samples)
-        share = self._shares(allocation, model, ops, pattern_of, context)
+        first = leaders(ops)
+        distinct = sorted(set(first))
+        share = self._shares(allocation, model, ops, pattern_of, distinct, context)[np.searchsorted(distinct, first)]
         layers = Zeroing(
             ops,
             [Zeros(pattern, float(part)) for pattern, part in zip(pattern_of, share, strict=True)],
@@ -107,7 +109,7 @@ class Sparsify:
             int(context.rng.integers(1 << 62)),
             scores,
             masks,
-            self._gated(model, ops, samples),
+            self._gated(model, ops, context),
             self.expression,
             self._worth(model, ops, context),
         )
@@ -134,7 +136,7 @@ class Sparsify:
             _log.warning("%s took no weight: every MatMul, Gemm and Conv was left alone", self.name)
         return Change(
             pass_name=self.name,
-            summary=self._summary(changes, samples, allocation),
+            summary=self._summary([changes[place] for place in distinct], samples, allocation),
             sites=(*changes, *refitted),
             skipped=tuple(skipped),
             zeros_alone=True,
@@ -193,35 +195,37 @@ class Sparsify:
         model: Model,
         ops: Sequence[WeightedOp],
         pattern_of: Sequence[Pattern],
+        distinct: Sequence[int],
         context: Context,
     ) -> F64:
+        """Share of zeros of the `distinct` ones among the sites: a weight that several read counts once."""
         if name is None:
-            return np.full(len(ops), self.sparsity)
-        return shares.allocate(
-            name,
-            shares.Request(
-                model,
-                ops,
-                pattern_of,
-                self.sparsity,
-                self.options.min_keep,
-                context.rng,
-                context.calibration,
-                context.workers,
-                context.progress,
-            ),
+            return np.full(len(distinct), self.sparsity)
+        request = shares.Request(
+            model,
+            [ops[place] for place in distinct],
+            [pattern_of[place] for place in distinct],
+            self.sparsity,
+            self.options.min_keep,
+            context.rng,
+            context.calibration,
+            context.workers,
+            context.progress,
         )
+        return shares.allocate(name, request)
 
-    def _gated(self, model: Model, ops: Sequence[WeightedOp], samples: Samples | None) -> Mapping[int, F64]:
+    def _gated(self, model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapping[int, F64]:
         """For `dass`: of each gate and up projection the root mean square of the product, `[n]`, before any change."""
-        pairs = gates(ops) if self.method == "dass" and samples is not None else {}
+        samples = context.calibration
+        if self.method != "dass" or samples is None:
+            return {}
+        pairs = gates(ops)
         downs = sorted(set(pairs.values()))
         norms: dict[int, F64] = {}
-        if samples is not None and downs:
-            for wave in Stream(model, [ops[down] for down in downs], samples, sequential=False):
-                for collected in wave:
-                    gram = collected.fit.get("gram")[0]
-                    norms[downs[collected.site]] = np.sqrt(np.maximum(np.diagonal(gram), 0))
+        for wave in Stream(model, [ops[down] for down in downs], samples, sequential=False, threads=context.workers):
+            for collected in wave:
+                gram = collected.fit.get("gram")[0]
+                norms[downs[collected.site]] = np.sqrt(np.maximum(np.diagonal(gram), 0))
         return {place: norms[down] for place, down in pairs.items()}
 
     def _worth(self, model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapping[int, F64]:

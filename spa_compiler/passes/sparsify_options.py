@@ -58,8 +58,8 @@ class SparsifyOptions:
         shares.Name,
         Meta(
             description="who gets how many zeros: `uniform`, `global` (one threshold on magnitudes), `lamp`, `erk`, "
-            "and with calibration data `error`, `proportional`, `ecoflap`, `evolution`; `auto` is `error` where the "
-            "method moves weights, else `uniform`"
+            "and with calibration data `error`, `proportional`, `ecoflap`, `evolution`; `auto` is `error` where there "
+            "is such data and the method moves weights, else `uniform`"
         ),
     ] = "auto"
     scope: Annotated[

@@ -18,7 +18,7 @@ from spa_compiler.passes import shares
 from spa_compiler.passes.shares import NEEDS_DATA, Name, Request, allocate
 from spa_compiler.solvers import allocation
 from tests.networks import model_of
-from tests.passes.tiny import WIDTH, bits, calibration, correlated, feed_forward, samples
+from tests.passes.tiny import WIDTH, bits, calibration, context, correlated, feed_forward, samples, sparsify
 
 NAMES: list[Name] = [name for name in get_args(Name) if name != "auto"]
 MEASURED: list[Name] = [name for name in NAMES if name in NEEDS_DATA]
@@ -259,3 +259,22 @@ def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name in MEASURED:
         allocate(name, request_of(feed_forward(), given=calibration()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_that_two_layers_read_counts_once(name: Name) -> None:
+    """Counted for each of them, it would get a share that only makes the budget with weights that are not there."""
+    rng = np.random.default_rng(0)
+    w, v = (scale * rng.standard_normal((WIDTH, WIDTH)).astype(np.float32) for scale in (1, 0.1))
+    model = model_of(
+        f"g (float[batch, {WIDTH}] x) => (float[batch, {WIDTH}] y) {{ a = MatMul (x, w) r = Tanh (a)"
+        " b = MatMul (r, w) s = Tanh (b) c = MatMul (s, v) t = Add (c, x) y = LayerNormalization (t, ones) }",
+        w=w,
+        v=v,
+        ones=np.ones(WIDTH, np.float32),
+    )
+    change = sparsify(model, context(calibration()), sparsity=0.5, allocate=name, method="magnitude")
+    tied, again, alone = (site.density_after for site in change.sites)
+    assert tied == again
+    assert tied + alone == pytest.approx(1, abs=0.01)
+    assert f"50.0% zeros in 2 weights of {2 * WIDTH * WIDTH} elements" in change.summary
