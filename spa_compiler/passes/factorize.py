@@ -23,7 +23,7 @@ from spa_compiler.passes import arrays, chains, shares
 from spa_compiler.passes.factorize_options import BUDGETS, FactorizeOptions, check_sparse, goal_of, method_name
 from spa_compiler.passes.layerwise import Job, Outcome, Result, Solve, leaders, rewrite
 from spa_compiler.passes.low_rank import ByLoss, ByRank, Method, Site, SparseLowRank, clusters, numbers, site_of
-from spa_compiler.passes.outcomes import DENSE, check_finite, scarce
+from spa_compiler.passes.outcomes import DENSE, check_finite, density, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
 from spa_compiler.passes.rank_budget import Allocation, Planner, Price, Unit, prices, without_data
 from spa_compiler.passes.sites import select
@@ -328,7 +328,7 @@ def _told(sites: Sequence[Site], outcomes: Sequence[Outcome]) -> tuple[list[Site
         if form is None and np.array_equal(op.rows(), outcome.result.rows):
             dense.append(SkippedSite(op.name, _DENSE))
             continue
-        size = op.n * op.k
+        held = density(outcome.result.rows) if form is None else Price(1.0, 1.0).of(form, part) / (op.n * op.k)
         changes.append(
             SiteChange(
                 node=op.name,
@@ -337,8 +337,8 @@ def _told(sites: Sequence[Site], outcomes: Sequence[Outcome]) -> tuple[list[Site
                 pattern=DENSE if form is None else chains.label(form),
                 n=op.n,
                 k=op.k,
-                density_before=int(np.count_nonzero(op.rows())) / size,
-                density_after=1.0 if form is None else Price(1.0, 1.0).of(form, part) / size,
+                density_before=density(op.rows()),
+                density_after=held,
                 error=outcome.result.error,
                 method=site.method,
                 seconds=outcome.seconds,

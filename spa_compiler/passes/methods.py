@@ -13,7 +13,6 @@ import numpy as np
 
 from spa_compiler.criteria import chance, dass, magnitude, wanda
 from spa_compiler.criteria.symbolic import Expression, Statistics
-from spa_compiler.errors import UsageError
 from spa_compiler.patterns import Channel, FanIn, Unstructured
 from spa_compiler.solvers.admm import admm
 from spa_compiler.solvers.dsnot import dsnot
@@ -87,12 +86,7 @@ def _dass(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
 
 
 def _symbolic(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
-    if layer.expression is None:
-        raise UsageError(
-            "the method symbolic needs an expression",
-            where="expression",
-            fix="Write one, such as expression='abs(W)*X' (Wanda) or expression='sq(W)*mms(G)' with scores=FILE for G",
-        )
+    assert layer.expression is not None  # the pass has parsed it
     outputs = np.sqrt(np.maximum(np.einsum("ij,ij->i", problem.weight @ problem.gram, problem.weight), 0))
     statistics = Statistics(problem.weight, problem.norms, problem.mean, problem.variance, outputs, layer.scores)
     return _kept(problem, zeros.choose(layer.expression.evaluate(statistics)))

@@ -36,7 +36,7 @@ def apply(
     writer = _Writer()
     changes = []
     for op, outcome, pattern in zip(ops, outcomes, pattern_of, strict=True):
-        name, before = op.weight.name, _density(op.rows())
+        name, before = op.weight.name, density(op.rows())
         writer.replace(op, outcome.result.rows)
         if outcome.bias is not None and outcome.values is not None:
             outcome.bias.replace(outcome.values)
@@ -49,7 +49,7 @@ def apply(
                 n=op.n,
                 k=op.k,
                 density_before=before,
-                density_after=_density(op.rows()),
+                density_after=density(op.rows()),
                 error=outcome.result.error,
                 method=method,
                 seconds=outcome.seconds,
@@ -92,5 +92,6 @@ def scarce(ops: Sequence[WeightedOp], outcomes: Sequence[Outcome]) -> tuple[str,
     )
 
 
-def _density(rows: NDArray[Any]) -> float:
+def density(rows: NDArray[Any]) -> float:
+    """Share of nonzeros, 0 to 1."""
     return int(np.count_nonzero(rows)) / rows.size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, TypeAlias
 
 import joblib
@@ -62,8 +63,8 @@ def prices(unit: Unit, model: Model, ops: Sequence[WeightedOp], context: Context
         UsageError: MACs hang on sizes that nobody stated.
     """
     if unit == "params":
-        seen: set[int] = set()
-        once = [1.0 if id(op.weight) not in seen and not seen.add(id(op.weight)) else 0.0 for op in ops]  # type: ignore[func-returns-value]
+        first = {id(op.weight): place for place, op in reversed(list(enumerate(ops)))}
+        once = [1.0 if first[id(op.weight)] == place else 0.0 for place, op in enumerate(ops)]
         return [Price(each, each) for each in once]
     known = _sizes(model, context)
     return [
@@ -79,19 +80,18 @@ def _sizes(model: Model, context: Context) -> Mapping[str, Sequence[object]]:
 
 
 def _positions(op: WeightedOp, name: str, known: Mapping[str, Sequence[object]]) -> float:
-    shape = known.get(name)
-    sizes = [] if shape is None else [size for axis, size in enumerate(shape) if axis != _channels(op, len(shape))]
-    if shape is None or not all(isinstance(size, int) for size in sizes):
+    """How many positions the tensor has: the product of all sizes but that of the channels."""
+    shape = list(known.get(name, ()))
+    if shape:
+        del shape[1 if op.kind == "Conv" else -1]
+    sizes = [size for size in shape if isinstance(size, int)]
+    if name not in known or len(sizes) < len(shape):
         raise UsageError(
             f"the multiply-accumulates of {op.name!r} hang on sizes that are not known",
             where="macs",
             fix="State them with --shape, or give a budget of `params`",
         )
-    return float(np.prod([int(str(size)) for size in sizes], dtype=np.float64))
-
-
-def _channels(op: WeightedOp, rank: int) -> int:
-    return 1 if op.kind == "Conv" else rank - 1
+    return float(prod(sizes))
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,7 @@ class Planner:
 
     def choose(self, allocation: Allocation) -> list[Rank | None]:
         """The rank of each site; None stays dense."""
-        target = self.share if allocation == "error" and self.context.calibration is not None else None
-        layers, rows = self._measured(target)
+        layers, rows = self._measured(self.share if allocation == "error" else None)
         if allocation == "error":
             chosen = ranks.by_error(layers, self.share, self._reactions(layers, rows))
         elif allocation == "welore":

@@ -192,6 +192,22 @@ def test_nothing_to_take() -> None:
     assert factorize(model, context(samples({"x": np.ones((1, 8), np.float32)})), params=0.5).sites == ()
 
 
+def test_a_sparse_weight_that_stays_dense_keeps_its_zeros_and_says_so() -> None:
+    """It makes up for the one before it."""
+    model = feed_forward()
+    first, second = weighted_ops(model.graph)
+    keep = np.random.default_rng(0).random((second.n, second.k)) < 0.25
+    first.replace(low(first.n, first.k, 6) + 0.02 * first.rows())
+    second.replace(second.rows() * keep)
+    change = factorize(model, context(calibration(200)), error=0.01)
+    told = {site.node: site for site in change.sites}
+    assert told["a0"].pattern.startswith("rank ")
+    after = weighted_ops(model.graph)[-1].rows()
+    assert told["b0"].pattern == "dense"
+    assert told["b0"].density_before == told["b0"].density_after == keep.mean()
+    np.testing.assert_array_equal(after != 0, keep)
+
+
 SHARED = """agraph (float[10, 8] x) => (float[10, 8] y)
 {
     a = MatMul (x, W)
