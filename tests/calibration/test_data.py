@@ -137,6 +137,10 @@ def test_what_is_refused(tmp_path: Path, model: Model) -> None:
         "no array for input 'attention_mask'": {"ids": np.zeros((3, 5), int)},
         "disagree on how many samples": {"ids": np.zeros((3, 5), int), "attention_mask": np.ones((2, 5), int)},
         r"has shape \[1, 5, 1\]": {"ids": np.zeros((3, 5, 1), int), "attention_mask": np.ones((3, 5), int)},
+        "are uint64, with values that int64 cannot hold": {
+            "ids": np.full((3, 5), 1 << 63, np.uint64),
+            "attention_mask": np.ones((3, 5), int),
+        },
         "are float64, the input is int64": {"ids": np.zeros((3, 5)), "attention_mask": np.ones((3, 5), int)},
     }
     for words, arrays in cases.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spa_compiler.calibration.examples import example_feeds
+from spa_compiler.calibration.examples import bounds, example_feeds
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds, open_model, run
@@ -67,3 +67,11 @@ def test_one_hot_depth_is_a_bound() -> None:
 def test_missing_shape() -> None:
     with pytest.raises(UsageError, match="no shape for input 'x'"):
         drawn(model_from("g (float[N] x) => (float[N] y) { y = Relu(x) }"))
+
+
+def test_bounds_are_those_of_what_indexes_as_it_is() -> None:
+    """What is clipped before it indexes may be anything."""
+    assert bounds(model_from(BERT)) == {"input_ids": 5, "token_type_ids": 2, "position_ids": 4}
+    clipped = BERT.replace("Cast<to = 6>(input_ids)", "Clip(input_ids, low, high)")
+    clipped = clipped.replace("int64[1] axes", "int64 low = {0}, int64 high = {4}, int64[1] axes")
+    assert bounds(model_from(clipped)) == {"token_type_ids": 2, "position_ids": 4}

@@ -213,6 +213,20 @@ def test_many_positions_are_drawn_from_by_the_seed(monkeypatch: pytest.MonkeyPat
         assert not np.allclose(first[site].get("gram"), other[site].get("gram"))
 
 
+def test_each_feed_draws_positions_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two feeds that are alike would say no more than one."""
+    model, feed = tokens(), token_feeds(1)[0]
+    ops = weighted_ops(model.graph)
+    monkeypatch.setattr(module, "ROWS_PER_COLUMN", 1)
+    grams = []
+    for count in (1, 2):
+        monkeypatch.setattr(module, "MOST_ROWS", 20 * count)
+        got = all_moments(Stream(model, ops, samples([feed] * (count + 1))))[0]
+        assert got.count == 20 * count
+        grams.append(got.get("gram"))
+    assert not np.allclose(*grams)
+
+
 def test_a_quota_that_all_fit_into_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 positions for each column count where that is more."""
     monkeypatch.setattr(module, "MOST_ROWS", 1)

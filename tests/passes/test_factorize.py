@@ -305,3 +305,27 @@ def test_a_model_from_text_without_names_works_too() -> None:
     assert [(site.node, site.pattern, round(site.error, 6)) for site in change.sites] == [("h", "rank 1", 0.0)]
     down, up = weighted_ops(model.graph)
     np.testing.assert_allclose(up.rows() @ down.rows(), np.ones((4, 4)), rtol=1e-6)
+
+
+def test_what_the_outputs_hear_keeps_more() -> None:
+    """Two weights that are alike, of which one counts a hundred times as much."""
+    model = model_of(
+        """agraph (float["b", 12] x) => (float["b", 12] y)
+        { a = MatMul (x, A) l = Mul (a, gain) b = MatMul (x, B) s = Add (l, b) y = LayerNormalization (s, one) }""",
+        A=low(12, 12, 12),
+        B=low(12, 12, 12),
+        gain=np.array(100, np.float32),
+        one=np.ones(12, np.float32),
+    )
+    change = factorize(model, context(calibration()), params=0.5, allocate="error")
+    loud, quiet = (site.density_after for site in change.sites)
+    assert loud > quiet + 0.1
+
+
+def test_a_weight_that_is_a_result_stays() -> None:
+    text = """agraph (float[10, 8] x) => (float[10, 8] y, float[8, 8] W)
+    { h = MatMul (x, W) y = LayerNormalization (h, one) }"""
+    model = model_of(text, W=low(8, 8, 1), one=ONES["one"])
+    change = factorize(model, params=0.5)
+    assert change.sites == ()
+    assert [skip.reason for skip in change.skipped] == ["its weight is read elsewhere, too, and would have to stay"]

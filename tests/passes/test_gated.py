@@ -15,12 +15,12 @@ SILU = "c = Sigmoid (g) act = Mul (g, c)"
 GELU = "d = Div (g, {1.4142}) e = Erf (d) o = Add (e, {1.0}) t = Mul (g, o) act = Mul (t, {0.5})"
 
 
-def gated(middle: str, product: str = "h = Mul (act, u)", between: str = "", hidden: int = 16) -> Model:
+def gated(middle: str, product: str = "h = Mul (act, u)", width: int = 16) -> Model:
     rng = np.random.default_rng(0)
     text = f"""agraph (float[batch, 8] x) => (float[batch, 8] y)
-    {{ g = MatMul (x, G) u = MatMul (x, U) {middle} {product} {between}
+    {{ g = MatMul (x, G) u = MatMul (x, U) {middle} {product}
        w = MatMul (h, D) s = Add (w, x) y = LayerNormalization (s, ones) }}"""
-    shapes = {"G": (8, 16), "U": (8, 16), "D": (hidden, 8)}
+    shapes = {"G": (8, width), "U": (8, 16), "D": (16, 8)}
     weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     return model_of(text, ones=np.ones(8, np.float32), **weights)
 
@@ -45,6 +45,16 @@ def test_gate_up_and_down_are_found(middle: str, product: str) -> None:
 def test_what_is_no_gate(middle: str, product: str) -> None:
     middle = middle.replace("x0", "{0.5}")
     assert gates(weighted_ops(gated(middle, product).graph)) == {}
+
+
+def test_a_gate_of_another_width_is_none() -> None:
+    """One that is stretched over all features says nothing of each."""
+    assert gates(weighted_ops(gated("act = Sigmoid (g)", width=1).graph)) == {}
+
+
+def test_what_is_far_away_is_no_gate() -> None:
+    chain = " ".join(f"a{i + 1} = Relu (a{i})" for i in range(70))
+    assert gates(weighted_ops(gated(f"a0 = Relu (g) {chain} act = Relu (a70)").graph)) == {}
 
 
 def test_dass_weighs_outputs_by_what_the_product_makes_of_them() -> None:

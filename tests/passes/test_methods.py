@@ -10,10 +10,14 @@ import pytest
 from spa_compiler import patterns
 from spa_compiler.criteria import symbolic
 from spa_compiler.errors import UsageError
+from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import weighted_ops
 from spa_compiler.passes.methods import METHODS, Layer
 from spa_compiler.passes.sparsify import Sparsify, SparsifyOptions
+from spa_compiler.solvers.obs import remove_channels
 from spa_compiler.solvers.problem import Problem, Zeros
+from tests.layer_problems import correlated
+from tests.networks import model_of
 from tests.passes.tiny import HIDDEN, WIDTH, bits, calibration, context, feed_forward, rows, sparsify
 
 SHAPES = {"A0": (WIDTH, HIDDEN), "B0": (HIDDEN, WIDTH)}
@@ -195,3 +199,59 @@ def test_an_expression_over_given_scores(tmp_path: Path) -> None:
     assert bits(first) == bits(second)
     with pytest.raises(UsageError, match=r"reads G, given scores, and there are none.*scores="):
         sparsify(feed_forward(), context(calibration()), sparsity=0.5, method="symbolic", expression="sq(W)*G")
+
+
+def grouped() -> Model:
+    """A first convolution, one of two groups, a norm."""
+    rng = np.random.default_rng(0)
+    return model_of(
+        """g (float[batch, 3, 6, 6] x) => (float[batch, 6, 4, 4] y) {
+          a = Conv (x, u) h = Conv <group = 2> (a, v) y = InstanceNormalization (h, one, zero)
+        }""",
+        u=rng.standard_normal((4, 3, 1, 1)).astype(np.float32),
+        v=rng.standard_normal((6, 2, 3, 3)).astype(np.float32),
+        one=np.ones(6, np.float32),
+        zero=np.zeros(6, np.float32),
+    )
+
+
+@pytest.mark.parametrize("what", ["scores", "masks"])
+def test_each_group_of_a_convolution_goes_by_its_own_part_of_a_file(what: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    keep = np.concatenate([rng.permutation(54) < 27, rng.permutation(54) < 27]).reshape(6, 2, 3, 3)
+    np.savez(tmp_path / "f.npz", v=keep if what == "masks" else np.where(keep, 2.0, 1.0) * rng.uniform(1, 1.5))
+    model = grouped()
+    share = {"sparsity": 0.5} if what == "scores" else {}
+    sparsify(model, context(), **{what: str(tmp_path / "f.npz")}, **share)
+    np.testing.assert_array_equal(rows(model)[1] != 0, keep.reshape(6, 18))
+
+
+def test_chance_is_another_in_each_group() -> None:
+    model = grouped()
+    sparsify(model, context(), sparsity=0.5, method="random")
+    first, second = np.split(rows(model)[1] == 0, 2)
+    assert not np.array_equal(first, second)
+
+
+def test_channels_of_a_convolution_go_with_their_whole_kernel() -> None:
+    model = grouped()
+    sparsify(model, context(), sparsity=0.5, pattern="channel", method="magnitude")
+    zeros = (rows(model)[1] == 0).reshape(2, 3, 2, 9)
+    assert zeros.all(axis=(1, 3)).sum(axis=1).tolist() == [1, 1]
+    assert zeros.mean() == 0.5
+
+
+@pytest.mark.parametrize("method", ["wanda", "dsnot"])
+def test_what_compares_within_outputs_takes_as_much_of_each(method: str) -> None:
+    model = feed_forward()
+    sparsify(model, context(calibration()), sparsity=0.5, method=method, allocate="uniform")
+    for weight in rows(model):
+        assert set(np.count_nonzero(weight == 0, axis=1)) == {weight.shape[1] // 2}
+
+
+def test_auto_takes_channels_out_by_the_solver_for_channels() -> None:
+    problem, zeros = correlated(12, 36, 0), Zeros(patterns.parse("channel").on(3), 0.5)
+    found = METHODS["auto"].solve(problem, zeros, Layer(np.random.default_rng(0))).weight
+    np.testing.assert_array_equal(found, remove_channels(problem, zeros).weight)
+    others = [METHODS[name].solve(problem, zeros, Layer(np.random.default_rng(0))) for name in ("sparsegpt", "admm")]
+    assert problem.loss(found) < min(problem.loss(other.weight) for other in others)

@@ -50,7 +50,7 @@ def test_units_that_lie_well_stay() -> None:
     )
 
 
-# The hidden units are concatenated with others, or are a result: their places have a meaning.
+# The hidden units are a result: their places have a meaning.
 HELD = """agraph (float[1, 2] x) => (float[1, 4] y)
 <float[2, 4] First = {9, 0, 8, 0, 0, 7, 0, 6}>
 {
@@ -64,6 +64,22 @@ def test_results_keep_their_order() -> None:
     change = permute(pattern="block:2x1", targets=("first",))(model_from(HELD))
     assert [site.node for site in change.skipped] == ["first"]
     assert "no group" in change.skipped[0].reason
+
+
+def test_units_that_are_concatenated_with_others_keep_their_order() -> None:
+    text = """agraph (float[1, 2] x) => (float[1, 2] y)
+    <float[2, 4] First = {9, 0, 8, 0, 0, 7, 0, 6}, float[2, 1] Other = {1, 2}, float[5, 2] Second = {1, 2, 3, 4, 5, 6,
+     7, 8, 9, 10}>
+    {
+        [first] a = MatMul (x, First)
+        [other] b = MatMul (x, Other)
+        [join] c = Concat <axis = 1> (b, a)
+        [act] d = Relu (c)
+        [second] y = MatMul (d, Second)
+    }"""
+    assert_unchanged(permute(pattern="block:2x1", targets=("first",)), text)
+    change = permute(pattern="block:2x1", targets=("first",))(model_from(text))
+    assert "no group" in {site.node: site.reason for site in change.skipped}["first"]
 
 
 def test_a_model_computes_the_same_and_blocks_keep_more() -> None:

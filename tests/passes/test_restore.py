@@ -130,3 +130,14 @@ def test_a_weight_shared_with_a_layer_that_was_left_alone_is_one_again() -> None
         first, second = (op.weight for op in weighted_ops(model.graph))
         assert first is second
         assert bits(model) == bits(before)
+
+
+def test_layers_that_make_up_for_others_without_new_zeros_stay() -> None:
+    before = feed_forward(blocks=2)
+    model = before.copy()
+    sparsify(model, context(), sparsity=0.5, targets=("a0",))
+    moved = weighted_ops(model.graph)[1]
+    moved.replace(moved.rows() * np.float32(1.5))
+    held = rows(model)[1]
+    assert restore(model, before, []) == ["a0"]
+    np.testing.assert_array_equal(rows(model)[1], held)
