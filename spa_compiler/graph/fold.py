@@ -47,7 +47,7 @@ def lift_constants(graph: gs.Graph) -> int:
     for node in graph.nodes:
         if node.op != "Constant" or node.domain or len(node.outputs) != 1 or node.outputs[0].name in outputs:
             continue
-        values = _constant_values(node)
+        values = constant_values(node)
         if values is None:
             continue
         variable = node.outputs[0]
@@ -166,8 +166,8 @@ def _evaluate(
     return [np.asarray(value) for value in values]
 
 
-def _constant_values(node: gs.Node) -> Any:
-    """What a Constant node holds, as lazy values or an array; None where it is no plain tensor."""
+def constant_values(node: gs.Node) -> Any:
+    """What a Constant node holds, as lazy values or an array; None where that is no dense tensor of numbers."""
     attrs = node.attrs
     value = attrs.get("value")
     if isinstance(value, gs.Constant):

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Array, Axis, Facts
+from spa_compiler.graph.fold import constant_values
 from spa_compiler.graph.weights import array_of
 
 
@@ -23,8 +24,9 @@ def stored(tensor: Any) -> bool:
 
 def stored_values(tensor: Any) -> Array:
     """The values of a stored tensor; of one of the analysed graph, those of the model as it was."""
-    holder = tensor if isinstance(tensor, gs.Constant) else tensor.inputs[0].attrs["value"]
-    return array_of(holder)
+    if isinstance(tensor, gs.Constant):
+        return array_of(tensor)
+    return array_of(gs.Constant(tensor.name, constant_values(tensor.inputs[0])))
 
 
 def axis_of(node: gs.Node, rank: int, default: int, name: str = "axis") -> int:

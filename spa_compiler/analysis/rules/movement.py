@@ -18,11 +18,14 @@ from spa_compiler.analysis.numbering import Mask
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
 from spa_compiler.analysis.rules.inputs import pin_window, stored
 from spa_compiler.analysis.rules.reshape import SIZES
+from spa_compiler.graph.fold import constant_values
 
 
 def constant(node: gs.Node, facts: Facts) -> str | None:
-    """A constant inside of the graph is a parameter like an initializer."""
-    return UNKNOWN_RANK if facts.of(node.outputs[0]) is None else None
+    """A constant inside of the graph is a parameter like an initializer, where a cut can make it one."""
+    if facts.of(node.outputs[0]) is None:
+        return UNKNOWN_RANK
+    return "a sparse tensor or text" if constant_values(node) is None else None
 
 
 def expand(node: gs.Node, facts: Facts) -> str | None:

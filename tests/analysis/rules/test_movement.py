@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from spa_compiler.analysis import analyze
 from spa_compiler.analysis.cut import cut
@@ -12,14 +13,9 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.session import open_model, run
 from spa_compiler.graph.weights import array_of
 from tests.analysis.builder import Net
-from tests.analysis.exactness import check_each_unit, check_exact
+from tests.analysis.chain import exact
+from tests.analysis.exactness import check_exact
 from tests.analysis.told import analysis_of, group_members, group_sizes, pins_of, units_of, weighted
-
-
-def exact(model: onnx.ModelProto) -> int:
-    """Random units and single ones; the number of groups."""
-    assert check_each_unit(model)
-    return check_exact(model, seeds=(0,))
 
 
 def test_constant_nodes_are_parameters() -> None:
@@ -33,6 +29,22 @@ def test_constant_nodes_are_parameters() -> None:
     assert {(m.tensor, m.axis) for m in group.parameters} == {("w", 1), ("v", 0)}
     assert analysis.params == 12
     assert exact(weighted(text)) == 1
+
+
+def test_a_sparse_constant_stays() -> None:
+    """No cut slices it, so nothing that meets it may shrink."""
+    model = weighted("""g (float[N, 5] x, float[5, 4] w, float[4, 2] v) => (float[N, 2] y) <float[4] c> {
+      c = Constant <value = float[4] {0, 1, 0, 2}> ()
+      a = MatMul(x, w)
+      b = Mul(a, c)
+      y = MatMul(b, v)
+    }""")
+    values, at = (helper.make_tensor("", kind, [2], [1, 3]) for kind in (TensorProto.FLOAT, TensorProto.INT64))
+    sparse = helper.make_sparse_tensor(values, at, [4])
+    model.graph.node[0].CopyFrom(helper.make_node("Constant", [], ["c"], sparse_value=sparse))
+    analysis = analysis_of(model)
+    assert ("c", 0, "Constant", "a sparse tensor or text") in pins_of(analysis)
+    assert analysis.groups == ()
 
 
 # --- Expand, Tile -----------------------------------------------------------------------------------------------------

@@ -182,6 +182,19 @@ def test_statistics_of_a_weight_become_numbers(op: str) -> None:
     assert check_exact(weighted(text, 13)) == 2
 
 
+def test_floats_in_the_attribute_of_a_constant_are_stored_values_too() -> None:
+    text = """g (float[N, 5] x, float[5, 4] w, float[4, 2] v) => (float[N, 2] y) {
+      c = Constant <value_floats = [0.5, 1.0, -2.0, 3.0]> ()
+      m = ReduceMax (c)
+      a = MatMul(x, w)
+      b = Mul(a, c)
+      d = Add(b, m)
+      y = MatMul(d, v)
+    }"""
+    assert removable(analysis_of(text)) == {("w", 1), ("c", 0), ("v", 0)}
+    assert check_exact(weighted(text)) == 1
+
+
 def test_a_stored_sum_of_exponentials_stays() -> None:
     assert ("w0", 0) not in removable(analysis_of(STORED.format("ReduceLogSumExp"), 13))
 
