@@ -16,11 +16,11 @@ from tests.analysis.told import analysis_of, group_members, group_sizes, pins_of
 # --- Slice ------------------------------------------------------------------------------------------------------------
 
 
-def slice_model(size: int, start: int, end: int, step: int, opset: int, left: int) -> onnx.ModelProto:
+def slice_model(size: int, start: int, end: int, opset: int, left: int) -> onnx.ModelProto:
     chain = Chain(size, opset)
     if opset >= 10:
         ints = chain.net.ints
-        x = chain.net.op("Slice", chain.x, ints(start), ints(end), ints(2), ints(step))
+        x = chain.net.op("Slice", chain.x, ints(start), ints(end), ints(2))
     else:
         x = chain.net.op("Slice", chain.x, starts=[start], ends=[end], axes=[2])
     return chain.model(x, left)
@@ -30,7 +30,7 @@ def slice_model(size: int, start: int, end: int, step: int, opset: int, left: in
 @pytest.mark.parametrize("start, end", [(3, 9), (-5, 1000), (0, -4), (4, 2**31 - 1)])
 def test_slice(opset: int, start: int, end: int) -> None:
     left = len(range(12)[start:end])
-    model = slice_model(12, start, end, 1, opset, left)
+    model = slice_model(12, start, end, opset, left)
     assert sum(group_sizes(model)) == 12
     assert check_exact(model, seeds=(0,))
 
@@ -86,27 +86,23 @@ def test_what_is_no_range_any_more_is_gathered() -> None:
     assert exact(model) == 1
 
 
-COMPUTED = """g (float[N, 5, 6] x, float[6, 12] w, float[12, 3] v, int64[1] two, int64[1] zero, float[6, 3] u)
-    => (float[N, 5, 3] y) {{
-  a = MatMul(x, w)
-  sizes = Shape(a)
-  axis = Constant <value_ints = [2]> ()
-  all = Gather(sizes, axis)
-  halves = Constant <value_ints = [2]> ()
-  half = Div(all, halves)
-  begin = Constant <value_ints = [0]> ()
-  end = Constant <value_ints = [{end}]> ()
-  low = Slice(a, begin, half, axis)
-  high = Slice(a, half, end, axis)
-  c = Neg(high)
-  d = Concat <axis = 2> (c, low)
-  y = MatMul(d, v)
-}}"""
-
-
 def test_starts_that_are_computed_but_always_the_same() -> None:
     """Rotate-half as exporters write it: half of the size, read from Shape."""
-    text = COMPUTED.format(end=2**62).replace(", int64[1] two, int64[1] zero, float[6, 3] u", "")
+    text = """g (float[N, 5, 6] x, float[6, 12] w, float[12, 3] v) => (float[N, 5, 3] y) {
+      a = MatMul(x, w)
+      sizes = Shape(a)
+      axis = Constant <value_ints = [2]> ()
+      all = Gather(sizes, axis)
+      halves = Constant <value_ints = [2]> ()
+      half = Div(all, halves)
+      begin = Constant <value_ints = [0]> ()
+      end = Constant <value_ints = [4611686018427387904]> ()
+      low = Slice(a, begin, half, axis)
+      high = Slice(a, half, end, axis)
+      c = Neg(high)
+      d = Concat <axis = 2> (c, low)
+      y = MatMul(d, v)
+    }"""
     assert group_sizes(text) == [6, 6]
     assert exact(weighted(text)) == 2
 
@@ -121,6 +117,67 @@ def test_starts_that_come_from_an_input_pin() -> None:
     }"""
     assert group_sizes(text) == []
     assert ("a", 1, "Slice", "sliced at run time") in pins_of(text)
+
+
+@pytest.mark.parametrize(
+    "lines, left",
+    [
+        ("end = Add(m, four)\n b = Slice(a, m, end, axis)", 4),  # from channel 1 or 2 on
+        ("step = Add(m, one)\n b = Slice(a, zero, four, axis, step)", 2),  # in steps of 2 or 3
+    ],
+)
+def test_what_hangs_on_the_length_of_a_sequence_pins(lines: str, left: int) -> None:
+    """As many are taken for each length, but not the same ones."""
+    text = f"""g (float[1, S, 6] x, float[6, 12] w, float[{left}, 3] v) => (float[1, S, 3] y) <float[1, S, {left}] b> {{
+      a = MatMul(x, w)
+      sizes = Shape(x)
+      one = Constant <value_ints = [1]> ()
+      zero = Constant <value_ints = [0]> ()
+      axis = Constant <value_ints = [2]> ()
+      three = Constant <value_ints = [3]> ()
+      four = Constant <value_ints = [4]> ()
+      length = Gather(sizes, one)
+      m = Mod(length, three)
+      {lines}
+      y = MatMul(b, v)
+    }}"""
+    assert ("a", 2, "Slice", "sliced at run time") in pins_of(text)
+    assert group_members(text) == []
+
+
+MERGED = """g (float[N, 4, 6] x, float[6, 8] w, float[8, 2] v) => (float[M, 2] y) {{
+  a = MatMul(x, w)
+  all = Constant <value = int64[1] {{-1}}> ()
+  f = Reshape(a, all)
+  zero = Constant <value_ints = [0]> ()
+  eight = Constant <value_ints = [8]> ()
+  end = Constant <value_ints = [4611686018427387904]> ()
+  row = Constant <value_ints = [0, 1, 2, 3, 4, 5, 6, 7]> ()
+  b = {}
+  back = Constant <value = int64[2] {{-1, 8}}> ()
+  e = Reshape(b, back)
+  y = MatMul(e, v)
+}}"""
+
+
+@pytest.mark.parametrize(
+    "taken, reason",
+    [
+        ("Slice(f, eight, end, zero)", "sliced at run time"),
+        ("Gather(f, row)", "positions on an axis whose size varies"),
+    ],
+)
+def test_nothing_is_selected_from_positions_and_channels(taken: str, reason: str) -> None:
+    """Which channels an index means differs from run to run; all of them are all of them."""
+    text = MERGED.format(taken)
+    assert reason in reasons_of(text, "f", 0)
+    assert group_members(text) == []
+
+
+def test_all_positions_and_channels_may_be_sliced() -> None:
+    text = MERGED.format("Slice(f, zero, end, zero)")
+    assert group_sizes(text) == [8]
+    assert exact(weighted(text)) == 1
 
 
 def test_a_slice_of_positions_and_of_channels() -> None:
