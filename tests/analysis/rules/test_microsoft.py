@@ -38,6 +38,46 @@ def test_fused_matmul_with_the_batch_inside() -> None:
     check_exact(net(text))
 
 
+def test_fused_matmul_and_an_activation() -> None:
+    text = """g (float[7, 6] x, float[4, 6] w, float[4, 2] v) => (float[7, 2] y) <float[7, 4] h> {
+      h = com.microsoft.FusedMatMulActivation <activation = "Relu", transB = 1> (x, w)
+      y = MatMul(h, v)
+    }"""
+    assert groups_of(net(text)) == {"channel": (4, {("w", 0), ("h", 1), ("v", 0)})}
+    softmax = net(text.replace("Relu", "Softmax"))
+    assert groups_of(softmax) == {}
+    assert "Softmax of a product" in reasons_of(softmax, "h", 1)
+
+
+def test_an_inverse_keeps_its_matrices() -> None:
+    text = """g (float[2, 6] x, float[6, 32] w, float[16, 2] v) => (float[4, 2] y) <float[2, 2, 4, 4] i> {
+      a = MatMul(x, w)
+      s = Constant <value = int64[4] {2, 2, 4, 4}> ()
+      h = Reshape(a, s)
+      i = com.microsoft.Inverse(h)
+      f = Constant <value = int64[2] {4, 16}> ()
+      j = Reshape(i, f)
+      y = MatMul(j, v)
+    }"""
+    reason = "rows and columns of a matrix"
+    assert pins_of(net(text)) >= {("h", 2, "Inverse", reason), ("h", 3, "Inverse", reason)}
+
+
+def test_a_gate_of_linear_attention() -> None:
+    """Element by element over heads: with a head go its entries of bias and scale."""
+    text = """g (float[2, 4, 6] x, float[6, 3] wa, float[6, 3] wb, float[3] bias, float[3] scale, float[3, 2] v)
+        => (float[2, 4, 2] y) <float[2, 4, 3] d, float[2, 4, 3] e> {
+      a = MatMul(x, wa)
+      b = MatMul(x, wb)
+      d, e = com.microsoft.LinearAttentionGate(a, bias, scale, b)
+      f = Mul(d, e)
+      y = MatMul(f, v)
+    }"""
+    members = {("wa", 1), ("wb", 1), ("bias", 0), ("scale", 0), ("v", 0)}
+    ((size, found),) = groups_of(net(text)).values()
+    assert (size, members <= found, ("d", 2) in found, ("e", 2) in found) == (3, True, True, True)
+
+
 def test_fused_gemm() -> None:
     text = """g (float[7, 6] x, float[4, 6] w, float[4] b, float[4, 2] v) => (float[7, 2] y) {
       h = com.microsoft.FusedGemm <activation = "Relu", transB = 1> (x, w, b)

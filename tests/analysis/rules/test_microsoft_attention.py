@@ -9,6 +9,7 @@ from tests.analysis.exactness import FLOOR, Subject, check_each_unit, check_exac
 from tests.analysis.told import groups_of, net, pins_inside, reasons_of
 
 SLOT = "query head of each key-value head"
+WITH_SCORES = ("y = MatMul(a, wo)", "z = MatMul(a, wo)\n  t = ReduceSum(s)\n  y = Add(z, t)")
 
 
 def sizes_of(text: str) -> dict[str, int]:
@@ -52,6 +53,13 @@ def test_attention_with_a_cache_keeps_its_heads() -> None:
     assert one_size in reasons_of(net(text), "w", 1)
     assert one_size not in reasons_of(net(ATTENTION), "w", 1)
     check_exact(net(text))
+
+
+def test_a_past_of_keys_and_values_in_one_tensor_keeps_their_size() -> None:
+    text = ATTENTION.replace("float[15, 2] wo", "float[15, 2] wo, float[2, 2, 3, 4, 5] past")
+    text = text.replace("[9, 9, 15]", "[15, 15, 15]").replace("33", "45").replace("(h, w, b, , ,", "(h, w, b, , past,")
+    assert "the kernel wants one size for all heads of queries, keys and values" in reasons_of(net(text), "w", 1)
+    assert groups_of(net(text))["head"][1] >= {("w", 1), ("past", 2)}
 
 
 MULTI_HEAD = """g (float[2, 5, 6] x, float[2, 7, 6] xt, float[6, 12] wq, float[6, 12] wk, float[6, 15] wv, float[39] b,
@@ -109,6 +117,14 @@ def test_a_bias_on_new_keys_alone_keeps_the_size_of_a_key() -> None:
     check_exact(net(free))
 
 
+def test_scores_that_are_given_out_show_the_bias() -> None:
+    """A constant that is nothing to Softmax is something to those who read the scores; heads go from them, too."""
+    text = MULTI_HEAD.replace("  a = com", "  a, , , s = com").replace(*WITH_SCORES)
+    assert sizes_of(text) == {"head": 3, "head dimension": 5}
+    assert groups_of(net(text))["head"][1] >= {("wq", 1), ("wk", 1), ("wv", 1), ("s", 1)}
+    assert sizes_of(text.replace("(q, k, v, b, , m)", "(q, k, v, , , m)"))["head dimension"] == 4
+
+
 def test_keys_and_values_from_another_sequence_share_their_size() -> None:
     text = """g (float[2, 5, 6] x, float[2, 1, 7, 6] xt, float[6, 12] wq, float[3, 6, 4] wk, float[3, 6, 4] wv,
         float[12, 2] wo) => (float[2, 5, 2] y) {
@@ -160,6 +176,24 @@ def test_group_query_attention() -> None:
     assert "the kernel wants one size for all heads of queries, keys and values" in reasons_of(net(GROUP_QUERY), "q", 2)
     check_exact(net(GROUP_QUERY))
     check_each_unit(net(GROUP_QUERY))
+
+
+def test_a_cache_and_scores_of_grouped_queries_lose_heads() -> None:
+    """Keys and values that are stored as codes have a scale for each element of a head."""
+    text = GROUP_QUERY.replace(
+        "float[64, 2] wo",
+        "float[64, 2] wo, int8[1, 2, 4, 8] pk, int8[1, 2, 4, 8] pv, float[1, 2, 1, 8] ks, float[1] vs",
+    )
+    text = text.replace(
+        "(\n    q, k, v, , , lengths, total, , , , m)", "(q, k, v, pk, pv, lengths, total, , , , m, , ks, vs)"
+    )
+    text = text.replace("a, ck, cv =", "a, ck, cv, s =").replace(*WITH_SCORES)
+    groups = groups_of(net(text))
+    assert groups["head"][1] >= {("pk", 1), ("pv", 1), ("ks", 1), ("ck", 1), ("cv", 1), ("s", 1), ("wo", 0)}
+    assert not {("vs", 0), ("vs", 1), ("ks", 3), ("pk", 3)} & {
+        place for _, members in groups.values() for place in members
+    }
+    assert groups[SLOT][1] >= {("wq", 1), ("s", 1), ("wo", 0)}
 
 
 def test_packed_group_query_attention_with_rotation() -> None:

@@ -196,8 +196,9 @@ def test_padding_that_repeats_pins(mode: str) -> None:
     assert f"padded ({mode})" in {pin.reason for pin in analysis.pins}
 
 
-def test_padding_that_cuts_off_pins() -> None:
-    model = pad_model(13, "", -2, 3)
+@pytest.mark.parametrize("low, high", [(-2, 3), (3, -2)])
+def test_padding_that_cuts_off_pins(low: int, high: int) -> None:
+    model = pad_model(13, "", low, high)
     assert analysis_of(model).groups == ()
 
 
