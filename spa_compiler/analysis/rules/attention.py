@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.analysis.cut import Cut
 from spa_compiler.analysis.facts import Axis, Facts, Pin, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import axis_of, given, pin_window
+from spa_compiler.analysis.rules.inputs import axis_of, given, made, pin_window
 
 HEAD, HEAD_DIMENSION, ROTARY_PAIR = "head", "head dimension", "rotary pair"
 SLOT = "query head of each key-value head"
@@ -79,6 +79,11 @@ class Heads:
         return self.facts.algebra.merge([self.shared, self.carried])
 
     @property
+    def packed(self) -> Axis:
+        """(G, R, D) + (G, D) + (G, E)"""
+        return self.facts.algebra.concat([self.query, self.key, self.value])
+
+    @property
     def result(self) -> Axis:
         """(G, R, E)"""
         return self.facts.algebra.merge([self.shared, self.slots, self.carried])
@@ -111,7 +116,7 @@ def lay(node: gs.Node, facts: Facts, tensor: Any | None, axes: Mapping[int, Axis
 
 def put_stay(node: gs.Node, facts: Facts, place: int, axes: Sequence[Axis | None]) -> None:
     """States an output that may be left out. None: an axis of positions or sizes of its own, which stays."""
-    if len(node.outputs) <= place or not (output := node.outputs[place]).name:
+    if (output := made(node, place)) is None:
         return
     known = sizes(facts, output) or [0] * len(axes)
     fresh = [facts.algebra.fresh(size or None) for size in known]

@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Dim, Facts, Incompatible, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import given
+from spa_compiler.analysis.rules.inputs import given, made
 from spa_compiler.analysis.rules.window import one_by_one, pin_part, put_mixed
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def causal_conv(node: gs.Node, facts: Facts) -> str | None:
         facts.couple(node, past, 0, axes[0])
         facts.couple(node, past, 1, axes[1])
         facts.pin(node.op, past, 2, WINDOW, window=True)
-    if len(node.outputs) > 1 and node.outputs[1].name:
-        present = node.outputs[1]
+    if (present := made(node, 1)) is not None:
         taps = facts.algebra.size(facts.axes[weight.name][2])
         length = None if taps is None else (taps - 1) * int(node.attrs.get("dilation", 1))
         facts.put(present, [axes[0], axes[1], facts.algebra.fresh(length)])

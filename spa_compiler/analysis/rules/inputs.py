@@ -1,4 +1,4 @@
-"""What many rules ask of a node: inputs that may be left out or are stored, and axes counted from the end."""
+"""What many rules ask of a node: inputs and outputs that may be left out, stored ones, axes counted from the end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from spa_compiler.graph.weights import array_of
 def given(node: gs.Node, place: int) -> Any | None:
     """Input `place`, None if it is left out."""
     return node.inputs[place] if len(node.inputs) > place and node.inputs[place].name else None
+
+
+def made(node: gs.Node, place: int) -> Any | None:
+    """Output `place`, None if it is left out."""
+    return node.outputs[place] if len(node.outputs) > place and node.outputs[place].name else None
 
 
 def stored(tensor: Any) -> bool:

@@ -46,6 +46,9 @@ def product(node: gs.Node, facts: Facts, order: Callable[[int, int], Sequence[in
 
     Args:
         order: (number of the operand, its rank) -> its axes as batch, rows, columns.
+
+    Returns:
+        Why nothing can be said, or None.
     """
     a, b = node.inputs[:2]
     left, right = facts.of(a), facts.of(b)

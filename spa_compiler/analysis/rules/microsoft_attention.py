@@ -32,7 +32,7 @@ from spa_compiler.analysis.rules.attention import (
     sizes,
 )
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import given, pin_window
+from spa_compiler.analysis.rules.inputs import given, made, pin_window
 
 ONE_SIZE = "the kernel wants one size for all heads of queries, keys and values"
 INSIDE = "computed and used inside of the operator, where no activation can be masked"
@@ -49,9 +49,8 @@ def attention(node: gs.Node, facts: Facts) -> str | None:
     heads = Heads.of(facts, amount, amount, widths[0] // amount, widths[2] // amount)
     if heads is None or sum(widths) != total or any(width % amount for width in widths):
         return UNKNOWN_SIZE
-    packed = facts.algebra.concat([heads.query, heads.key, heads.value])
-    lay(node, facts, weights, {0: axes[2], 1: packed})
-    lay(node, facts, given(node, 2), {0: packed})
+    lay(node, facts, weights, {0: axes[2], 1: heads.packed})
+    lay(node, facts, given(node, 2), {0: heads.packed})
     facts.pins.append(Pin(weights.name, 1, node.op, INSIDE, (heads.compared,)))
     lay(node, facts, x, {}, [1])
     pin_window(node, facts, given(node, 3), POSITIONS)
@@ -61,11 +60,11 @@ def attention(node: gs.Node, facts: Facts) -> str | None:
     add_bias(node, facts, given(node, 5), heads.queries)
     pin_window(node, facts, given(node, 6), POSITIONS)
     put_stay(node, facts, 1, cache)
-    if past is not None or _makes(node, 1):  # keys and values lie in one tensor
+    if past is not None or made(node, 1) is not None:  # keys and values lie in one tensor
         facts.pins.append(Pin(weights.name, 1, node.op, ONE_SIZE, (heads.carried,)))
     facts.put(node.outputs[0], (axes[0], axes[1], heads.value))
     rows = count(facts, x, 0, 1)
-    facts.work(node, (axes[2], packed), rows)
+    facts.work(node, (axes[2], heads.packed), rows)
     heads.name()
     count_products(node, facts, heads, rows, count(facts, x, 1))
 
@@ -77,11 +76,6 @@ def attention(node: gs.Node, facts: Facts) -> str | None:
 
     facts.patch(node, patch)
     return None
-
-
-def _makes(node: gs.Node, place: int) -> bool:
-    """Whether the node makes an output that may be left out."""
-    return len(node.outputs) > place and bool(node.outputs[place].name)
 
 
 def multi_head_attention(node: gs.Node, facts: Facts) -> str | None:
@@ -105,15 +99,14 @@ def multi_head_attention(node: gs.Node, facts: Facts) -> str | None:
         (value, heads.value, heads.carried),
     ):
         _lay_heads(node, facts, tensor, batch, heads.shared, whole, inner)
-    packed = facts.algebra.concat([heads.query, heads.key, heads.value])
-    lay(node, facts, given(node, 3), {0: packed})
+    lay(node, facts, given(node, 3), {0: heads.packed})
     pin_window(node, facts, given(node, 4), POSITIONS)
     add_bias(node, facts, given(node, 5), heads.queries)
     lay(node, facts, given(node, 6), {0: batch, 1: heads.shared, 3: heads.compared}, [2])
     lay(node, facts, given(node, 7), {0: batch, 1: heads.shared, 3: heads.carried}, [2])
     for place in (8, 9):
         pin_window(node, facts, given(node, place), POSITIONS)
-    if given(node, 3) is not None and (given(node, 6) is not None or _makes(node, 3)):
+    if given(node, 3) is not None and (given(node, 6) is not None or made(node, 3) is not None):
         facts.pins.append(Pin(query.name, len(axes) - 1, node.op, "a bias on some of the keys", (heads.compared,)))
     facts.put(node.outputs[0], (batch, axes[1], heads.value))
     put_stay(node, facts, 1, (batch, heads.shared, None, heads.compared))
@@ -171,7 +164,7 @@ def group_query_attention(node: gs.Node, facts: Facts) -> str | None:
     if heads is None:
         return UNKNOWN_SIZE
     heads = heads.sharing()
-    facts.couple(node, query, 2, _packed(heads) if key is None else heads.query)
+    facts.couple(node, query, 2, heads.packed if key is None else heads.query)
     facts.pins.append(Pin(query.name, 2, node.op, ONE_SIZE, (heads.compared,)))
     lay(node, facts, query, {}, [1])
     for tensor in (key, value):
@@ -196,10 +189,6 @@ def group_query_attention(node: gs.Node, facts: Facts) -> str | None:
 
     facts.patch(node, patch)
     return None
-
-
-def _packed(heads: Heads) -> Axis:
-    return heads.facts.algebra.concat([heads.query, heads.key, heads.value])
 
 
 def _lay_scale(node: gs.Node, facts: Facts, scale: Any | None, heads: Heads) -> None:

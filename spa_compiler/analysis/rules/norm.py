@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
 from spa_compiler.analysis.rules.in_place import InPlace
-from spa_compiler.analysis.rules.inputs import axis_of, given, stored, stored_values
+from spa_compiler.analysis.rules.inputs import axis_of, given, made, stored, stored_values
 from spa_compiler.analysis.rules.padding import (
     Padded,
     axes_of,
@@ -189,8 +189,8 @@ def couple_trailing(
 def put_statistics(node: gs.Node, facts: Facts, axes: Sequence[Axis], first: int, places: Sequence[int]) -> None:
     """Outputs that have size 1 from axis `first` on."""
     for place in places:
-        if len(node.outputs) > place and node.outputs[place].name:
-            facts.put(node.outputs[place], [*axes[:first], *(facts.algebra.fresh(1) for _ in axes[first:])])
+        if (output := made(node, place)) is not None:
+            facts.put(output, [*axes[:first], *(facts.algebra.fresh(1) for _ in axes[first:])])
 
 
 def mean_square_patch(
@@ -232,7 +232,7 @@ def mean_square_patch(
             cut.set_input(node, scale, (values.astype(np.float64) * factor).astype(values.dtype))
         else:
             cut.before(node, scale, "Mul", [np.array(factor, gain_type)])
-        if len(node.outputs) > statistic and node.outputs[statistic].name:
+        if made(node, statistic) is not None:
             cut.after(node, statistic, "Mul", [np.array(factor, statistic_type)])
 
     return patch

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Array, Facts
-from spa_compiler.analysis.rules.inputs import stored, stored_values
+from spa_compiler.analysis.rules.inputs import made, stored, stored_values
 from spa_compiler.analysis.terms import Axis, Indices
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Padded:
                 pad_ends(node, cut, place, len(along), more)
         for place, along in self.outputs.items():
             here = _along(along, kept)
-            if here and len(node.outputs) > place and node.outputs[place].name:
+            if here and made(node, place) is not None:
                 cut_ends(node, cut, place, {axis: one.after for axis, one in here.items()})
 
 

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import pin_window
+from spa_compiler.analysis.rules.inputs import made, pin_window
 from spa_compiler.analysis.rules.window import one_by_one, put_mixed
 
 WINDOW = "pooling window"
@@ -32,7 +32,7 @@ def pool(node: gs.Node, facts: Facts) -> str | None:
 
 def max_pool(node: gs.Node, facts: Facts) -> str | None:
     """The second output has the flat positions of the maxima in all of X."""
-    indices = node.outputs[1] if len(node.outputs) > 1 and node.outputs[1].name else None
+    indices = made(node, 1)
     if indices is not None and indices.outputs:
         return _FLAT
     reason = pool(node, facts)

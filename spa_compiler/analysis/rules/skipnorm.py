@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Facts, Pin, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
-from spa_compiler.analysis.rules.inputs import given, pin_window, stored
+from spa_compiler.analysis.rules.inputs import given, made, pin_window, stored
 from spa_compiler.analysis.rules.norm import (
     STORED,
     couple_groups,
@@ -89,8 +89,8 @@ def embed_layer_norm(node: gs.Node, facts: Facts) -> str | None:
         facts.couple(node, node.inputs[place], 0, width)
     ids = facts.axes[node.inputs[0].name]
     for place, axes in enumerate(([*ids, width], ids[:1], [*ids, width])):
-        if len(node.outputs) > place and node.outputs[place].name:
-            facts.put(node.outputs[place], axes)
+        if (output := made(node, place)) is not None:
+            facts.put(output, axes)
     return None
 
 
@@ -142,8 +142,8 @@ def _sum(node: gs.Node, facts: Facts, vectors: Sequence[int]) -> tuple[Axis, ...
         return None
     put_statistics(node, facts, axes, len(axes) - 1, (1, 2))
     for place in (0, _SUM):
-        if len(node.outputs) > place and node.outputs[place].name:
-            facts.put(node.outputs[place], axes)
+        if (output := made(node, place)) is not None:
+            facts.put(output, axes)
     return axes
 
 
