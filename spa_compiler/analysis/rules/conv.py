@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Dim, Facts, Incompatible, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK
-from spa_compiler.analysis.rules.inputs import given, made
+from spa_compiler.analysis.rules.inputs import given, made, pin_stored_sum
 from spa_compiler.analysis.rules.window import one_by_one, pin_part, put_mixed
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def _convolve(
     if inputs is None or filters is None:
         return UNKNOWN_RANK
     outputs = _channels(node, facts, x, weight, transposed)
+    pin_stored_sum(node, facts, (weight, x), 1)
     for tensor in per_output:
         if tensor is not None and (reason := _per_output(node, facts, tensor, outputs)):
             return reason

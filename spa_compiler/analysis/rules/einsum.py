@@ -1,6 +1,7 @@
 """Einsum: one axis per letter. Equal letters are joined, also within one operand; `...` are axes that broadcast.
 
-A letter that the output lacks is summed over, and a removed index adds zero to the sum.
+A letter that the output lacks is summed over, and a removed index adds zero to the sum, unless all that has the letter
+is stored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
+from spa_compiler.analysis.rules.inputs import pin_stored_sum
 
 _ELLIPSIS = "..."
 
@@ -62,6 +64,9 @@ def einsum(node: gs.Node, facts: Facts) -> str | None:
         letter: broadcast(node, facts, [(tensor, (axis,)) for tensor, axis in where])[0]
         for letter, where in places.items()
     }
+    for letter, where in places.items():
+        if letter not in parsed.output:
+            pin_stored_sum(node, facts, [tensor for tensor, _ in where], where[-1][1])
     ellipsis = broadcast(node, facts, free) if any(axes for _, axes in free) else []
     facts.put(node.outputs[0], _axes(parsed.output, found, ellipsis))
     if len(node.inputs) > 1:

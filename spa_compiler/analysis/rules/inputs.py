@@ -34,6 +34,12 @@ def stored_values(tensor: Any) -> Array:
     return array_of(gs.Constant(tensor.name, constant_values(tensor.inputs[0])))
 
 
+def pin_stored_sum(node: gs.Node, facts: Facts, factors: Sequence[Any], axis: int) -> None:
+    """Pins an axis of the last factor that is summed over where all factors are stored: no mask reaches what goes."""
+    if all(stored(tensor) for tensor in factors):
+        facts.pin(node.op, factors[-1], axis, "summed over stored values")
+
+
 def axis_of(node: gs.Node, rank: int, default: int, name: str = "axis") -> int:
     """An attribute that numbers an axis, counted from 0."""
     axis = int(node.attrs.get(name, default))

@@ -1,4 +1,7 @@
-"""Matrix products. The contracted axis is joined (a removed index adds zero to the sum), the others pass through."""
+"""Matrix products. The contracted axis is joined (a removed index adds zero to the sum), the others pass through.
+
+Of two stored operands no mask reaches either, so a removed index would take something from the sum: it stays.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Facts, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
-from spa_compiler.analysis.rules.inputs import given
+from spa_compiler.analysis.rules.inputs import given, pin_stored_sum
 
 
 def gemm(node: gs.Node, facts: Facts) -> str | None:
@@ -20,6 +23,7 @@ def gemm(node: gs.Node, facts: Facts) -> str | None:
     rows, inner = (1, 0) if node.attrs.get("transA", 0) else (0, 1)
     inner_b, columns = (1, 0) if node.attrs.get("transB", 0) else (0, 1)
     facts.couple(node, b, inner_b, left[inner])
+    pin_stored_sum(node, facts, (a, b), inner_b)
     result = [left[rows], right[columns]]
     if (c := given(node, 2)) is not None:
         bias = facts.of(c)
@@ -59,6 +63,7 @@ def product(node: gs.Node, facts: Facts, order: Callable[[int, int], Sequence[in
     left_order, right_order = order(0, len(left)), order(1, len(right))
     inner = right_order[max(len(right) - 2, 0)]
     facts.couple(node, b, inner, left[left_order[-1]])
+    pin_stored_sum(node, facts, (a, b), inner)
     batch = [(a, left_order[:-2]), (b, right_order[:-2])]
     rows = broadcast(node, facts, batch) if max(len(left), len(right)) > 2 else []
     rows += [left[place] for place in left_order[-2:-1]]

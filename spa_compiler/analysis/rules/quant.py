@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.analysis.facts import Axis, Facts, Incompatible, Pin, Rule
 from spa_compiler.analysis.rules.broadcast import UNKNOWN_RANK, broadcast
-from spa_compiler.analysis.rules.inputs import axis_of, given, put_outputs, stored
+from spa_compiler.analysis.rules.inputs import axis_of, given, pin_stored_sum, put_outputs, stored
 from spa_compiler.analysis.rules.window import pin_part
 
 _OFFSET = "summed over codes whose zero point is not 0"
@@ -69,12 +69,16 @@ def _blocks(node: gs.Node, facts: Facts, scale: Any, axis: int) -> None:
 
 
 def dynamic_quantize(node: gs.Node, facts: Facts) -> str | None:
-    """The range is that of all of x and of zero, so zeros do not change it. Scale and zero point are scalars."""
+    """The range is that of all of x and of zero, so zeros do not change it. Scale and zero point are scalars. Of stored
+    values no zeros are read but all of them, so they stay.
+    """
     axes = facts.of(node.inputs[0])
     if axes is None:
         return UNKNOWN_RANK
     facts.put(node.outputs[0], axes)
-    if not stored(node.inputs[0]):
+    if stored(node.inputs[0]):
+        facts.pin_tensor(node.op, node.inputs[0], "the range of stored values")
+    else:
         facts.silent.add(node.outputs[0].name)
     for output in node.outputs[1:]:
         if output.name:
@@ -123,6 +127,7 @@ def _product(
         return "a product with a scalar"
     inner = max(len(right) - 2, 0)
     facts.couple(node, b, inner, left[-1])
+    pin_stored_sum(node, facts, (a, b), inner)
     if zeros and not _zeros_vanish(node, facts, dict(zip(operands, zeros, strict=True))):
         facts.pin(node.op, b, inner, _OFFSET)
     batch = [(a, range(len(left) - 2)), (b, range(len(right) - 2))]
@@ -163,6 +168,7 @@ def qgemm(node: gs.Node, facts: Facts) -> str | None:
     inner_b, column = _ordered(facts.axes[b.name], node.attrs.get("transB", 0))
     along = 1 if node.attrs.get("transB", 0) else 0
     facts.couple(node, b, along, inner)
+    pin_stored_sum(node, facts, (a, b), along)
     if not _zeros_vanish(node, facts, {0: 2, 3: 5}):
         facts.pin(node.op, b, along, _OFFSET)
     for place in (4, 5, 6):

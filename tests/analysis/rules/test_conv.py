@@ -450,3 +450,16 @@ def test_other_layouts_are_pinned(line: str, reason: str) -> None:
     }}""")
     assert reason in reasons_of(analysis, "w0", 0) | reasons_of(analysis, "w1", 0)
     assert not removable(analysis)
+
+
+def test_a_convolution_of_stored_values_sums_over_all_of_them() -> None:
+    text = """g (float[2, 3, 1, 1] x, float[6, 3, 1, 1] w, float[1, 6, 1, 1] s, float[4, 6, 1, 1] v, float[4, 6, 1, 1] u)
+        => (float[2, 4, 1, 1] y) {
+      a = Conv(x, w)
+      b = Mul(a, s)
+      c = Conv(b, v)
+      d = Conv(s, u)
+      y = Add(c, d)
+    }"""
+    assert group_members(text) == []
+    assert reasons_of(text, "s", 1) == {"summed over stored values"}

@@ -156,3 +156,26 @@ def test_cut_equals_masked(text: str, transposed: int) -> None:
     model = weighted(text.format(rows=rows, columns=columns, transposed=transposed))
     assert check_exact(model, seeds=(0,))
     assert check_each_unit(model)
+
+
+@pytest.mark.parametrize(
+    "line, shape",
+    [
+        ("MatMul(w, b)", "8, 5"),
+        ("Gemm <transB = 1> (w, b)", "5, 8"),
+        ('Einsum <equation = "ij,kj->ik"> (w, b)', "5, 8"),
+    ],
+)
+def test_a_sum_over_stored_values_stays_whole(line: str, shape: str) -> None:
+    """No mask reaches the product of two weights, even where an activation has the axis that it is summed over."""
+    text = f"""g (float[3, 5] x, float[5, 8] w, float[{shape}] b, float[8, 2] c, float[5, 2] d) => (float[3, 2] y) {{
+      h = MatMul(x, w)
+      z = MatMul(h, c)
+      p = {line}
+      u = MatMul(x, p)
+      t = MatMul(u, d)
+      y = Add(z, t)
+    }}"""
+    assert group_members(text) == [{("b", shape.split(", ").index("5")), ("p", 1), ("u", 1), ("d", 0)}]
+    assert "summed over stored values" in {reason for *_, reason in pins_of(text)}
+    assert check_exact(weighted(text)) == 1

@@ -149,3 +149,39 @@ def test_microsoft(op: str) -> None:
     sizes = {"QLinearConcat": [6]}.get(op, [6, 8])
     assert group_sizes(proto(MICROSOFT[op])) == sizes
     assert check_exact(proto(MICROSOFT[op])) == len(sizes)
+
+
+def test_the_range_of_stored_values_is_that_of_all_of_them() -> None:
+    """A weight that is quantized when the model runs: without its largest values it would get another scale."""
+    text = """g (float[3, 5] x, float[5, 8] w0, float[8, 4] w, float[4, 2] v) => (float[3, 2] y) {
+      a = MatMul(x, w0)
+      qa, sa, za = DynamicQuantizeLinear(a)
+      qb, sb, zb = DynamicQuantizeLinear(w)
+      c = MatMulInteger(qa, qb, za, zb)
+      f = Cast <to = 1> (c)
+      s = Mul(sa, sb)
+      h = Mul(f, s)
+      y = MatMul(h, v)
+    }"""
+    reason = "the range of stored values"
+    assert pins_of(text) >= {("w", axis, "DynamicQuantizeLinear", reason) for axis in (0, 1)}
+    assert group_sizes(text) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["MatMulInteger(c, d)", "com.microsoft.MatMulIntegerToFloat(c, d, s, s)", "com.microsoft.QGemm(c, s, n, d, s, n)"],
+)
+def test_a_sum_over_stored_codes_stays_whole(line: str) -> None:
+    text = f"""g (float[3, 5] x, uint8[5, 8] c, uint8[8, 4] d, float s, uint8 n, float[8, 2] v) => (float[3, 2] y)
+        <float[3, 4] e> {{
+      f = Cast <to = 1> (c)
+      g = MatMul(x, f)
+      h = MatMul(g, v)
+      p = {line}
+      q = Cast <to = 1> (p)
+      r = ReduceSum <keepdims = 0> (q)
+      y = Add(h, r)
+    }}"""
+    assert "summed over stored values" in {reason for *_, reason in pins_of(text)}
+    assert group_sizes(text) == [4]  # outputs of the product
