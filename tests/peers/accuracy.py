@@ -92,8 +92,7 @@ class Bench:
         begin = time.perf_counter()
         scores = _scores(model, self.source(model))
         seconds = round(time.perf_counter() - begin, 1)
-        versions = versions_of(None)
-        known: dict[str, Any] = {"versions": versions, "scoring_seconds": seconds} | scores
+        known: dict[str, Any] = {"versions": scoring_versions(), "scoring_seconds": seconds} | scores
         return Row(model=model.name, setting=DENSE, method=DENSE, **known)
 
     def measure(self, model: Model, setting: Setting, method: Method, dense: Row) -> Row:
@@ -135,7 +134,11 @@ class Bench:
         Raises:
             Absent: the tool is not installed.
         """
-        return versions_of(None) | {"onnxsim": _onnxsim_version(self._python())} if method.foreign else versions_of("")
+        if method.foreign:
+            return scoring_versions() | {"onnxsim": _onnxsim_version(self._python())}
+        return {"spa-compiler": spa_compiler.__version__} | {
+            name: importlib.metadata.version(name) for name in LIBRARIES
+        }
 
     def _ours(self, model: Model, setting: Setting, method: Method, output: Path) -> dict[str, Any]:
         plan = recipe_of(model, setting, method)
@@ -230,11 +233,9 @@ def _take(source: Path, pruned: Path, targets: Sequence[str], output: Path) -> t
 # ---------------------------------------------------------------- what rows depend on
 
 
-def versions_of(tool: str | None) -> dict[str, str]:
-    """Of the libraries; with a tool's name, or "" for this package, of what compresses as well."""
-    if tool is None:
-        return {"onnxruntime": importlib.metadata.version("onnxruntime")}
-    return {"spa-compiler": spa_compiler.__version__} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+def scoring_versions() -> dict[str, str]:
+    """Of what scores, whoever compressed."""
+    return {"onnxruntime": importlib.metadata.version("onnxruntime")}
 
 
 @cache
@@ -300,8 +301,8 @@ def missing(queue: Sequence[Cell], rows: Rows, bench: Bench, *, fresh: bool) -> 
     for cell in queue:
         row = rows.get((cell.model.name, cell.setting.name, cell.method.name))
         try:
-            if fresh or row is None or row.versions != bench.versions(cell.method):
-                bench.versions(cell.method)
+            versions = bench.versions(cell.method)
+            if fresh or row is None or row.versions != versions:
                 found.append(cell)
         except Absent as error:
             absent.add(str(error))
@@ -350,7 +351,7 @@ def measure_all(queue: Sequence[Cell], rows: Rows, bench: Bench, path: Path) -> 
 def dense_row(model: Model, rows: Rows, bench: Bench, path: Path) -> Row:
     """The model as it is, measured once for each version of what scores it."""
     row = rows.get((model.name, DENSE, DENSE))
-    if row is None or row.versions != versions_of(None):
+    if row is None or row.versions != scoring_versions():
         row = bench.dense(model)
         rows.record(row, path)
         say(f"    dense {model.name}: {row.score:.4f}")

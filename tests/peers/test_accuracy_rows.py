@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
+import msgspec
 import numpy as np
 import onnx
 import onnx.parser
@@ -88,6 +89,50 @@ def test_time_and_memory_have_bars() -> None:
 def test_claims_compare_in_their_own_settings() -> None:
     found = {(f.claim.method, f.claim.baseline): f.holds for f in findings(rows(sparsegpt=0.5, wanda=1.0, admm=1.5))}
     assert found == {("sparsegpt", "wanda"): True, ("admm", "wanda"): False}
+
+
+def test_a_claim_with_a_factor_is_a_limit_and_one_without_wants_less() -> None:
+    assert [one.holds for one in findings(rows(whitened=0.5, svd=1.0))] == [True]
+    assert [one.holds for one in findings(rows(whitened=0.6, svd=1.0))] == [False]
+    assert [one.holds for one in findings(rows(sparsegpt=1.0, wanda=1.0))] == [False]
+
+
+def test_a_claim_is_about_its_settings_alone() -> None:
+    """Wanda's paper prunes hard; at 80 % it promises nothing here."""
+    made = [
+        Row(model="minilm", setting="80% unstructured", method=name, versions={}, drop=drop)
+        for name, drop in (("wanda", 2.0), ("magnitude + data", 1.0), ("magnitude", 1.0), ("random", 2.0))
+    ]
+    assert [one.claim.method for one in findings(Rows({row.key: row for row in made}))] == ["magnitude"]
+
+
+def test_rows_of_other_versions_are_measured_again() -> None:
+    (cell,) = accuracy.wanted(["minilm"], [U60], ["wanda"])
+    bench = accuracy.Bench(Path())
+    row = Row(model="minilm", setting=U60, method="wanda", versions=bench.versions(cell.method), drop=1.0)
+    old = Row(model="minilm", setting=U60, method="wanda", versions={"numpy": "1"}, drop=1.0)
+    assert accuracy.missing([cell], Rows({row.key: row}), bench, fresh=False) == []
+    assert accuracy.missing([cell], Rows({row.key: row}), bench, fresh=True) == [cell]
+    assert accuracy.missing([cell], Rows({old.key: old}), bench, fresh=False) == [cell]
+    assert accuracy.missing([cell], Rows(), bench, fresh=False) == [cell]
+
+
+def test_a_tool_that_is_not_there_leaves_its_rows_alone() -> None:
+    queue = accuracy.wanted(["minilm"], [U60], ["onnxsim wanda", "wanda"])
+    bench = accuracy.Bench(Path(), {"onnxsim": "/bin/false"})
+    assert [cell.method.name for cell in accuracy.missing(queue, Rows(), bench, fresh=True)] == ["wanda"]
+
+
+def test_digits_that_say_nothing_are_left_out() -> None:
+    found = Row(model="minilm", setting=U60, method="random", versions={}, drop=-0.001, score=86.0)
+    assert accuracy_tables.told(found) == "drop 0.00, score 86.000"
+    assert accuracy_tables.told(msgspec.structs.replace(found, drop=12345.0)) == "drop > 1000, score 86.000"
+
+
+def test_the_document_has_what_was_refused() -> None:
+    row = Row(model="minilm", setting=U60, method="dass", versions={}, refused="no gated block")
+    text = accuracy_tables.render(Rows({row.key: row}))
+    assert f"- minilm, {U60}, dass: no gated block" in text
 
 
 def test_bars_and_claims_name_what_is_measured() -> None:
