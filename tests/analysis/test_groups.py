@@ -28,6 +28,15 @@ def chain() -> tuple[Facts, dict[str, bool]]:
     return facts, {"w1": True, "w2": True}
 
 
+def test_an_axis_that_hangs_together_as_a_whole_stays() -> None:
+    facts, constants = chain()
+    axis = facts.axes["h"][0]
+    facts.algebra.tie(axis, np.arange(3), axis, np.arange(1, 4))
+    parts = partition(facts, constants)
+    assert parts.groups == ()
+    assert [pin.reason for pin in parts.pins if pin.op == "coupling"] == ["all that is on the axis hangs together"]
+
+
 def test_one_group() -> None:
     parts = partition(*chain())
     (group,) = parts.groups

@@ -143,3 +143,51 @@ def test_one_hot_depth_follows() -> None:
     first = ONE_HOT.replace("OneHot(", "OneHot <axis = 0> (").replace("MatMul(h, w)", "MatMul(t, w)")
     first = first.replace("  b =", "  t = Transpose(h)\n  b =")
     assert check_exact(weighted(first), feeds=feeds) == 2
+
+
+def test_a_depth_that_is_computed_stays() -> None:
+    text = ONE_HOT.replace("int64[3] x_ids", "int64[3] x_ids, int64 x_depth").replace(
+        "OneHot(x_ids, d, o)", "OneHot(x_ids, x_depth, o)"
+    )
+    assert ("w", 0) not in {place for members in group_members(text) for place in members}
+
+
+def test_single_elements_that_are_selected_keep_all_axes() -> None:
+    text = between("c = Constant <value = bool[4] {1, 0, 1, 1}> ()\n c2 = Compress(a, c)\n b = Identity(a)")
+    assert group_members(text) == []
+    assert ("a", 2, "Compress", "selects single elements") in pins_of(text)
+
+
+@pytest.mark.parametrize("time, reason", [(0, "steps of a sequence"), (1, "sequences with lengths")])
+def test_a_reversed_sequence_keeps_its_steps_and_its_sequences(time: int, reason: str) -> None:
+    lengths = ints("k", *([2, 4, 1] if time == 0 else [2, 3, 1, 2, 3, 1]))
+    text = between(
+        f"""{lengths} t = Transpose <perm = [2, 0, 1]> (a)
+      r = ReverseSequence <time_axis = {time}, batch_axis = {1 - time}> (t, k)
+      b = Transpose <perm = [1, 2, 0]> (r)"""
+    )
+    assert group_members(text) == []
+    assert ("t", 0, "ReverseSequence", reason) in pins_of(text)
+
+
+def test_updates_stay_with_the_indices_that_place_them() -> None:
+    text = between(
+        "i = Cast <to = 7> (w)\n n = MatMul(t, p)\n b = ScatterElements <axis = 1> (a, i, n)",
+        ", float[3, 2, 6] w, float[3, 5, 6] t0, float[2, 5] p0",
+    )
+    text = text.replace("n = MatMul(t, p)", "t = Sin(t0)\n p = Sin(p0)\n n = MatMul(p, t)")
+    assert ("p0", 0) not in {place for members in group_members(text) for place in members}
+
+
+def test_batches_of_a_table_go_with_their_indices() -> None:
+    text = """net (float[2, 4] x, float[4, 5] w, float[5, 6, 6] table, int64[5, 2, 1] ids, float[5, 3] v) => (float[2, 3] y) {
+      a = MatMul(x, w)
+      b = GatherND <batch_dims = 1> (table, ids)
+      axes = Constant <value = int64[2] {1, 2}> ()
+      s = ReduceSum <keepdims = 0> (b, axes)
+      c = Mul(a, s)
+      y = MatMul(c, v)
+    }"""
+    (members,) = [members for members in group_members(text) if ("w", 1) in members]
+    assert {("table", 0), ("ids", 0), ("b", 0), ("v", 0)} <= members
+    assert check_exact(weighted(text))
