@@ -149,6 +149,8 @@ def test_a_depth_that_is_computed_stays() -> None:
     text = ONE_HOT.replace("int64[3] x_ids", "int64[3] x_ids, int64 x_depth").replace(
         "OneHot(x_ids, d, o)", "OneHot(x_ids, x_depth, o)"
     )
+    text = text.replace("=> (float[3, 2] y) {", "=> (float[3, 2] y) <float[3, 6] h> {")
+    assert ("h", 1, "OneHot", "computed size") in pins_of(text)
     assert ("w", 0) not in {place for members in group_members(text) for place in members}
 
 
