@@ -141,7 +141,7 @@ def explain(choices: Sequence[Choice], chains: Sequence[ChainChoice], used: Mapp
     for choice in choices:
         name, chain = choice.site.name, of_chain.get(choice.site.name)
         if chain is not None:
-            joined = chain.chain.down.name in used
+            joined = all(site.name in used for site in chain.chain.products)
             if joined or chain.wins or not choice.timings:
                 choice = _as_chain(choice, chain, joined)
         elif choice.rows is None and name in used:

@@ -155,9 +155,11 @@ PLAIN = "g (float[N,64] x) => (float[N,48] y) { z = MatMul(x, d) m = MatMul(z, u
 FACTORS = {"d": weight(RNG, 64, 8), "u": weight(RNG, 8, 48)}
 
 
-def decide_layer(folder: Path, sparse: bool = True, *tokens: int) -> tuple[list[Choice], list[ChainChoice]]:
+def decide_layer(
+    folder: Path, sparse: bool = True, *tokens: int, **factors: F32
+) -> tuple[list[Choice], list[ChainChoice]]:
     """The choices of the sites by themselves, and of the layer."""
-    weights = FACTORS | ({"w": weight(RNG, 64, 48, 0.2)} if sparse else {})
+    weights = FACTORS | factors | ({"w": weight(RNG, 64, 48, 0.2)} if sparse else {})
     model = model_of(LAYER if sparse else PLAIN, **weights)
     known = [{t: (n, f) for t, f in (("x", 64), ("z", 8), ("s", 48), ("m", 48))} for n in tokens or (16,)]
     alone = decide(folder, classes(find_sites(model)[0], known))
@@ -215,6 +217,16 @@ def test_a_sparse_weight_keeps_its_own_form_where_the_layer_loses(
     assert (choices["s"].form, choices["s"].rows, choices["s"].candidate) == ("sparse", 8, "block:8x1")
     assert (choices["z"].form, choices["z"].rows) == (DENSE, None)
     assert "z, s, m together as block:4x1 + low rank reach 0.90x" in choices["z"].reason
+
+
+def test_factors_that_gain_by_themselves_are_no_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`down` has zeros and is a kernel by itself; the layer as one node loses, and is not in the plan that won."""
+    Timed(monkeypatch, {"block:4x1": 2.0}, {LOW_RANK: 0.9})
+    alone, chains = decide_layer(tmp_path, False, d=weight(RNG, 64, 8, 0.2))
+    choices = {c.site.name: c for c in explain(alone, chains, {"z": 4})}
+    assert (choices["z"].form, choices["z"].rows, choices["z"].candidate) == ("sparse", 4, "block:4x1")
+    assert choices["z"].reason == "2.00x over dense as block:4x1"
+    assert (choices["m"].form, choices["m"].rows) == (DENSE, None)
 
 
 def test_layers_are_timed_once_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
