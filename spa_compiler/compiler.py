@@ -30,6 +30,7 @@ from spa_compiler.graph.load import load as load_model
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds, open_model, open_session, run
+from spa_compiler.passes.pass_ import no_progress
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.passes.restore import restore
 from spa_compiler.placement.place import Placed, place
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_CALIBRATED = "# Calibrated: to repeat it, give --calib again. Without samples these options mean something else.\n"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -58,9 +61,6 @@ class Result:
         """Speed over the source file in ONNX Runtime, geometric mean over the shapes; None if nothing was measured."""
         ratios = [r.ratio for r in self.report.ratios]
         return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
-
-
-_CALIBRATED = "# Calibrated: to repeat it, give --calib again. Without samples these options mean something else.\n"
 
 
 def compile(
@@ -79,7 +79,7 @@ def compile(
     max_size: int | None = None,
     force: bool = False,
     dry_run: bool = False,
-    progress: Progress = lambda label, done, total: None,
+    progress: Progress = no_progress,
     started: Watcher = lambda report: None,
 ) -> Result:
     """Compiles a model into a folder that stock ONNX Runtime loads.
@@ -152,10 +152,13 @@ def compile(
 
             plans = workspace / "plans"
             placed = placed_in(plans)
-            if restore_unused and (names := restore(current, done.canonical, placed.gaining)):
-                report.notes.append(f"{len(names)} layers that zeros make no faster have their dense weights back")
-                plans = workspace / "plans-restored"
-                placed = placed_in(plans)
+            if restore_unused:
+                names = restore(current, done.canonical, placed.gaining)
+                assemble.restored(report, names)
+                if names:
+                    done.estimate()
+                    shutil.rmtree(plans)
+                    placed = placed_in(plans)
             book.close()
         assemble.placed(report, placed)
         with stages("generate, link"):
@@ -257,6 +260,7 @@ def _report_of_failure(report: Report, output: Path) -> Iterator[None]:
     try:
         yield
     except VerificationError as error:
+        report.failure = str(error)
         path = output.with_name(f"{output.name}.failed-report.json")
         path.parent.mkdir(parents=True, exist_ok=True)  # `staging` has removed what it made
         path.write_bytes(report.to_json())
@@ -327,7 +331,6 @@ def _verify(report: Report, folder: Path, source: Path, feeds: Sequence[Feeds], 
             verify.compare(source, folder / "portable.onnx", None, feeds, threads=(1,))
     except VerificationError as error:
         report.checks += getattr(error, "checks", [])
-        report.failure = str(error)
         raise
 
 

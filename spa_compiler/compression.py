@@ -26,9 +26,10 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model, constants
 from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import Feeds
-from spa_compiler.passes.pass_ import Context
+from spa_compiler.passes.pass_ import Context, no_progress
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.report import assemble
+from spa_compiler.report.console import plural
 from spa_compiler.report.removed import InSource
 from spa_compiler.report.report import Report
 from spa_compiler.targets import Target
@@ -53,7 +54,7 @@ class Request:
     calib: str | None = None
     threads: int = 1
     seed: int = 0
-    progress: Progress = lambda label, done, total: None
+    progress: Progress = no_progress
     started: Watcher = lambda report: None
     workers: int | None = None
 
@@ -68,6 +69,8 @@ class Compressed:
         model: what they made of it.
         feeds: one for each shape to measure at.
         report: what was done.
+        calibration: the samples, if there are any.
+        workers: how many layers are solved at a time.
     """
 
     loaded: Model
@@ -76,6 +79,15 @@ class Compressed:
     feeds: list[Feeds]
     report: Report
     rng: np.random.Generator = field(repr=False)
+    calibration: Samples | None
+    workers: int
+
+    def estimate(self) -> None:
+        """Puts into the report how far the outputs are off, on the samples held out, if there are any."""
+        if self.calibration is not None and self.report.passes:
+            self.report.output_change = output_change(
+                self.canonical, self.model, self.calibration, threads=self.workers
+            )
 
     def proto(self) -> onnx.ModelProto:
         """The compressed model in standard ops. Raises ModelError above 2 GB."""
@@ -91,7 +103,7 @@ def compress(
     target: str = "cpu",
     threads: int | None = None,
     seed: int = 0,
-    progress: Progress = lambda label, done, total: None,
+    progress: Progress = no_progress,
 ) -> Compressed:
     """Runs a recipe and stops there: nothing is timed or written.
 
@@ -166,10 +178,11 @@ def run_passes(model: str | Path | onnx.ModelProto, request: Request, report: Re
                 report.notes.append(cuts.check(before, current, groups, change, feeds))
             if each is not passes[-1] and not change.zeros_alone:
                 groups = analysis.analyze(current, bindings[0])
+    done = Compressed(loaded, start, current, feeds, report, rng, calibration, workers)
     if calibration is not None and passes:
         with stages("estimate"):
-            report.output_change = output_change(start, current, calibration, threads=workers)
-    return Compressed(loaded, start, current, feeds, report, rng)
+            done.estimate()
+    return done
 
 
 class Stages:
@@ -192,7 +205,6 @@ class Stages:
 
 def _told(calibration: Samples, passes: int) -> str:
     """What the samples are, for the report."""
-    held = sum(calibration.holds_out(number) for number in range(calibration.count))
     if not passes:
         return "the samples were read for nothing: there is no pass that could learn from them (--sparsity, --passes)"
     if calibration.synthetic:
@@ -200,8 +212,9 @@ def _told(calibration: Samples, passes: int) -> str:
             f"calibrated on synthetic noise ({calibration.rows} samples): statistics of deep layers are off, and the "
             "estimate of the output change is of noise"
         )
-    feeds = "1 feed" if calibration.count == 1 else f"{calibration.count} feeds"
-    return f"calibrated on {calibration.rows} samples in {feeds}, {held} of them held out"
+    held = sum(calibration.holds_out(number) for number in range(calibration.count))
+    rows, feeds = plural(calibration.rows, "sample"), plural(calibration.count, "feed")
+    return f"calibrated on {rows} in {feeds}, {held} of them held out"
 
 
 def _feeds(
@@ -213,10 +226,9 @@ def _feeds(
         return feeds
     wanted = [{n: a.shape for n, a in f.items()} for f in feeds]
     for sample in data.read(source, model)():
-        shape = {n: a.shape for n, a in sample.items()}
         for i, want in enumerate(wanted):
             stacked = _stack(sample, want)
-            if stacked is not None and (shape == want or stacked is not sample):
+            if stacked is not None:
                 feeds[i] = stacked
     return feeds
 

@@ -261,6 +261,23 @@ def test_a_failed_verification_keeps_the_report_alone(here: Path, monkeypatch: p
     assert "output 'y' is wrong" in report["failure"]
 
 
+def test_a_pass_that_fails_its_check_is_named_in_the_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise VerificationError("output 'y' is another one", where="pass remove-dead-channels")
+
+    monkeypatch.setattr(compression.cuts, "check", fail)
+    with pytest.raises(VerificationError, match=r"output 'y' is another one.*failed-report\.json"):
+        compile(mlp(1.0, 64), here / "out", recipe=from_command_line(passes="remove-dead-channels"), threads=1)
+    assert names(here) == {"out.failed-report.json"}
+    report = json.loads((here / "out.failed-report.json").read_bytes())
+    assert report["failure"] == "pass remove-dead-channels: output 'y' is another one"
+    assert [each["name"] for each in report["passes"]] == ["remove-dead-channels"]
+
+
+def test_no_zeros_are_asked_for_where_there_are_no_kernels(here: Path) -> None:
+    assert compile(mlp(1.0, 64), here / "out", target="cuda", threads=1).report.hints == []
+
+
 def test_a_failed_verification_leaves_an_older_result(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile(mlp(1.0, 64), here / "out", threads=1)
     before = (here / "out" / "manifest.json").read_bytes()

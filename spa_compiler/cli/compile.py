@@ -43,7 +43,6 @@ def _size(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2] or " "))
 
 
-_SHAPE = "Shape to time at; repeatable  [default: batch 1, sequences 128]"
 _WIDTH = 200  # of tables where stdout is no terminal
 
 
@@ -72,7 +71,7 @@ _WIDTH = 200  # of tables where stdout is no terminal
 @click.option("--max-size", type=_size, metavar="SIZE", help="Fail (exit 5) when the result is larger, e.g. 50MB")
 @click.option("--records", metavar="FILE", type=click.Path(), help="Replay the measurements of this file, add new ones")
 @click.option("--dry-run", is_flag=True, help="Analysis and plan only; nothing is timed or written")
-@click.option("--explain", is_flag=True, help="Show for every site what was timed and why its form was chosen")
+@click.option("--explain", is_flag=True, help="Show what passes did to each layer, what was timed, and why")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, nothing else there")
 @click.option("--list-passes", is_flag=True, help="Show every pass with its options and exit")
 @click.option("--check-hardware", is_flag=True, help="Show what this machine can compile for and exit")
@@ -176,6 +175,8 @@ def main(
         sys.stdout.write(result.report.to_json().decode())
         return
     draw.changes(result.report, stdout)
+    if explain:
+        draw.layers(result.report, stdout)
     if explain or dry_run:
         draw.sites(result.report, stdout)
     draw.race(result.report, stdout)

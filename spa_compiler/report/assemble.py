@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from spa_compiler.placement.choose import Choice, nothing_to_leave_out
 from spa_compiler.placement.place import SOURCE, Placed, chains_of, no_kernels
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.report.report import (
+    ARTIFACT_RUNTIME,
     Asked,
     Candidate,
     Machine,
@@ -31,6 +32,7 @@ from spa_compiler.report.report import (
     Report,
     SiteChange,
     Sizes,
+    SkippedSite,
     Stage,
     Versions,
     shape_text,
@@ -118,8 +120,11 @@ def pass_change(change: Change, removed: tuple[Removed, ...] = ()) -> PassChange
         sites=tuple(
             SiteChange(
                 node=s.node,
+                op=s.op,
                 weight=s.weight,
                 pattern=s.pattern,
+                n=s.n,
+                k=s.k,
                 density_before=float(s.density_before),
                 density_after=float(s.density_after),
                 error=float(s.error),
@@ -128,7 +133,26 @@ def pass_change(change: Change, removed: tuple[Removed, ...] = ()) -> PassChange
             )
             for s in change.sites
         ),
+        skipped=tuple(SkippedSite(node=s.node, reason=s.reason) for s in change.skipped),
     )
+
+
+def restored(report: Report, names: Collection[str]) -> None:
+    """What `--restore-unused` came to; `names` are the layers that have their dense weights back."""
+    if not names:
+        report.notes.append("nothing to restore: no layer has zeros of the passes that make it no faster")
+        return
+    report.notes.append(
+        "1 layer that zeros make no faster has its dense weights back"
+        if len(names) == 1
+        else f"{len(names)} layers that zeros make no faster have their dense weights back"
+    )
+    report.passes = [
+        msgspec.structs.replace(
+            change, sites=tuple(msgspec.structs.replace(s, restored=s.node in names) for s in change.sites)
+        )
+        for change in report.passes
+    ]
 
 
 def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -> None:
@@ -168,7 +192,7 @@ def placed(report: Report, result: Placed) -> None:
         for runtime_name, timing in timings.items():
             shown = [BASELINE] if runtime_name == SOURCE else []
             if runtime_name == result.plan.name:  # both, when the model as it was given is what came out
-                shown.append("spa")
+                shown.append(ARTIFACT_RUNTIME)
             report.race += [
                 RaceRow(
                     model=name,
@@ -203,13 +227,13 @@ def hints(report: Report, result: Placed, asked: bool) -> None:
     """What the user could ask for, when what came out gained nothing."""
     if result.plan.regions:
         return
-    if not asked and all(c.site.density > 0.9 for c in result.choices):
+    helpful = [c for c in result.choices if c.would_help]  # none where nothing can be a kernel
+    if not asked and helpful and all(c.site.density > 0.9 for c in result.choices):
         report.hints.append(
             "the model has next to no zeros, so there was nothing to turn into time. Ask for some: "
             "--sparsity 0.8 --pattern block:4x1 (measure the accuracy: this recipe does not train)"
         )
-    helpful = {c.would_help for c in result.choices if c.would_help and c.timings}
-    report.hints += sorted(helpful)[:2]
+    report.hints += sorted({c.would_help for c in helpful if c.timings})[:2]
 
 
 def _placements(choice: Choice, used: bool, plan_reason: str) -> list[Placement]:

@@ -6,10 +6,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spa_compiler.report.report import Placement, Report
+from spa_compiler.report.report import ARTIFACT_RUNTIME, Placement, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+#: p90 - p10 over the median. Races on a virtual machine that shares its processor (docs/measured.json) reach a half.
+_BUSY = 0.55
 
 
 def header(report: Report, console: Console) -> None:
@@ -18,7 +21,7 @@ def header(report: Report, console: Console) -> None:
     isa = f" ({report.isa})" if report.isa else ""
     providers = ", ".join(machine.providers)
     _line(console, f"spa-compiler {report.spa_compiler} | {report.asked.source} -> {report.asked.target}{isa}")
-    _line(console, f"{machine.cpu}, {machine.isa}, {machine.cores} cores | {_plural(machine.threads, 'thread')}")
+    _line(console, f"{machine.cpu}, {machine.isa}, {machine.cores} cores | {plural(machine.threads, 'thread')}")
     _line(
         console,
         f"ONNX Runtime {versions.onnxruntime} ({providers}) | onnx {versions.onnx} | TVM {versions.tvm} | "
@@ -36,6 +39,26 @@ def changes(report: Report, console: Console) -> None:
             _line(console, f"{change.name}: warning: {warning}")
     if report.output_change is not None:
         _line(console, f"outputs changed by {report.output_change:.2%} on calibration samples that no pass has seen")
+
+
+def layers(report: Report, console: Console) -> None:
+    """A table of `--explain`: every layer that a pass changed, how, and what that cost."""
+    from rich.table import Table
+
+    changed = [(change.name, site) for change in report.passes for site in change.sites]
+    if not changed:
+        return
+    of = "outputs" if report.asked.options.get("calib") else "weights"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("pass", "layer", "pattern", "method"):
+        table.add_column(name, overflow="fold")
+    for name in ("kept", f"error of its {of}"):
+        table.add_column(name, justify="right")
+    for name, site in changed:
+        method = f"{site.method}, then restored" if site.restored else site.method
+        numbers = (f"{site.density_after:.1%}", f"{site.error:.2%}")
+        table.add_row(*map(_text, (name, site.node, site.pattern, method)), *numbers)
+    console.print(table)
 
 
 def sites(report: Report, console: Console) -> None:
@@ -86,6 +109,8 @@ def summary(report: Report, folder: Path | None, console: Console) -> None:
         _line(console, f"hint: {hint}")
     for ratio in report.ratios:
         _line(console, f"{ratio.ratio:.2f}x as fast as {ratio.over} at {ratio.shape}", style="bold")
+    if noise := _noise(report):
+        _line(console, f"warning: {noise}")
     if report.sizes:
         sizes = report.sizes
         now = sizes.model + sizes.kernels
@@ -97,7 +122,7 @@ def summary(report: Report, folder: Path | None, console: Console) -> None:
         _line(
             console,
             f"error: {error} of the largest output, {worst.tolerance:.0e} allowed "
-            f"({_plural(len(report.checks), 'check')} against portable.onnx)",
+            f"({plural(len(report.checks), 'check')} against portable.onnx)",
         )
     if report.failure:
         _line(console, f"failed: {report.failure}", style="bold red")
@@ -127,6 +152,24 @@ def bytes_text(count: int) -> str:
     raise AssertionError("the loop returns at its last unit")
 
 
+def plural(count: int, noun: str) -> str:
+    """A number with its noun: "1 check", "2 checks"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _noise(report: Report) -> str:
+    """Why the ratios are rough, and what to do; empty where the machine was quiet."""
+    raced = {ARTIFACT_RUNTIME, *(ratio.over for ratio in report.ratios)}
+    worst = max((row for row in report.race if row.runtime in raced), key=lambda row: row.spread, default=None)
+    if worst is None or worst.spread <= _BUSY:
+        return ""
+    return (
+        f"the machine was busy during the race (p10 and p90 of {worst.runtime} at {worst.shape} are {worst.spread:.0%} "
+        "of the median apart), so the speed is a rough figure. Run the same again when nothing else runs, with "
+        "--records NEW_FILE, so that forms are chosen anew, too"
+    )
+
+
 def _candidates(place: Placement) -> str:
     ranked = sorted(place.candidates, key=lambda c: c.median_us)
     return "\n".join(
@@ -136,10 +179,6 @@ def _candidates(place: Placement) -> str:
 
 def _why(place: Placement) -> str:
     return f"{place.reason}\nwould help: {place.would_help}" if place.would_help else place.reason
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _text(value: str) -> str:

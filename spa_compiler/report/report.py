@@ -16,6 +16,7 @@ import msgspec
 from spa_compiler.errors import ModelError
 
 REPORT = "report.json"
+ARTIFACT_RUNTIME = "spa"  # of the race: what came out
 #: equals the manifest's, so that a folder with nothing but a report (after a failed verification) is known as ours
 ARTIFACT_VERSION = 1
 
@@ -56,13 +57,24 @@ class SiteChange(msgspec.Struct, frozen=True, kw_only=True):
     """What a pass did to one weight."""
 
     node: str
+    op: str = ""
     weight: str
     pattern: str
+    n: int = 0  # outputs
+    k: int = 0  # inputs per output
     density_before: float
     density_after: float
     error: float  # relative output error; ||dW|| / ||W|| without data
     method: str = ""  # how the weights were chosen
     seconds: float = 0.0  # how long that took
+    restored: bool = False  # it has its dense weight back, since zeros made it no faster
+
+
+class SkippedSite(msgspec.Struct, frozen=True, kw_only=True):
+    """A weight that a pass left alone, and why."""
+
+    node: str
+    reason: str
 
 
 NO_GROUP = -1
@@ -96,6 +108,7 @@ class PassChange(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     summary: str
     sites: tuple[SiteChange, ...] = ()
+    skipped: tuple[SkippedSite, ...] = ()
     removed: tuple[Removed, ...] = ()
     asked: dict[str, float] = {}  # what should remain, as a share of the whole model: {"macs": 0.5}
     got: dict[str, float] = {}  # what remains of "macs", "params" and "channels" (units)
@@ -137,6 +150,11 @@ class RaceRow(msgspec.Struct, frozen=True, kw_only=True):
     p10_ms: float
     p90_ms: float
     model: str = ""
+
+    @property
+    def spread(self) -> float:
+        """How far apart p10 and p90 are, as a share of the median."""
+        return (self.p90_ms - self.p10_ms) / self.median_ms if self.median_ms else 0.0
 
 
 class Ratio(msgspec.Struct, frozen=True, kw_only=True):

@@ -102,6 +102,56 @@ def test_zeros_stay_unless_they_may_be_taken_back(here: Path) -> None:
     report = json.loads(result.stdout)
     assert "2 layers that zeros make no faster have their dense weights back" in report["notes"]
     assert report["asked"]["options"]["restore_unused"] is True
+    assert [site["restored"] for site in report["passes"][0]["sites"]] == [True, True]
+    assert report["output_change"] == 0
+    kept = json.loads((here / "zeros" / "report.json").read_bytes())
+    assert [site["restored"] for site in kept["passes"][0]["sites"]] == [False, False]
+    assert kept["output_change"] > 0
+
+
+def test_nothing_to_restore_is_said() -> None:
+    common = ("net.onnx", "--threads", "1", "--target", "cuda", "-o", "out")
+    told = "note: nothing to restore: no layer has zeros of the passes that make it no faster"
+    assert invoke(main, *common, "--restore-unused").stdout.splitlines().count(told) == 1
+    assert told not in invoke(main, *common).stdout
+
+
+def test_one_layer_is_restored_and_the_other_keeps_its_zeros(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second placement made is what comes out."""
+    real = compiler.place
+    placed: list[object] = []
+
+    def place(*args: object, **options: object) -> object:
+        result = real(*args, **options)  # type: ignore[arg-type]
+        placed.append(result)
+        monkeypatch.setattr(type(result), "gaining", ["b"])
+        return result
+
+    monkeypatch.setattr(compiler, "place", place)
+    result = invoke(main, "net.onnx", *ZEROS, "--target", "cuda", "-o", "out", "--restore-unused", "--explain")
+    assert result.exit_code == 0, result.output
+    assert len(placed) == 2
+    assert "note: 1 layer that zeros make no faster has its dense weights back" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("sparsify ")]
+    assert [row[1] for row in rows] == ["a", "b"]
+    assert ["restored" in row for row in rows] == [True, False]
+    held, before = weights(here / "out"), originals()
+    np.testing.assert_array_equal(held["u"], before["u"])
+    assert np.count_nonzero(held["v"]) < 0.6 * held["v"].size
+
+
+def test_explain_tells_what_passes_did_to_each_layer(here: Path) -> None:
+    asked = ("net.onnx", "--calib", "data.npz", *ZEROS, "--target", "cuda", "-o", "out")
+    result = invoke(main, *asked, "--explain")
+    assert result.exit_code == 0, result.output
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "pass layer pattern method kept error of its outputs" in lines
+    report = json.loads((here / "out" / "report.json").read_bytes())
+    for site in report["passes"][0]["sites"]:
+        kept, error = f"{site['density_after']:.1%}", f"{site['error']:.2%}"
+        assert f"sparsify {site['node']} unstructured auto {kept} {error}" in lines
+        assert (site["op"], site["n"] * site["k"]) == ("MatMul", WIDTH * 32)
+    assert "error of its" not in invoke(main, *asked).stdout
 
 
 def test_synthetic_samples_are_marked(here: Path) -> None:

@@ -12,6 +12,7 @@ from spa_compiler.report.report import (
     Report,
     SiteChange,
     Sizes,
+    SkippedSite,
     Stage,
     Versions,
 )
@@ -20,7 +21,19 @@ from spa_compiler.report.report import (
 @pytest.fixture
 def full() -> Report:
     """A report with something in every field, names that look like markup among them."""
-    change = SiteChange(node="fc", weight="W", pattern="block:4x1", density_before=1.0, density_after=0.1, error=0.4)
+    change = SiteChange(
+        node="[b]fc[/b]",
+        op="Gemm",
+        weight="W",
+        pattern="block:4x1",
+        n=3072,
+        k=768,
+        density_before=1.0,
+        density_after=0.1,
+        error=0.4321,
+        method="sparsegpt",
+    )
+    skipped = SkippedSite(node="head", reason="it reaches an output")
     candidates = (
         Candidate(name="dense", median_us=100.0, p10_us=95.0, p90_us=110.0, chosen=False),
         Candidate(name="block:4x1", median_us=20.0, p10_us=19.0, p90_us=22.5, chosen=True),
@@ -37,7 +50,7 @@ def full() -> Report:
         isa="x86-64-v4",
         shapes=["1x128"],
         notes=["folded a BatchNormalization"],
-        passes=[PassChange(name="sparsify", summary="90 % zeros in 1 weight", sites=(change,))],
+        passes=[PassChange(name="sparsify", summary="90 % zeros in 1 weight", sites=(change,), skipped=(skipped,))],
         placements=[
             Placement(
                 node="[bold]layer/0[/x]",

@@ -3,11 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from spa_compiler.report import console as draw
-from spa_compiler.report.report import PassChange, Report
+from spa_compiler.report.report import PassChange, RaceRow, Report
 
 
 @pytest.fixture
@@ -38,6 +39,61 @@ def test_a_shortfall_is_shown(full: Report, screen: Console) -> None:
     full.passes = [PassChange(name="prune-groups", summary="half [b]remains[/b]", warnings=("asked for [x] less",))]
     draw.changes(full, screen)
     assert "prune-groups: half [b]remains[/b]\nprune-groups: warning: asked for [x] less\n" in text(screen)
+
+
+@pytest.mark.parametrize(("calib", "of"), [("data.npz", "outputs"), ("synthetic", "outputs"), (None, "weights")])
+def test_what_passes_did_to_each_layer(full: Report, screen: Console, calib: str | None, of: str) -> None:
+    full.asked.options["calib"] = calib
+    (change,) = full.passes[0].sites
+    other = msgspec.structs.replace(change, node="second", method="auto", error=0.001, restored=True)
+    full.passes.append(PassChange(name="factorize", summary="", sites=(other,)))
+    draw.layers(full, screen)
+    header, first, second = (" ".join(line.split()) for line in text(screen).splitlines())
+    assert header == f"pass layer pattern method kept error of its {of}"
+    assert first == "sparsify [b]fc[/b] block:4x1 sparsegpt 10.0% 43.21%"
+    assert second == "factorize second block:4x1 auto, then restored 10.0% 0.10%"
+
+
+def test_passes_that_changed_no_layer_have_no_table(full: Report, screen: Console) -> None:
+    full.passes = [PassChange(name="prune-groups", summary="half")]
+    draw.layers(full, screen)
+    assert text(screen) == ""
+
+
+def race_row(runtime: str, low: float, high: float) -> RaceRow:
+    return RaceRow(shape="1x128", runtime=runtime, median_ms=2.0, p10_ms=low, p90_ms=high)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([("onnxruntime", 1.9, 2.2), ("spa", 1.8, 2.4)], None),
+        ([("onnxruntime", 1.9, 2.2), ("spa", 1.9, 3.5)], "spa at 1x128 are 80% of the median apart"),
+        ([("onnxruntime", 0.9, 3.9), ("spa", 1.9, 3.5)], "onnxruntime at 1x128 are 150% of the median apart"),
+        ([("onnxruntime", 1.9, 2.2), ("spa", 1.9, 2.2), ("portable", 1.0, 9.0)], None),  # not in the ratio
+    ],
+)
+def test_a_ratio_from_a_busy_machine_is_called_rough(
+    full: Report, screen: Console, rows: list[tuple[str, float, float]], told: str | None
+) -> None:
+    full.race = [race_row(*row) for row in rows]
+    full.ratios *= 2
+    draw.summary(full, Path("m-spa"), screen)
+    lines = text(screen).splitlines()
+    warnings = [i for i, line in enumerate(lines) if line.startswith("warning: the machine was busy during the race")]
+    if told is None:
+        assert warnings == []
+        return
+    (at,) = warnings
+    assert "as fast as onnxruntime" in lines[at - 1]
+    assert told in lines[at]
+    assert "Run the same again when nothing else runs, with --records NEW_FILE" in lines[at]
+
+
+def test_nothing_was_raced(full: Report, screen: Console) -> None:
+    full.race, full.ratios = [], []
+    draw.summary(full, Path("m-spa"), screen)
+    assert "busy" not in text(screen)
 
 
 def test_no_sites_is_a_sentence(full: Report, screen: Console) -> None:

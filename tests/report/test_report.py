@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import msgspec
@@ -6,7 +7,19 @@ import pytest
 from spa_compiler.artifact.manifest import ARTIFACT_VERSION
 from spa_compiler.errors import ModelError
 from spa_compiler.report import report as module
-from spa_compiler.report.report import Check, Report, read, shape_text
+from spa_compiler.report.report import (
+    Candidate,
+    Check,
+    PassChange,
+    Placement,
+    RaceRow,
+    Ratio,
+    Report,
+    SiteChange,
+    Sizes,
+    read,
+    shape_text,
+)
 
 
 def test_it_reads_back_what_it_wrote(full: Report, tmp_path: Path) -> None:
@@ -25,6 +38,26 @@ def test_it_has_the_keys_that_scripts_read(full: Report) -> None:
     )
     assert {"shape", "runtime", "median_ms", "p10_ms", "p90_ms"} < set(content["race"][0])
     assert content["asked"]["recipe"] == full.asked.recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "struct", "also"),
+    [
+        ("passes", PassChange, SiteChange),
+        ("placements", Placement, None),
+        ("placements[].candidates", Candidate, None),
+        ("race", RaceRow, None),
+        ("ratios", Ratio, None),
+        ("sizes", Sizes, None),
+    ],
+)
+def test_the_documented_keys_are_there(key: str, struct: type, also: type | None) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{key}` |")]
+    told = set(re.findall(r"`(\w+)`", line.split("|", 2)[2]))
+    fields = {*struct.__struct_fields__, *(also.__struct_fields__ if also else ())}  # type: ignore[attr-defined]
+    assert fields <= told
+    assert told - fields <= {"dense", "sparse"}  # values
 
 
 def test_a_lone_report_is_known_as_ours() -> None:
