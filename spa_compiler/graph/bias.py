@@ -60,7 +60,7 @@ def bias_of(op: WeightedOp, graph: gs.Graph) -> Bias | None:
     if node.op != "Add" or node.domain:
         return None
     for place, held in enumerate(node.inputs):
-        if isinstance(held, gs.Constant) and held.dtype == op.weight.dtype and _is_vector(held, op):
+        if isinstance(held, gs.Constant) and _is_vector(held, op):
             return Bias(node, place, op.n)
     return None
 

@@ -65,7 +65,8 @@ def find_chains(sites: Sequence[Site], sparse: set[str], outputs: Sequence[gs.Va
         if id(down) in taken or not _thin(down, ups, outputs):
             continue
         made = {id(s.output): s for s in readers[id(down.source)] if s.name in sparse and id(s) not in taken}
-        beside = {id(s): s for s in (_beside(up, made, outputs) for up in ups) if s is not None}
+        added = [other_operand(up, outputs) for up in ups]
+        beside = {id(made[id(t)]): made[id(t)] for _, t in filter(None, added) if id(t) in made}
         members = sorted([*ups, *beside.values()], key=lambda s: position[id(s)])
         heads = [h for h in join_sums(members, outputs, shapes) if h.term is not None or id(h) not in beside]
         taken |= {id(down), *(id(p) for h in heads for p in h.products)}
@@ -80,10 +81,3 @@ def _thin(down: Site, ups: Sequence[Site], outputs: Sequence[gs.Variable]) -> bo
         return False
     wide = sum(up.n for up in ups)
     return down.n * (down.k + wide) < down.k * wide
-
-
-def _beside(up: Site, made: dict[int, Site], outputs: Sequence[gs.Variable]) -> Site | None:
-    """The sparse site whose product is added to that of `up`."""
-    found = other_operand(up, outputs)
-    other = None if found is None else made.get(id(found[1]))
-    return other if other is not None and other.n == up.n and other_operand(other, outputs) is not None else None

@@ -19,7 +19,7 @@ from spa_compiler.placement.candidates import (
 from spa_compiler.placement.chains import Chain
 from spa_compiler.placement.contests import Contest, Referee
 from spa_compiler.placement.measure import CLOSE, Timing
-from spa_compiler.placement.regions import Group
+from spa_compiler.placement.regions import single
 from spa_compiler.placement.sites import Site
 
 #: A layer that is slower than this as a kernel of its own is not tried in larger regions either, where it saves the way
@@ -90,7 +90,7 @@ def choose(classes: Sequence[SiteClass], referee: Referee) -> list[Choice]:
     """
     contests = [
         Contest(
-            [Group([site], site.layout) for site in c.sites],
+            single(c.sites),
             c.shapes,
             {s.name: {site.name: s.rows for site in c.sites} for s in c.stored},
             [c.question(shape, referee.threads) for shape in c.shapes],

@@ -154,13 +154,12 @@ def _insert(model: Model, group: Group, rows: Mapping[str, int], packer: Packer)
         domain=DOMAIN,
     )
     graph.nodes.append(node)
-    sites = [p for e in group.elements if isinstance(e, Site) for p in e.products]
     model.metadata.annotate(
         node,
         {
             "spa.source": ",".join(names),
-            "spa.form": ",".join(f"block:{rows[s.name]}x1" for s in sites),
-            "spa.density": ",".join(f"{s.density:.4f}" for s in sites),
+            "spa.form": ",".join(f"block:{rows[s.name]}x1" for s in group.products),
+            "spa.density": ",".join(f"{s.density:.4f}" for s in group.products),
         },
     )
     return made.spec

@@ -26,7 +26,7 @@ from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import Group, join, single
-from spa_compiler.placement.sites import Refusal, Site, find_sites, held
+from spa_compiler.placement.sites import Refusal, find_sites, held
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
 from spa_compiler.targets import Target
@@ -166,7 +166,6 @@ def _worth_a_race(
     model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoice], known: Shapes
 ) -> dict[str, dict[str, int]]:
     """The plans by name, each with R of the sites that become kernels."""
-
     rows, strong = _rows_of(choices, chains, 0, 1 + CLOSE), _rows_of(choices, chains, STRONG_GAIN, STRONG_GAIN)
     every = _rows_of(choices, chains, 0, WORTH_JOINING)
     plans: dict[str, dict[str, int]] = {}
@@ -201,7 +200,7 @@ def _between(model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoi
         return {}
     kept: dict[str, int] = {}
     for group in _joined(model, rows, known, attention=True)[1]:
-        names = group.sites
+        names = [site.name for site in group.products]
         if not own.keys().isdisjoint(names):
             kept |= {name: rows[name] for name in names}
     return kept if len(kept) > len(own) else {}
@@ -289,6 +288,3 @@ def _winner(plans: Sequence[Plan], race: Sequence[dict[str, Timing]], reason: st
     if reason or len(plans) == 1:
         return best, reason or "no site gains from a sparse kernel"
     return best, "as a whole model no sparse plan was faster than ONNX Runtime's dense ops"
-
-
-__all__ = ["PORTABLE", "REGIONS", "SINGLE", "SOURCE", "STRONG", "WHOLE", "Placed", "Plan", "Site", "place"]

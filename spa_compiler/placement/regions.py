@@ -34,9 +34,9 @@ class Group:
         return [n for e in self.elements for n in e.nodes]
 
     @property
-    def sites(self) -> list[str]:
-        """Names of all weights."""
-        return [p.name for e in self.elements if isinstance(e, Site) for p in e.products]
+    def products(self) -> list[Site]:
+        """Every site with a weight of its own."""
+        return [p for e in self.elements if isinstance(e, Site) for p in e.products]
 
     def external(self) -> list[gs.Variable]:
         """Activations that come from outside, in order of use."""

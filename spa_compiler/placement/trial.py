@@ -25,12 +25,8 @@ _OPSET, _IR = 17, 8
 
 def pick(groups: Sequence[Group]) -> list[Group]:
     """The groups of a class that its trial holds."""
-    each = sum(p.n * p.k * 4 for e in sites_of(groups[0]) for p in e.products)
+    each = sum(site.n * site.k * 4 for site in groups[0].products)
     return list(groups[: max(1, min(MOST_GROUPS, MOST_BYTES // max(each, 1)))])
-
-
-def sites_of(group: Group) -> list[Site]:
-    return [e for e in group.elements if isinstance(e, Site)]
 
 
 def region_of(group: Group, rows: Mapping[str, int], packer: Packer) -> Assembled:
@@ -59,7 +55,7 @@ def dense_model(groups: Sequence[Group], shape: Sequence[int]) -> bytes:
     for i, group in enumerate(groups):
         made: dict[int, str] = {}
         results = {id(t) for t in _results(group)}
-        for j, site in enumerate(sites_of(group)):
+        for j, site in enumerate(e for e in group.elements if isinstance(e, Site)):
             key = f"{i}.{j}"
             nodes += _linear(site, key, [made.get(id(p.source), "x") for p in site.products], len(shape), constants)
             nodes += _activation(site, key, nodes[-1].output[0], constants)
