@@ -21,11 +21,11 @@ from spa_compiler.artifact import manifest
 from spa_compiler.compiler import Result, compile, load
 from spa_compiler.errors import BudgetError, ModelError, UsageError, VerificationError
 from spa_compiler.graph.session import open_session, run
-from spa_compiler.passes.recipe import from_command_line
+from spa_compiler.passes.recipe import Recipe, from_command_line
 from spa_compiler.report import report as reports
 from tests.folders import ARTIFACT, names
 from tests.marks import needs_avx512
-from tests.networks import mlp
+from tests.networks import mlp, network, weight
 
 WIDTH = 256
 pytestmark = pytest.mark.usefixtures("short_races")
@@ -212,6 +212,22 @@ def test_samples_are_what_is_run(here: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (seen[0]["x"] == 0.25).all()
 
 
+@pytest.mark.parametrize("recipe", [None, from_command_line(sparsity=0.5)], ids=["as it is", "sparsify"])
+def test_the_model_as_given_may_come_out_of_exact_runs_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe | None
+) -> None:
+    given: list[object] = []
+    real = compiler.place
+
+    def spy(*args: object, original: object, **options: object) -> object:
+        given.append(original)
+        return real(*args, original=original, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compiler, "place", spy)
+    compile(mlp(1.0, 64, depth=3), here / "out", recipe=recipe, target="cuda", threads=1)
+    assert [model is None for model in given] == [recipe is not None]
+
+
 @pytest.mark.parametrize(
     "target,words", [("cuda", "no kernels for CUDA yet"), ("cpu:x86-64-v3", "need x86-64-v4 (AVX-512)")]
 )
@@ -238,6 +254,17 @@ def test_a_dry_run_writes_and_times_nothing(here: Path, monkeypatch: pytest.Monk
     assert names(here) == set()
     assert [p.node for p in result.report.placements]
     assert all("would be timed dense and as block:1x1" in p.reason for p in result.report.placements)
+
+
+@needs_avx512
+def test_a_dry_run_knows_low_rank_layers(here: Path) -> None:
+    rng = np.random.default_rng(0)
+    text = 'g (float["b", 64] x) => (float["b", 64] y) { z = MatMul(x, d) y = MatMul(z, u) }'
+    proto = network(text, d=weight(rng, 64, 8), u=weight(rng, 8, 64))
+    result = compile(proto, here / "out", dry_run=True)
+    assert {p.node: p.reason for p in result.report.placements} == dict.fromkeys(
+        "zy", "would be timed dense and as low rank"
+    )
 
 
 def test_too_large(here: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 import spa_compiler
+from spa_compiler import compression
 from spa_compiler.compression import Compressed
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.operators import weighted_ops
@@ -141,6 +142,27 @@ def test_passes_follow_each_other() -> None:
     assert [[site.node for site in step.sites] for step in done.report.passes] == [["a0"], ["b1"]]
     shares = [1 - np.count_nonzero(op.rows()) / op.rows().size for op in weighted_ops(done.model.graph)]
     np.testing.assert_allclose(shares, [0.3, 0, 0, 0.5], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "times"),
+    [
+        ("sparsify{sparsity=0.3} sparsify{sparsity=0.5}", 1),  # zeros alone couple nothing anew
+        ("prune-groups{channels=0.5} prune-groups{channels=0.5}", 2),
+        ("prune-groups{channels=0.5} sparsify{sparsity=0.5}", 2),
+    ],
+)
+def test_groups_are_those_of_the_model_as_each_pass_gets_it(
+    flags: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = compression.analysis.analyze, []
+    monkeypatch.setattr(compression.analysis, "analyze", lambda *args: seen.append(0) or real(*args))
+    done = compress(flags, calib=None)
+    assert len(seen) == times
+    if flags.count("prune-groups") == 2:
+        assert [step.got["channels"] for step in done.report.passes] == [pytest.approx(0.5, abs=0.05)] * 2
+        hidden = [op.n for op in weighted_ops(done.model.graph) if op.name.startswith("a")]
+        assert sum(hidden) < 0.4 * sum(op.n for op in weighted_ops(done.canonical.graph) if op.name.startswith("a"))
 
 
 def test_progress_is_called() -> None:

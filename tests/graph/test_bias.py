@@ -120,6 +120,18 @@ def test_a_branch_that_reads_the_result() -> None:
     assert first(model) is None
 
 
+def test_an_add_inside_of_a_branch() -> None:
+    """It is the only reader, and runs in one case of two."""
+    model = model_from(f"""g (float[2, 3] x, bool c) => (float[2, 2] z) <{W32}, float[2] b = {{7, 8}}> {{
+      m = MatMul(x, w)
+      z = If (c) <
+        then_branch = t () => (float[2, 2] p) {{ p = Add(m, b) }},
+        else_branch = e () => (float[2, 2] q) {{ q = MatMul(x, w) }}
+      >
+    }}""")
+    assert first(model) is None
+
+
 def test_a_shared_constant_is_left_to_the_others() -> None:
     model = model_from(f"""g (float[2, 3] x) => (float[2, 2] y, float[2, 2] z) <{W32}, float[2] b = {{7, 8}}> {{
       m = MatMul(x, w)

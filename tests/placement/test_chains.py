@@ -112,6 +112,39 @@ def test_no_site_is_in_two() -> None:
     assert len(members) == len(set(members)) == 2
 
 
+def test_what_widens_for_one_layer_is_not_thin_for_the_next() -> None:
+    """`q` is one of the two that read the thin `p`, and would be thin for `o`, too."""
+    a, b, c, e = weight(RNG, K, 8), weight(RNG, 8, 2), weight(RNG, 8, 40), weight(RNG, 2, K)
+    body = "{ p = MatMul(x, a) q = MatMul(p, b) y = MatMul(p, c) o = MatMul(q, e) }"
+    found = chains(HEAD + f"(float[N,S,40] y, float[N,S,{K}] o) {body}", a=a, b=b, c=c, e=e)
+    assert [names(chain) for chain in found] == [["p", "q", "y"]]
+
+
+def test_a_sparse_weight_beside_of_which_no_shape_is_known_stays_outside() -> None:
+    model = model_of(
+        ONE + "{ s = MatMul(x, w) z = MatMul(x, d) m = MatMul(z, u) y = Add(s, m) }",
+        **{name: WEIGHTS[name] for name in "wdu"},
+    )
+    (chain,) = find_chains(find_sites(model)[0], {"s"}, held(model.graph), [{}])
+    assert names(chain) == ["z", "m"]
+
+
+def test_a_sparse_weight_beside_that_broadcasts_stays_outside() -> None:
+    (chain,) = chains(
+        ONE + "{ s = MatMul(x, one) z = MatMul(x, d) m = MatMul(z, u) y = Add(s, m) }", one=weight(RNG, K, 1, 0.3, 1)
+    )
+    assert names(chain) == ["z", "m"]
+
+
+def test_sparse_weights_beside_one_thin_tensor_have_one_height() -> None:
+    body = "{ z = MatMul(x, d) p0 = MatMul(z, u) s = MatMul(x, w) p = Add(p0, s) q0 = MatMul(z, v) t = MatMul(x, f) q = Add(q0, t) }"
+    text = HEAD + f"(float[N,S,{N}] p, float[N,S,{N}] q) {body}"
+    scattered = weight(RNG, K, N, 0.8, rows=1)  # too dense in 4 x 1 blocks
+    (chain,) = chains(text, f=scattered)
+    assert names(chain) == ["z", "s", "p0", "t", "q0"]
+    assert [way.name for way in layouts(chain, {})] == ["block:1x1 + low rank"]
+
+
 def test_factors_with_zeros_of_their_own_keep_their_height() -> None:
     (chain,) = chains(ONE + "{ z = MatMul(x, d) y = MatMul(z, u) }")
     assert layouts(chain, {"y": 8})[0].of(chain) == {"z": 4, "y": 8}
@@ -128,3 +161,14 @@ def test_like_layers_are_one_class() -> None:
     questions = [c.question((1, 3, K), 1) for c in classes]
     assert questions[0] != questions[1]
     assert questions[0] != classes[0].question((1, 5, K), 1)
+
+
+def test_a_sum_of_two_and_two_results_are_two_classes() -> None:
+    text = (
+        HEAD + f"(float[N,S,{N}] y, float[N,S,{N}] p, float[N,S,{N}] q) "
+        "{ z = MatMul(x, d) m = MatMul(z, u) l = MatMul(z, v) y = Add(m, l) "
+        "t = MatMul(x, d) p = MatMul(t, u) q = MatMul(t, v) }"
+    )
+    classes = chain_classes(chains(text), {}, [{"x": (1, 3, K)}])
+    assert [names(c.chains[0]) for c in classes] == [["z", "m", "l"], ["t", "p", "q"]]
+    assert len({repr(c.question((1, 3, K), 1)) for c in classes}) == 2

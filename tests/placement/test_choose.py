@@ -16,7 +16,9 @@ from spa_compiler.placement.contests import Referee
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.records import Records
+from spa_compiler.placement.regions import single
 from spa_compiler.placement.sites import Site, find_sites, held
+from spa_compiler.placement.trial import pick
 from tests.marks import needs_avx512
 from tests.networks import F32, model_of, weight
 
@@ -87,6 +89,40 @@ def test_like_sites_are_one_class() -> None:
     sites = find_sites(model_of(text, w=w, v=w))[0]
     found = classes(sites, [{s.source.name: (16, 64) for s in sites}])
     assert [[s.name for s in c.sites] for c in found] == [["a", "b"], ["c"]]
+
+
+def test_a_bias_makes_another_class() -> None:
+    w = weight(RNG, 64, 64, 0.2)
+    text = "g (float[N,64] x) => (float[N,64] y) { a = MatMul(x, w) t = Tanh(a) c = MatMul(t, v) y = Add(c, b) }"
+    sites = find_sites(model_of(text, w=w, v=w, b=np.ones(64, np.float32)))[0]
+    found = classes(sites, [{s.source.name: (16, 64) for s in sites}])
+    assert [[s.name for s in c.sites] for c in found] == [["a"], ["c"]]
+    assert found[0].question((16, 64), 1) != found[1].question((16, 64), 1)
+
+
+def test_times_are_of_one_site_of_those_that_are_timed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Timed(monkeypatch, {"block:4x1": 2.0})
+    w = weight(RNG, 64, 64, 0.2)
+    sites = find_sites(model_of(TEXT.replace("Relu", "Tanh"), w=w, v=w))[0]
+    (found,) = classes_of(sites)
+    choices = decide(tmp_path, [found])
+    assert len(choices) == 2
+    times = choices[0].timings[0]
+    assert {n: (t.p10_us, t.median_us, t.p90_us, t.runs) for n, t in times.items() if n in (DENSE, "block:4x1")} == {
+        DENSE: (pytest.approx(45), pytest.approx(50), pytest.approx(55), 7),
+        "block:4x1": (pytest.approx(22.5), pytest.approx(25), pytest.approx(27.5), 7),
+    }
+
+
+@pytest.mark.parametrize(("count", "size", "kept"), [(4, 64, 4), (9, 64, 6), (4, 3072, 2), (4, 6144, 1)])
+def test_a_trial_holds_a_few_sites_of_bounded_size(count: int, size: int, kept: int) -> None:
+    """Weights of 3072 x 3072 are 36 MiB, of 6144 x 6144 more than all that a trial may hold."""
+    text = f"g (float[N,{size}] x) => (float[N,{size}] y) {{ y = MatMul(x, w) }}"
+    (site,) = find_sites(model_of(text, w=np.broadcast_to(np.float32(1), (size, size))))[0]
+    groups = single([site] * count)
+    assert pick(groups) == groups[:kept]
 
 
 def test_the_fastest_form_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,17 @@ def test_a_sum_that_broadcasts_stays() -> None:
     assert names(summed(text, x=one, v=one)) == [["a", "b"]]
 
 
+def test_a_convolution_and_a_matrix_product_are_no_sum() -> None:
+    """Their panels have their features elsewhere."""
+    model = model_of(
+        "g (float[1,6,6,6] x) => (float[1,6,6,6] y) { a = Conv(x, c) b = MatMul(x, w) y = Add(a, b) }",
+        c=array(6, 6, 1, 1),
+        w=array(6, 6),
+    )
+    known = [graph_shapes.fixed(model, {"x": np.zeros((1, 6, 6, 6), np.float32)})]
+    assert names(join_sums(find_sites(model)[0], held(model.graph), known)) == [["a"], ["b"]]
+
+
 def test_of_three_products_two_are_joined() -> None:
     sites = summed(THIN + "a = MatMul(x, w) b = MatMul(z, u) c = MatMul(x, w) s = Add(a, b) y = Add(s, c) }")
     assert names(sites) == [["z"], ["a", "b"], ["c"]]
