@@ -154,6 +154,19 @@ def test_explain_tells_what_passes_did_to_each_layer(here: Path) -> None:
     assert "error of its" not in invoke(main, *asked).stdout
 
 
+def test_a_recipe_that_needs_the_samples_again_says_so(here: Path) -> None:
+    common = ("net.onnx", "--target", "cuda", "--threads", "1")
+    told = {}
+    for name, asked in {
+        "with": ("--calib", "data.npz", *ZEROS),
+        "without": ZEROS,
+        "no": ("--calib", "data.npz"),
+    }.items():
+        assert invoke(main, *common, *asked, "-o", name).exit_code == 0
+        told[name] = (here / name / "recipe.yaml").read_text().startswith("# Calibrated: to repeat it, give --calib")
+    assert told == {"with": True, "without": False, "no": False}
+
+
 def test_synthetic_samples_are_marked(here: Path) -> None:
     result = invoke(main, "net.onnx", "--calib", "synthetic", *ZEROS, "--dry-run", "--json")
     assert result.exit_code == 0, result.output
