@@ -25,7 +25,7 @@ from spa_compiler.patterns import Pattern
 from spa_compiler.solvers import svd
 from spa_compiler.solvers.fwsvd import fwsvd
 from spa_compiler.solvers.least_squares import refit
-from spa_compiler.solvers.problem import F64, Problem, Zeros
+from spa_compiler.solvers.problem import F64, Problem, Solution, Zeros
 from spa_compiler.solvers.sparse_low_rank import sparse_low_rank
 from spa_compiler.solvers.tucker import channels_of, tucker2
 
@@ -34,8 +34,9 @@ Method: TypeAlias = Literal["whitened", "svd", "fwsvd", "tucker", "sparse-low-ra
 _PARTS = (0.1, 0.2, 0.3)
 """Shares of the parameters that the low-rank part beside a sparse weight may get, besides none and all."""
 
+_REFITS = 5
 _POLISH = 3
-"""Rounds in which both parts are fitted to each other, at most."""
+"""Rounds in which both parts are fitted to each other, at most: without data, and with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,30 +209,36 @@ class SparseLowRank:
     def _one(self, job: Job) -> Result:
         problem, pattern = job.problems[0], self.patterns[job.site]
         parameters = float(self.densities[job.site]) * problem.weight.size
-        forms: list[Form] = [
-            self._pair(problem, rank, _zeros_beside(problem, rank, pattern, parameters))
-            for rank in self._finalists(problem, pattern, parameters)
+        tried = [
+            self._split(problem, rank, _zeros_beside(problem, rank, pattern, parameters))
+            for rank in self._ranks(problem, pattern, parameters)
         ]
+        forms: list[Form] = [self._pair(problem, split) for split in self._finalists(problem, tried)]
         whole = int(parameters / sum(problem.weight.shape)) // self.multiple * self.multiple
         if self.part is None and pattern.sparsity is None and whole:
             forms.append(svd.whitened(problem).truncate(whole))
         stored = [rounded(form, self.sites[job.site].op.weight.dtype) for form in forms]
         return results([problem], [min(stored, key=lambda form: problem.loss(product(form)))])[0]
 
-    def _finalists(self, problem: Problem, pattern: Pattern, parameters: float) -> list[int]:
-        """Of several ranks to try, none at all and the one that a cheap solver loses least with."""
-        ranks = self._ranks(problem, pattern, parameters)
-        if len(ranks) < 3:
-            return ranks
+    def _split(self, problem: Problem, rank: int, zeros: Zeros) -> _Split:
+        """A low-rank part, and which weights beside it are sparse, chosen cheaply."""
+        if rank == 0:
+            return _Split(zeros, None, None)
+        # With data a better solver has the last word on the sparse part, so refitting this one would be lost.
+        low, rough = sparse_low_rank(problem, rank, zeros, refits=0 if self.data else _REFITS)
+        return _Split(zeros, low, rough)
+
+    def _finalists(self, problem: Problem, tried: Sequence[_Split]) -> Sequence[_Split]:
+        """Of several ranks, none at all and the one that a cheap solver loses least with."""
+        if len(tried) < 3:
+            return tried
         solver = METHODS["sparsegpt" if self.data else "magnitude"].solve
 
-        def loss(rank: int) -> float:
-            zeros = _zeros_beside(problem, rank, pattern, parameters)
-            low, _ = sparse_low_rank(problem, rank, zeros, refits=0)
-            rest = replace(problem, weight=problem.weight - low.weight)
-            return rest.loss(solver(rest, zeros, Layer(np.random.default_rng(0))).weight)
+        def loss(split: _Split) -> float:
+            rest = split.rest(problem)
+            return rest.loss(solver(rest, split.zeros, Layer(np.random.default_rng(0))).weight)
 
-        return [ranks[0], min(ranks[1:], key=loss)]
+        return [tried[0], min(tried[1:], key=loss)]
 
     def _ranks(self, problem: Problem, pattern: Pattern, parameters: float) -> list[int]:
         """The ranks to try, ascending."""
@@ -244,22 +251,22 @@ class SparseLowRank:
         most = min(min(problem.weight.shape) // self.multiple, math.ceil(parameters / each) - 1)
         return sorted({min(round(part * parameters / each), most) * self.multiple for part in parts})
 
-    def _pair(self, problem: Problem, rank: int, zeros: Zeros) -> Beside:
-        """Both parts. The alternation chooses cheaply which weights are sparse; a better solver has the last word."""
+    def _pair(self, problem: Problem, split: _Split) -> Beside:
+        """Both parts, the sparse one by the best solver there is, fitted to each other."""
         solver = METHODS["auto" if self.data else "magnitude"].solve
         layer = Layer(np.random.default_rng(0))
-        if rank == 0:
-            return Beside(solver(problem, zeros, layer).weight, None)
-        low, rough = sparse_low_rank(problem, rank, zeros)
+        low, rough = split.low, split.rough
+        if low is None or rough is None:
+            return Beside(solver(problem, split.zeros, layer).weight, None)
         if not self.data:
             return Beside(rough.weight, low)
-        residual = replace(problem, weight=problem.weight - low.weight)
-        sparse = solver(residual, zeros, layer)
-        if residual.loss(rough.weight) < residual.loss(sparse.weight):
+        rest = split.rest(problem)
+        sparse = solver(rest, split.zeros, layer)
+        if rest.loss(rough.weight) < rest.loss(sparse.weight):
             sparse = rough
-        loss = residual.loss(sparse.weight)
+        loss = rest.loss(sparse.weight)
         for _ in range(_POLISH):
-            factors = svd.whitened(replace(problem, weight=problem.weight - sparse.weight)).truncate(rank)
+            factors = svd.whitened(replace(problem, weight=problem.weight - sparse.weight)).truncate(low.rank)
             rest = replace(problem, weight=problem.weight - factors.weight)
             fitted = replace(sparse, weight=refit(rest, sparse.mask))
             after = rest.loss(fitted.weight)
@@ -267,6 +274,19 @@ class SparseLowRank:
                 break
             loss, low, sparse = after, factors, fitted
         return Beside(sparse.weight, low)
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """A low-rank part and the zeros of the sparse one beside it; no parts where the rank is 0."""
+
+    zeros: Zeros
+    low: svd.Factors | None
+    rough: Solution | None
+
+    def rest(self, problem: Problem) -> Problem:
+        """What is left to the sparse part."""
+        return problem if self.low is None else replace(problem, weight=problem.weight - self.low.weight)
 
 
 def _zeros_beside(problem: Problem, rank: int, pattern: Pattern, parameters: float) -> Zeros:
