@@ -59,6 +59,8 @@ class Job:
     problems: tuple[Problem, ...]
     original: tuple[F64, ...]
     """The weights of each problem before anything was repaired."""
+    threads: int = 1
+    """That this site may use by itself; the result must not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def rewrite(
     Args:
         repair: whether sites make up for what was lost before them; else each comes near its own weight.
         together: sites of one wave with equal keys, that read the same, are solved in one call.
-        threads: sites that are solved at a time, and threads of ONNX Runtime; the result does not depend on it.
+        threads: sites that are solved at a time; the result does not depend on it.
     """
     numbers = {id(node): number for number, node in enumerate(model.graph.nodes)}
     biases = [bias_of(op, model.graph) for op in ops]
@@ -121,9 +123,11 @@ def rewrite(
                 if first[collected.site] == collected.site:
                     clusters.setdefault(together(collected.site), []).append(collected)
 
-            def work(cluster: Sequence[Collected]) -> tuple[Sequence[Result], float]:
+            spare = max(1, threads // len(clusters)) if clusters else 1
+
+            def work(cluster: Sequence[Collected], spare: int = spare) -> tuple[Sequence[Result], float]:
                 start = time.perf_counter()
-                jobs = [_job(c.site, ops[c.site], c.fit, biases[c.site] is not None, repair) for c in cluster]
+                jobs = [_job(c.site, ops[c.site], c.fit, biases[c.site] is not None, repair, spare) for c in cluster]
                 return solve(jobs), (time.perf_counter() - start) / len(jobs)
 
             # One thread of BLAS for each: the bits of a result must not depend on how many sites are solved at a time.
@@ -190,12 +194,12 @@ def dense(job: Job) -> Result:
     return Result(np.concatenate(solved), float(np.sqrt(lost / all_of_it)) if all_of_it > 0 else 0.0)
 
 
-def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool) -> Job:
+def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool, threads: int) -> Job:
     weights = split(op)
     problems = [problem_of(weight, moments, group, centred=centred) for group, weight in enumerate(weights)]
     if repair:
         problems = [_repaired(problem, moments, group, centred) for group, problem in enumerate(problems)]
-    return Job(site, op, tuple(problems), weights)
+    return Job(site, op, tuple(problems), weights, threads)
 
 
 def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> Problem:

@@ -37,6 +37,7 @@ class Layer:
         gated: root mean square of each output after it was multiplied with that of a sibling, `[n]`, where the layer
             is the gate or the up projection of a gated feed-forward block.
         expression: of the method `symbolic`.
+        threads: that this layer may use; the result does not depend on it.
     """
 
     rng: np.random.Generator
@@ -44,6 +45,7 @@ class Layer:
     mask: Mask | None = None
     gated: F64 | None = None
     expression: Expression | None = None
+    threads: int = 1
 
 
 Solver = Callable[[Problem, Zeros, Layer], Solution]
@@ -121,7 +123,7 @@ def _dsnot(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
 
 
 def _swap(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
-    return swap(problem, sparsegpt(problem, zeros).mask, zeros)
+    return swap(problem, sparsegpt(problem, zeros).mask, zeros, threads=layer.threads)
 
 
 def _envelope(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
@@ -139,7 +141,7 @@ def _auto(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
     start = sparsegpt(problem, zeros)
     found = admm(problem, zeros, start=start.mask)
     if exchangeable(zeros.pattern):
-        return swap(problem, found.mask, zeros)
+        return swap(problem, found.mask, zeros, threads=layer.threads)
     return found
 
 
