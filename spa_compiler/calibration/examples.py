@@ -23,6 +23,9 @@ _SAME_VALUES = frozenset(
 )
 """Operators that move integers about without changing them (or only towards the bounds)."""
 
+_SEVERAL = frozenset({"Concat", "Where", "Max", "Min"})
+"""Those of them whose values come from other inputs than the first one, too: the others' say where and how far."""
+
 _TOWARDS_BOUNDS = frozenset({"Where", "Clip", "Max", "Min"})
 """Those that may put integers right before they index."""
 
@@ -98,7 +101,7 @@ def _use_of(tensor: gs.Tensor | None, passing: frozenset[str] = _SAME_VALUES) ->
                     unknown = True
                 else:
                     bounds.append(size)
-            elif node.op in passing and not node.domain:
+            elif node.op in passing and not node.domain and (node.op in _SEVERAL or node.inputs[0] is current):
                 queue.extend(node.outputs)
     return _Use(min(bounds) if bounds else None, unknown)
 

@@ -246,7 +246,9 @@ def _residuals(ops: Sequence[WeightedOp], biases: Sequence[Bias | None]) -> dict
 
 
 def _same_shape(one: gs.Variable, other: gs.Variable) -> bool:
-    return one.shape is not None and other.shape is not None and list(one.shape) == list(other.shape)
+    if one.shape is None or other.shape is None or None in one.shape:
+        return False
+    return list(one.shape) == list(other.shape)
 
 
 def leaders(ops: Sequence[WeightedOp], waves: Sequence[int] = ()) -> list[int]:

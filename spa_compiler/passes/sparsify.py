@@ -237,7 +237,7 @@ class Sparsify:
     def _without_data(self, layers: Zeroing, context: Context) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for site, leader in enumerate(leaders(layers.ops)):
-            context.progress(f"{self.name} {layers.ops[site].name}", site, len(layers.ops))
+            context.progress(self.name, site, len(layers.ops))
             start = time.perf_counter()
             result = layers.of_weights(site) if leader == site else outcomes[leader].result
             outcomes.append(Outcome(result, None, None, time.perf_counter() - start))

@@ -75,3 +75,12 @@ def test_bounds_are_those_of_what_indexes_as_it_is() -> None:
     clipped = BERT.replace("Cast<to = 6>(input_ids)", "Clip(input_ids, low, high)")
     clipped = clipped.replace("int64[1] axes", "int64 low = {0}, int64 high = {4}, int64[1] axes")
     assert bounds(model_from(clipped)) == {"token_type_ids": 2, "position_ids": 4}
+
+
+def test_where_a_slice_starts_is_no_index_of_what_is_sliced() -> None:
+    model = model_from("""g (int64[1] start) => (float[n, 1] y)
+    <int64[4] ids = {0, 1, 1, 0}, int64[1] end = {4}, float[2, 1] table = {5, 6}> {
+      part = Slice(ids, start, end) y = Gather(table, part)
+    }""")
+    assert bounds(model) == {}
+    assert drawn(model, start=(1,))["start"].tolist() == [1]

@@ -231,7 +231,7 @@ def test_the_share_and_the_report(pattern: str, scope: str, sparsity: float, dty
         Context(targets.parse("cpu:x86-64-v4"), np.random.default_rng(0), progress=lambda *step: steps.append(step)),
     )
     after = [op.rows() for op in weighted_ops(model.graph)]
-    assert steps == [("sparsify a", 0, 2), ("sparsify b", 1, 2), ("sparsify", 2, 2)]
+    assert steps == [("sparsify", 0, 2), ("sparsify", 1, 2), ("sparsify", 2, 2)]
     total = 0
     for site, old, source, new in zip(change.sites, before, sources, after, strict=True):
         np.testing.assert_array_equal(source, old)  # arrays are replaced, never written to
