@@ -1,8 +1,9 @@
 """Which units go: the least important ones, to an exact share of elements, ties broken by index.
 
 Units are compared by `(score, place)`, where a place is the index of the weight, then of the unit in row-major order;
-the answer is the prefix of that order whose elements come nearest to the target. No sorting: some counting rounds over
-the 64 bits of the scores find the score at which the prefix ends, in memory of one weight at a time.
+the answer is the prefix of that order whose elements come nearest to the target. No sorting: where the units of several
+weights or of several sizes compete, some counting rounds over the 64 bits of the scores find the score at which the
+prefix ends, in memory of one weight at a time.
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ def _check_numbers(scores: Scores) -> None:
 
 def _threshold(scores: Sequence[Scores], sizes: Sequence[Sizes], target: float) -> tuple[np.float64, int]:
     """The score at which the running count of elements first exceeds `target`, and the count of those below it."""
+    if len(scores) == 1 and scores[0].size and (each := int(sizes[0].flat[0])) == sizes[0].min() == sizes[0].max():
+        place = int(target // each)
+        found = np.partition(scores[0], place, axis=None)[place]
+        return found, each * int(np.count_nonzero(scores[0] < found))
     prefix, below = 0, 0
     digit_bits = 8 if sum(array.size for array in scores) <= _FEW else 16
     for shift in range(64 - digit_bits, -1, -digit_bits):
