@@ -59,8 +59,6 @@ class Job:
     problems: tuple[Problem, ...]
     original: tuple[F64, ...]
     """The weights of each problem before anything was repaired."""
-    threads: int = 1
-    """That this site may use by itself; the result must not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,9 @@ def rewrite(
                 if first[collected.site] == collected.site:
                     clusters.setdefault(together(collected.site), []).append(collected)
 
-            spare = max(1, threads // len(clusters)) if clusters else 1
-
-            def work(cluster: Sequence[Collected], spare: int = spare) -> tuple[Sequence[Result], float]:
+            def work(cluster: Sequence[Collected]) -> tuple[Sequence[Result], float]:
                 start = time.perf_counter()
-                jobs = [_job(c.site, ops[c.site], c.fit, biases[c.site] is not None, repair, spare) for c in cluster]
+                jobs = [_job(c.site, ops[c.site], c.fit, biases[c.site] is not None, repair) for c in cluster]
                 return solve(jobs), (time.perf_counter() - start) / len(jobs)
 
             # One thread of BLAS for each: the bits of a result must not depend on how many sites are solved at a time.
@@ -194,12 +190,12 @@ def dense(job: Job) -> Result:
     return Result(np.concatenate(solved), float(np.sqrt(lost / all_of_it)) if all_of_it > 0 else 0.0)
 
 
-def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool, threads: int) -> Job:
+def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool) -> Job:
     weights = split(op)
     problems = [problem_of(weight, moments, group, centred=centred) for group, weight in enumerate(weights)]
     if repair:
         problems = [_repaired(problem, moments, group, centred) for group, problem in enumerate(problems)]
-    return Job(site, op, tuple(problems), weights, threads)
+    return Job(site, op, tuple(problems), weights)
 
 
 def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> Problem:

@@ -213,7 +213,7 @@ class SparseLowRank:
             self._split(problem, rank, _zeros_beside(problem, rank, pattern, parameters))
             for rank in self._ranks(problem, pattern, parameters)
         ]
-        forms: list[Form] = [self._pair(problem, split, job.threads) for split in self._finalists(problem, tried)]
+        forms: list[Form] = [self._pair(problem, split) for split in self._finalists(problem, tried)]
         whole = int(parameters / sum(problem.weight.shape)) // self.multiple * self.multiple
         if self.part is None and pattern.sparsity is None and whole:
             forms.append(svd.whitened(problem).truncate(whole))
@@ -251,10 +251,10 @@ class SparseLowRank:
         most = min(min(problem.weight.shape) // self.multiple, math.ceil(parameters / each) - 1)
         return sorted({min(round(part * parameters / each), most) * self.multiple for part in parts})
 
-    def _pair(self, problem: Problem, split: _Split, threads: int) -> Beside:
+    def _pair(self, problem: Problem, split: _Split) -> Beside:
         """Both parts, the sparse one by the best solver there is, fitted to each other."""
         solver = METHODS["auto" if self.data else "magnitude"].solve
-        layer = Layer(np.random.default_rng(0), threads=threads)
+        layer = Layer(np.random.default_rng(0))
         low, rough = split.low, split.rough
         if low is None or rough is None:
             return Beside(solver(problem, split.zeros, layer).weight, None)

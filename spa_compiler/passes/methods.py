@@ -37,7 +37,6 @@ class Layer:
         gated: root mean square of each output after it was multiplied with that of a sibling, `[n]`, where the layer
             is the gate or the up projection of a gated feed-forward block.
         expression: of the method `symbolic`.
-        threads: that this layer may use; the result does not depend on it.
     """
 
     rng: np.random.Generator
@@ -45,7 +44,6 @@ class Layer:
     mask: Mask | None = None
     gated: F64 | None = None
     expression: Expression | None = None
-    threads: int = 1
 
 
 Solver = Callable[[Problem, Zeros, Layer], Solution]
@@ -123,7 +121,7 @@ def _dsnot(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
 
 
 def _swap(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
-    return swap(problem, sparsegpt(problem, zeros).mask, zeros, threads=layer.threads)
+    return swap(problem, sparsegpt(problem, zeros).mask, zeros)
 
 
 def _envelope(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
@@ -141,7 +139,7 @@ def _auto(problem: Problem, zeros: Zeros, layer: Layer) -> Solution:
     start = sparsegpt(problem, zeros)
     found = admm(problem, zeros, start=start.mask)
     if exchangeable(zeros.pattern):
-        return swap(problem, found.mask, zeros, threads=layer.threads)
+        return swap(problem, found.mask, zeros)
     return found
 
 

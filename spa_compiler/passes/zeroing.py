@@ -46,25 +46,25 @@ class Zeroing:
         return Result(rows, _change(rows, np.concatenate(weights)))
 
     def _one(self, job: Job) -> Result:
-        solved = self._solved(job.site, job.problems, job.threads)
+        solved = self._solved(job.site, job.problems)
         rows = np.concatenate(solved)
         lost = sum(problem.loss(weight) for problem, weight in zip(job.problems, solved, strict=True))
         whole = sum(problem.loss(np.zeros_like(problem.weight)) for problem in job.problems)
         return Result(rows, float(np.sqrt(lost / whole)) if whole > 0 else _change(rows, np.concatenate(job.original)))
 
-    def _solved(self, site: int, problems: Sequence[Problem], threads: int = 1) -> list[F64]:
+    def _solved(self, site: int, problems: Sequence[Problem]) -> list[F64]:
         """The new weight of each group."""
         if site in self.worth:
             scale = np.sqrt(self.worth[site])[:, None]
             (alone,) = problems  # no grouped convolution has any
             scaled = replace(alone, weight=alone.weight * scale)
-            return [self.method.solve(scaled, self.zeros[site], self._layer(site, 0, threads)).weight / scale]
+            return [self.method.solve(scaled, self.zeros[site], self._layer(site, 0)).weight / scale]
         return [
-            self.method.solve(problem, self.zeros[site], self._layer(site, group, threads)).weight
+            self.method.solve(problem, self.zeros[site], self._layer(site, group)).weight
             for group, problem in enumerate(problems)
         ]
 
-    def _layer(self, site: int, group: int, threads: int) -> Layer:
+    def _layer(self, site: int, group: int) -> Layer:
         op = self.ops[site]
         height = op.n // op.group
         part = slice(group * height, (group + 1) * height)
@@ -75,7 +75,6 @@ class Zeroing:
             None if mask is None else mask[part],
             None if gated is None else gated[part],
             self.expression,
-            threads,
         )
 
 

@@ -26,7 +26,6 @@ Counts stay as they are: in each output (unstructured, fan-in), in each row of b
 
 from __future__ import annotations
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dpotrf, dpotri
@@ -59,7 +58,6 @@ def swap(
     rounds: int = ROUNDS,
     width: int = WIDTH,
     damping: float = DAMPING,
-    threads: int = 1,
 ) -> Solution:
     """The refitted weights on a support that is no worse than `mask`; it has as many zeros, in the same pattern.
 
@@ -70,7 +68,6 @@ def swap(
         rounds: at most. A group of outputs in which a round changes nothing is done.
         width: candidates on each side.
         damping: of the loss that is lowered.
-        threads: batches of outputs that are worked on at a time; the result does not depend on it.
 
     Raises:
         UsageError: the pattern's units are more than one input wide.
@@ -93,17 +90,11 @@ def swap(
     kept = np.count_nonzero(mask[::height], axis=1)
     firsts = np.flatnonzero((kept > 0) & (kept < k)) * height
     count = max(1, min(_BATCH, _BYTES // (8 * int(kept.max(initial=1)) ** 2)))
-
-    def search(start: int) -> None:
-        batch = firsts[start : start + count]
-        some = [_Outputs(gram, weight[at : at + height], mask[at]) for at in batch]
+    for start in range(0, len(firsts), count):
+        some = [_Outputs(gram, weight[at : at + height], mask[at]) for at in firsts[start : start + count]]
         _search(gram, some, groups, rounds, width)
-        for at, outputs in zip(batch, some, strict=True):
+        for at, outputs in zip(firsts[start : start + count], some, strict=True):
             mask[at : at + height] = outputs.mask
-
-    joblib.Parallel(n_jobs=threads, prefer="threads")(
-        joblib.delayed(search)(start) for start in range(0, len(firsts), count)
-    )
     return Solution(refit(problem, mask, damping), mask)
 
 

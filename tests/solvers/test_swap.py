@@ -13,9 +13,8 @@ from spa_compiler.errors import UsageError
 from spa_compiler.patterns import parse
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import Problem, Zeros
-from spa_compiler.solvers.sparsegpt import sparsegpt
 from spa_compiler.solvers.swap import swap
-from tests.layer_problems import correlated, sampled
+from tests.layer_problems import sampled
 
 EXACT = 1e-6
 """A damping that changes no loss by more than rounding does, where samples abound."""
@@ -161,16 +160,3 @@ def test_wide_blocks_are_refused() -> None:
     problem = sampled(4, 8, 0)
     with pytest.raises(UsageError, match=r"block:4x4.*block:Rx1"):
         swap(problem, np.ones((4, 8), bool), Zeros(parse("block:4x4"), 0.5))
-
-
-@pytest.mark.parametrize("name", ["unstructured", "block:4x1", "2:4"])
-def test_threads_do_not_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spa_compiler.solvers.swap._BATCH", 3)
-    problem, zeros = correlated(24, 32, 4), Zeros(parse(name), 0.5)
-    start = sparsegpt(problem, zeros).mask
-    alone = swap(problem, start, zeros)
-    assert not np.array_equal(alone.mask, start)
-    assert len(start) > 3 * zeros.pattern.rows  # several batches
-    for threads in (2, 4):
-        found = swap(problem, start, zeros, threads=threads)
-        assert found.weight.tobytes() == alone.weight.tobytes()
