@@ -102,3 +102,12 @@ def test_counting_is_noticed_whatever_the_length() -> None:
       y = Gather(x, r)
     }""")
     assert settle(model).counting == {"r"}
+
+
+@pytest.mark.parametrize("by", range(2, 13))
+def test_a_remainder_of_a_size_is_not_fixed(by: int) -> None:
+    model = model_from(f"""g (float[sequence] x) => (int64[1] y) <int64[1] by = {{{by}}}> {{
+      s = Shape(x)
+      y = Mod(s, by)
+    }}""")
+    assert not settle(model).values["y"].fixed.any()

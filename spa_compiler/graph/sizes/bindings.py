@@ -35,8 +35,8 @@ class _Style:
 
 
 _STYLES = (
-    _Style((2, 3), (13, 17), (224, 256), 2),
-    _Style((2, 3), (13, 17), (224, 256), 1),
+    _Style((2, 3), (13, 26), (224, 256), 2),
+    _Style((2, 3), (13, 26), (224, 256), 1),
     _Style((2, 3), (8, 16), (224, 448), 0),
     _Style((2, 3), (128, 64), (64, 32), 0),
     _Style((2, 3), (5, 4), (384, 299), 0),
@@ -50,7 +50,8 @@ _PAST_WORDS = re.compile(r"past", re.IGNORECASE)
 _TOTAL_WORDS = re.compile(r"total", re.IGNORECASE)
 _BATCH_WORDS = re.compile(r"batch", re.IGNORECASE)
 _BATCHES = ((2, 5, 9), (3, 7, 10))
-# each second choice is larger than the first, so that sums and products of them differ as well
+# Each second choice is larger than the first, so that sums and products of them differ as well; and twice a prime where
+# the first is the prime, so that remainders by any smaller number than that prime differ.
 _PRIMES = tuple(n for n in range(13, 1500) if all(n % d for d in range(2, math.isqrt(n) + 1)))
 _ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -140,7 +141,7 @@ class _Binding:
             yield base
         if kind == "batch":
             yield from _BATCHES[self._which]
-        yield from _PRIMES[self._which :: 2]
+        yield from (prime * (1 + self._which) for prime in _PRIMES)
         yield from range(1501 + self._which, 1 << 20, 2)
 
     def _derived(self, dim: str) -> int | None:
