@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import activation, rx1
 from spa_compiler.runtime import link
 from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
+from spa_compiler.targets import host
 from tests.kernel_harness import sparse
 
 F64 = NDArray[np.float64]
@@ -25,6 +27,7 @@ Evaluate = Callable[[Sequence[F64]], F64]  # inputs [tokens, features] -> [token
 MCPU = "x86-64-v4"
 EPSILON = 1e-5
 ARRAY_NAMES = ("indptr", "order", "columns", "values", "bias")
+needs_avx512 = pytest.mark.skipif(not host().runs(MCPU), reason="the kernels need AVX-512")
 
 
 @dataclass

@@ -24,8 +24,8 @@ from spa_compiler.graph.session import open_session, run
 from spa_compiler.passes.recipe import Recipe, from_command_line
 from spa_compiler.report import report as reports
 from tests.folders import ARTIFACT, names
-from tests.marks import needs_avx512
 from tests.networks import mlp, network, weight
+from tests.region_harness import needs_avx512
 
 WIDTH = 256
 pytestmark = pytest.mark.usefixtures("short_races")

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import spa_compiler
-from tests.marks import needs_avx512
+from tests.region_harness import needs_avx512
 
 N, K, LAYERS = 8192, 8192, 9  # 256 MiB each
 

@@ -19,8 +19,8 @@ from spa_compiler.cli.compile import main
 from spa_compiler.targets import host
 from tests.cli.command import invoke
 from tests.folders import ARTIFACT, names
-from tests.marks import needs_avx512
 from tests.networks import mlp
+from tests.region_harness import needs_avx512
 
 pytestmark = pytest.mark.usefixtures("short_races")
 SPARSE = ("--sparsity", "0.9", "--pattern", "block:4x1")

@@ -13,12 +13,12 @@ import pytest
 import spa_compiler
 from spa_compiler.bench import compare, engines
 from spa_compiler.passes.recipe import from_command_line
-from tests.marks import needs_avx512
 from tests.peers import accuracy, accuracy_tables, sources
 from tests.peers.accuracy_bars import BARS, TIMED, Bar, findings, judge, judge_memory, judge_time
 from tests.peers.accuracy_calibration import evaluate
 from tests.peers.accuracy_rows import DENSE, Rows
 from tests.peers.accuracy_settings import METHODS, MODELS
+from tests.region_harness import needs_avx512
 
 pytestmark = [pytest.mark.peers, sources.needs_shared]
 

@@ -25,8 +25,8 @@ from spa_compiler.compiler import Result
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.passes.recipe import from_command_line
-from tests.marks import needs_avx512
 from tests.peers import sources
+from tests.region_harness import needs_avx512
 
 pytestmark = [
     pytest.mark.peers,

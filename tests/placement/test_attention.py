@@ -20,8 +20,7 @@ from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.regions import join
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.runtime.link import link
-from tests.marks import needs_avx512
-from tests.region_harness import MCPU
+from tests.region_harness import MCPU, needs_avx512
 
 HEADS, DEPTH = 3, 8
 WIDTH = HEADS * DEPTH

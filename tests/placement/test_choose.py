@@ -19,8 +19,8 @@ from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import single
 from spa_compiler.placement.sites import Site, find_sites, held
 from spa_compiler.placement.trial import pick
-from tests.marks import needs_avx512
 from tests.networks import F32, model_of, weight
+from tests.region_harness import needs_avx512
 
 RNG = np.random.default_rng(0)
 TEXT = "g (float[N,64] x) => (float[N,64] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"

@@ -24,8 +24,8 @@ from spa_compiler.placement.regions import join
 from spa_compiler.placement.sites import find_sites, held
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
-from tests.marks import needs_avx512
 from tests.networks import F32, network, weight
+from tests.region_harness import needs_avx512
 
 pytestmark = needs_avx512
 TOKENS = (1, 5, 33, 128)

@@ -26,8 +26,8 @@ from spa_compiler.placement.regions import join, single
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
-from tests.marks import needs_avx512
 from tests.networks import F32, network, weight
+from tests.region_harness import needs_avx512
 
 RNG = np.random.default_rng(1)
 

@@ -20,8 +20,8 @@ from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
-from tests.marks import needs_avx512
 from tests.networks import mlp, network, weight
+from tests.region_harness import needs_avx512
 
 WIDTH = 64
 

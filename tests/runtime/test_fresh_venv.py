@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import deployment
-from tests.marks import needs_avx512
-from tests.region_harness import library
+from tests.region_harness import library, needs_avx512
 
 pytestmark = needs_avx512
 NO_NETWORK = ("NewConnectionError", "Temporary failure in name resolution", "ProxyError", "ConnectTimeoutError")

@@ -14,8 +14,7 @@ from elftools.elf.elffile import ELFFile
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.runtime import link
 from spa_compiler.targets.machine import cache_dir
-from tests.marks import needs_avx512
-from tests.region_harness import MCPU, assert_parity, case, library, run, session
+from tests.region_harness import MCPU, assert_parity, case, library, needs_avx512, run, session
 
 # Everything that the C side may call. A new name here is a decision, not an accident.
 IMPORTS = {"calloc", "free", "malloc", "memcpy", "memset", "memmove", "snprintf", "vsnprintf", "sscanf"}

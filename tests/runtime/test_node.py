@@ -12,8 +12,7 @@ import pytest
 from onnx import helper
 
 from spa_compiler.runtime import link
-from tests.marks import needs_avx512
-from tests.region_harness import CASES, MCPU, assert_parity, case, run, session
+from tests.region_harness import CASES, MCPU, assert_parity, case, needs_avx512, run, session
 from tests.runtime_malformed import BAD, edited
 
 pytestmark = needs_avx512

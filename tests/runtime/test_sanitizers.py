@@ -13,8 +13,7 @@ import pytest
 
 from spa_compiler.runtime import link
 from tests import deployment
-from tests.marks import needs_avx512
-from tests.region_harness import CASES, MCPU, case
+from tests.region_harness import CASES, MCPU, case, needs_avx512
 from tests.runtime_malformed import malformed
 
 pytestmark = [needs_avx512, pytest.mark.slow]
