@@ -231,6 +231,19 @@ class Stream:
         return drawn if which is None else which[drawn]
 
 
+def as_it_is(
+    model: Model,
+    sites: Sequence[WeightedOp],
+    samples: Samples,
+    *,
+    threads: int,
+    progress: Progress = lambda what, done, total: None,
+) -> Iterator[Collected]:
+    """Moments of what each site reads in the model as it is, site by site; arguments are those of `Stream`."""
+    for wave in Stream(model, sites, samples, sequential=False, threads=threads, progress=progress):
+        yield from wave
+
+
 def _in_order(
     pool: ThreadPoolExecutor, work: Callable[..., _Made], items: Iterable[tuple[Any, ...]], ahead: int
 ) -> Iterator[_Made]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -169,6 +170,11 @@ class WeightedOp:
     def depthwise(self) -> bool:
         """Whether each output channel of a Conv sees one input channel."""
         return self.kind == "Conv" and self.group > 1 and int(self.weight.shape[1]) == 1
+
+    @property
+    def kernel_size(self) -> int:
+        """Positions of the kernel: 1 for MatMul and Gemm."""
+        return math.prod(self.kernel)
 
     @property
     def is_first_conv(self) -> bool:

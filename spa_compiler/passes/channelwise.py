@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import onnx_graphsurgeon as gs
 
+from spa_compiler.graph.operators import describe
+
 _MOST_STEPS = 64
 """Tensors on the way from one weight to the next: more is no activation any more."""
 
@@ -35,15 +37,8 @@ def sites_behind(tensor: gs.Tensor, places: Mapping[int, int]) -> set[int]:
             sites.add(places[id(node)])
         elif node.op in _CHANNELWISE and not node.domain:
             queue.extend(node.inputs)
-        elif _is_depthwise(node):
+        elif (op := describe(node)) is not None and op.depthwise:
             queue.append(node.inputs[0])
         else:
             return set()
     return sites
-
-
-def _is_depthwise(node: gs.Node) -> bool:
-    """A Conv with one filter for each channel."""
-    weight = node.inputs[1] if node.op == "Conv" and not node.domain and len(node.inputs) > 1 else None
-    shape = None if weight is None else weight.shape
-    return shape is not None and node.attrs.get("group", 1) == shape[0] and shape[1] == 1

@@ -189,7 +189,7 @@ class Factorize:
         if not sites:
             return None
         if self.method == "sparse-low-rank":
-            pattern_of = [self.pattern.on(int(np.prod(site.op.kernel or (1,)))) for site in sites]
+            pattern_of = [self.pattern.on(site.op.kernel_size) for site in sites]
             first = [cluster[0] for cluster in together]  # each weight once
             keep = self._densities(
                 model, [sites[s].op for s in first], [pattern_of[s] for s in first], allocation, context

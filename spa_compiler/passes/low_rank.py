@@ -223,10 +223,9 @@ class SparseLowRank:
     def _split(self, problem: Problem, rank: int, zeros: Zeros) -> _Split:
         """A low-rank part, and which weights beside it are sparse, chosen cheaply."""
         if rank == 0:
-            return _Split(zeros, None, None)
+            return _Split(zeros, None)
         # With data a better solver has the last word on the sparse part, so refitting this one would be lost.
-        low, rough = sparse_low_rank(problem, rank, zeros, refits=0 if self.data else _REFITS)
-        return _Split(zeros, low, rough)
+        return _Split(zeros, sparse_low_rank(problem, rank, zeros, refits=0 if self.data else _REFITS))
 
     def _finalists(self, problem: Problem, tried: Sequence[_Split]) -> Sequence[_Split]:
         """Of several ranks, none at all and the one that a cheap solver loses least with."""
@@ -255,9 +254,9 @@ class SparseLowRank:
         """Both parts, the sparse one by the best solver there is, fitted to each other."""
         solver = METHODS["auto" if self.data else "magnitude"].solve
         layer = Layer(np.random.default_rng(0))
-        low, rough = split.low, split.rough
-        if low is None or rough is None:
+        if split.parts is None:
             return Beside(solver(problem, split.zeros, layer).weight, None)
+        low, rough = split.parts
         if not self.data:
             return Beside(rough.weight, low)
         rest = split.rest(problem)
@@ -278,15 +277,14 @@ class SparseLowRank:
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """A low-rank part and the zeros of the sparse one beside it; no parts where the rank is 0."""
+    """The zeros of the sparse part, and both parts, the sparse one chosen cheaply; none where the rank is 0."""
 
     zeros: Zeros
-    low: svd.Factors | None
-    rough: Solution | None
+    parts: tuple[svd.Factors, Solution] | None
 
     def rest(self, problem: Problem) -> Problem:
         """What is left to the sparse part."""
-        return problem if self.low is None else replace(problem, weight=problem.weight - self.low.weight)
+        return problem if self.parts is None else replace(problem, weight=problem.weight - self.parts[0].weight)
 
 
 def _zeros_beside(problem: Problem, rank: int, pattern: Pattern, parameters: float) -> Zeros:

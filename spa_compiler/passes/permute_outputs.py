@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from spa_compiler import patterns
 from spa_compiler.analysis.groups import Group
-from spa_compiler.calibration.stream import Stream
+from spa_compiler.calibration.stream import as_it_is
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.fold import lift_constants
 from spa_compiler.graph.model import Model, constants
@@ -128,14 +128,8 @@ def _energies(model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapp
     """Of each site the mean square of its inputs, `[groups, k]`."""
     if context.calibration is None:
         return {site: np.ones((op.group, op.k)) for site, op in enumerate(ops)}
-    stream = Stream(
-        model, ops, context.calibration, sequential=False, threads=context.workers, progress=context.progress
-    )
-    return {
-        collected.site: np.diagonal(collected.fit.get("gram"), axis1=1, axis2=2)
-        for wave in stream
-        for collected in wave
-    }
+    each = as_it_is(model, ops, context.calibration, threads=context.workers, progress=context.progress)
+    return {collected.site: np.diagonal(collected.fit.get("gram"), axis1=1, axis2=2) for collected in each}
 
 
 def _scores(ops: Sequence[WeightedOp], energies: Mapping[int, F64], sites: Sequence[int]) -> F64:

@@ -126,7 +126,7 @@ def _lamp(request: Request) -> F64:
 
 
 def _erk(request: Request) -> F64:
-    shapes = [(op.n, op.k // int(np.prod(op.kernel or (1,))), *op.kernel) for op in request.ops]
+    shapes = [(op.n, op.k // op.kernel_size, *op.kernel) for op in request.ops]
     return allocation.erk(shapes, request.sparsity, max_sparsity=request.most)
 
 

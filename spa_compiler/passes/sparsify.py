@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from spa_compiler import patterns
 from spa_compiler.calibration.samples import Samples
-from spa_compiler.calibration.stream import Stream
+from spa_compiler.calibration.stream import as_it_is
 from spa_compiler.criteria import symbolic
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
@@ -96,7 +96,7 @@ class Sparsify:
             check_finite(op)
         samples = context.calibration
         method = self._method(samples)
-        pattern_of = [self.pattern.on(int(np.prod(op.kernel or (1,)))) for op in ops]
+        pattern_of = [self.pattern.on(op.kernel_size) for op in ops]
         scores, masks = self._files(ops, pattern_of)
         allocation = self._allocation(method, samples)
         first = leaders(ops)
@@ -222,10 +222,9 @@ class Sparsify:
         pairs = gates(ops)
         downs = sorted(set(pairs.values()))
         norms: dict[int, F64] = {}
-        for wave in Stream(model, [ops[down] for down in downs], samples, sequential=False, threads=context.workers):
-            for collected in wave:
-                gram = collected.fit.get("gram")[0]
-                norms[downs[collected.site]] = np.sqrt(np.maximum(np.diagonal(gram), 0))
+        for collected in as_it_is(model, [ops[down] for down in downs], samples, threads=context.workers):
+            gram = collected.fit.get("gram")[0]
+            norms[downs[collected.site]] = np.sqrt(np.maximum(np.diagonal(gram), 0))
         return {place: norms[down] for place, down in pairs.items()}
 
     def _worth(self, model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapping[int, F64]:

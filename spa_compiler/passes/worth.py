@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from spa_compiler.calibration.samples import Samples
-from spa_compiler.calibration.stream import Progress, Stream
+from spa_compiler.calibration.stream import Progress, as_it_is
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes.channelwise import sites_behind
@@ -37,7 +37,7 @@ def readers(ops: Sequence[WeightedOp]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for reader, op in enumerate(ops):
         for writer in sorted(sites_behind(op.node.inputs[0], places)):
-            if op.group == 1 == ops[writer].group and ops[writer].n * _kernel(op) == op.k:
+            if op.group == 1 == ops[writer].group and ops[writer].n * op.kernel_size == op.k:
                 found.setdefault(writer, []).append(reader)
     return found
 
@@ -57,26 +57,19 @@ def worth_of_outputs(
         return {}
     spread: dict[int, F64] = {}
     written: dict[int, F64] = {}
-    stream = Stream(model, [ops[site] for site in asked], samples, sequential=False, threads=threads, progress=progress)
-    for wave in stream:
-        for collected in wave:
-            site = asked[collected.site]
-            problem = problem_of(split(ops[site])[0], collected.fit, centred=True)
-            spread[site] = np.maximum(np.diagonal(problem.gram), 0)
-            written[site] = np.einsum("ij,ij->i", problem.weight @ problem.gram, problem.weight)
+    for collected in as_it_is(model, [ops[site] for site in asked], samples, threads=threads, progress=progress):
+        site = asked[collected.site]
+        problem = problem_of(split(ops[site])[0], collected.fit, centred=True)
+        spread[site] = problem.variance
+        written[site] = np.einsum("ij,ij->i", problem.weight @ problem.gram, problem.weight)
     worth: dict[int, F64] = {}
     for writer, several in found.items():
         value = np.zeros(ops[writer].n)
         for reader in several:
             energy = np.square(np.asarray(ops[reader].rows(), np.float64)).sum(axis=0) * spread[reader]
-            value += energy.reshape(-1, _kernel(ops[reader])).sum(axis=1)
+            value += energy.reshape(-1, ops[reader].kernel_size).sum(axis=1)
         own = written[writer]
         if own.mean() > 0 and value.mean() > 0:
             value = value / np.maximum(own, _FLOOR * own.mean())
             worth[writer] = np.maximum(value / value.mean(), _FLOOR)
     return worth
-
-
-def _kernel(op: WeightedOp) -> int:
-    """Positions of its kernel."""
-    return int(np.prod(op.kernel or (1,)))
