@@ -16,6 +16,7 @@ _CHANNELWISE = frozenset(
     | {"Swish", "Silu", "Elu", "LeakyRelu", "Softplus", "Mish", "Identity", "Cast", "Clip", "FastGelu", "QuickGelu"}
     | {"BatchNormalization", "MaxPool", "AveragePool", "GlobalAveragePool"}
 )
+_DOMAINS = (None, "", "com.microsoft")
 
 
 def sites_behind(tensor: gs.Tensor, places: Mapping[int, int]) -> set[int]:
@@ -35,7 +36,7 @@ def sites_behind(tensor: gs.Tensor, places: Mapping[int, int]) -> set[int]:
         node = current.inputs[0]
         if id(node) in places:
             sites.add(places[id(node)])
-        elif node.op in _CHANNELWISE and not node.domain:
+        elif node.op in _CHANNELWISE and node.domain in _DOMAINS:
             queue.extend(node.inputs)
         elif (op := describe(node)) is not None and op.depthwise:
             queue.append(node.inputs[0])

@@ -34,9 +34,8 @@ Method: TypeAlias = Literal["whitened", "svd", "fwsvd", "tucker", "sparse-low-ra
 _PARTS = (0.1, 0.2, 0.3)
 """Shares of the parameters that the low-rank part beside a sparse weight may get, besides none and all."""
 
-_REFITS = 5
 _POLISH = 3
-"""Rounds in which both parts are fitted to each other, at most: without data, and with."""
+"""Rounds in which both parts are fitted to each other, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +223,8 @@ class SparseLowRank:
         """A low-rank part, and which weights beside it are sparse, chosen cheaply."""
         if rank == 0:
             return _Split(zeros, None)
-        # With data a better solver has the last word on the sparse part, so refitting this one would be lost.
-        return _Split(zeros, sparse_low_rank(problem, rank, zeros, refits=0 if self.data else _REFITS))
+        # A better solver has the last word on the sparse part, so refitting this one would be lost.
+        return _Split(zeros, sparse_low_rank(problem, rank, zeros, refits=0))
 
     def _finalists(self, problem: Problem, tried: Sequence[_Split]) -> Sequence[_Split]:
         """Of several ranks, none at all and the one that a cheap solver loses least with."""
@@ -257,8 +256,6 @@ class SparseLowRank:
         if split.parts is None:
             return Beside(solver(problem, split.zeros, layer).weight, None)
         low, rough = split.parts
-        if not self.data:
-            return Beside(rough.weight, low)
         rest = split.rest(problem)
         sparse = solver(rest, split.zeros, layer)
         if rest.loss(rough.weight) < rest.loss(sparse.weight):

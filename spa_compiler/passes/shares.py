@@ -35,8 +35,9 @@ Name: TypeAlias = Literal["auto", "uniform", "global", "lamp", "erk", "error", "
 NEEDS_DATA = frozenset({"error", "proportional", "ecoflap", "evolution"})
 
 _STEPS = (-0.48, -0.35, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
-"""Levels around the sparsity that is asked for. Some layers, like EfficientNet-Lite0's fourth projection, which alone
-changes the outputs more than all others together, should have next to no zeros."""
+"""Levels around the sparsity that is asked for. Down to no zeros the error is taken to fall in a straight line from the
+lowest one, so that should lie low: layers like EfficientNet-Lite0's fourth projection, which alone changes the outputs
+more than all others together, end up there."""
 
 _EVEN_STEPS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2)
 """Levels that layers can trade one for one."""

@@ -37,7 +37,7 @@ def readers(ops: Sequence[WeightedOp]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for reader, op in enumerate(ops):
         for writer in sorted(sites_behind(op.node.inputs[0], places)):
-            if op.group == 1 == ops[writer].group and ops[writer].n * op.kernel_size == op.k:
+            if ops[writer].group == 1 and ops[writer].n * op.kernel_size == op.k:
                 found.setdefault(writer, []).append(reader)
     return found
 

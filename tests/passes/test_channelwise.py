@@ -7,7 +7,7 @@ import pytest
 
 from spa_compiler.graph.operators import weighted_ops
 from spa_compiler.passes.channelwise import sites_behind
-from tests.networks import model_of
+from tests.networks import WITH_MICROSOFT, model_of
 
 RNG = np.random.default_rng(0)
 
@@ -35,6 +35,25 @@ def behind(text: str, reader: str, **weights: np.ndarray) -> set[str]:
 def test_activations_hand_channels_on(steps: str) -> None:
     text = f"agraph (float[n, 4] x) => (float[n, 3] y) {{ h = MatMul (x, W) {steps} y = MatMul (r, V) }}"
     assert behind(text, "y", W=f32(4, 6), V=f32(6, 3), b=f32(6)) == {"h"}
+
+
+@pytest.mark.parametrize("step", ["r = com.microsoft.QuickGelu (h)", "r = com.microsoft.FastGelu (h, b)"])
+def test_so_do_those_of_onnx_runtime(step: str) -> None:
+    text = f"agraph (float[n, 4] x) => (float[n, 3] y) {{ h = MatMul (x, W) {step} y = MatMul (r, V) }}"
+    model = model_of(text, WITH_MICROSOFT, W=f32(4, 6), V=f32(6, 3), b=f32(6))
+    ops = weighted_ops(model.graph)
+    reader = next(op for op in ops if op.n == 3)
+    assert sites_behind(reader.node.inputs[0], {id(op.node): n for n, op in enumerate(ops)}) == {0}
+
+
+def test_a_stranger_of_a_known_name_ends_the_way() -> None:
+    text = "agraph (float[n, 4] x) => (float[n, 3] y) { h = MatMul (x, W) r = Relu (h) y = MatMul (r, V) }"
+    model = model_of(text, W=f32(4, 6), V=f32(6, 3))
+    ops = weighted_ops(model.graph)
+    places = {id(op.node): number for number, op in enumerate(ops)}
+    assert sites_behind(ops[1].node.inputs[0], places) == {0}
+    ops[1].node.inputs[0].inputs[0].domain = "someone.else"
+    assert sites_behind(ops[1].node.inputs[0], places) == set()
 
 
 @pytest.mark.parametrize("step", ["r = Softmax (h)", "r = Transpose <perm = [1, 0]> (h)", "r = CumSum (h, one)"])

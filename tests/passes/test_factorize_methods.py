@@ -188,6 +188,20 @@ def test_sparse_and_low_rank_is_not_worse_than_either_alone(rank: int, spikes: f
         assert both < 0.8 * min(error("sparse"), error("whitened" if data else "svd"))
 
 
+@pytest.mark.parametrize("data", [False, True])
+def test_both_parts_are_fitted_to_each_other(data: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def error() -> float:
+        text = 'agraph (float["b", 32] x) => (float["b", 32] y) { h = MatMul (x, W) y = LayerNormalization (h, one) }'
+        model = model_of(text, W=spiky(3, 0.08), one=np.ones(32, np.float32))
+        given = samples(*({"x": correlated(64, 32, seed)} for seed in range(3))) if data else None
+        options = {"params": 0.4, "method": "sparse-low-rank", "rank": 0.4}
+        return factorize(model, context(given), **options).sites[0].error
+
+    fitted = error()
+    monkeypatch.setattr("spa_compiler.passes.low_rank._POLISH", 0)
+    assert fitted < 0.999 * error()
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "block:4x1", "block:3x2", "2:4", "1:4", "fan-in", "channel"])
 @pytest.mark.parametrize("data", [False, True])
 @pytest.mark.parametrize("rank", [None, 0.3, 0.9])

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from spa_compiler.calibration.moments import Moments
+from spa_compiler.graph.bias import bias_of
 from spa_compiler.graph.operators import WeightedOp, weighted_ops
 from spa_compiler.graph.session import Feeds
+from spa_compiler.passes import layerwise
 from spa_compiler.passes.layerwise import Job, problem_of, rewrite, split
 from tests.networks import model_of
 from tests.passes.layered import F64, grouped, only, patches, pictures, ridge, shaken, solving, values, whole, written
@@ -229,3 +231,14 @@ def test_tiny_is_what_these_tests_take_it_for() -> None:
     feed: Feeds = {"x": correlated(5, WIDTH, 0)}
     shapes = {name: array.shape for name, array in values(feed_forward(), ["r0", "q0"], samples(feed)).items()}
     assert shapes == {"r0": (5, HIDDEN), "q0": (5, WIDTH)}
+
+
+@pytest.mark.parametrize("size", ["batch", None])
+def test_only_tensors_of_one_known_shape_are_added_up(size: str | None) -> None:
+    model = feed_forward()
+    ops = weighted_ops(model.graph)
+    biases = [bias_of(op, model.graph) for op in ops]
+    tensors = model.graph.tensors()
+    for name in ("q0", "x"):
+        tensors[name].shape = [size, WIDTH]
+    assert layerwise._residuals(ops, biases) == ({1: "x"} if size else {})

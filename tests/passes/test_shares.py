@@ -109,6 +109,17 @@ def test_the_budget_is_met(name: Name, case: str, sparsity: float) -> None:
         assert total == pytest.approx(sparsity * sizes.sum(), rel=1e-9)
 
 
+def test_a_layer_that_all_hangs_on_gets_zeros_for_its_equal_half_alone() -> None:
+    rng = np.random.default_rng(0)
+    lines = " ".join(f"h{i} = MatMul (x, w{i})" for i in range(5))
+    text = f"g (float[batch, {WIDTH}] x) => (float[batch, 8] y) {{ {lines} y = Sum (h0, h1, h2, h3, h4) }}"
+    weights = {f"w{i}": rng.standard_normal((WIDTH, 8)) * (1 if i else 1000) for i in range(5)}
+    model = model_of(text, **{name: values.astype(np.float32) for name, values in weights.items()})
+    share = allocate("error", request_of(model, 0.5, calibration()))
+    assert share[0] == pytest.approx((0 + 0.5) / 2)  # half way from an equal share to none
+    assert share[1:].min() > 0.5
+
+
 @pytest.mark.parametrize("pattern", ["block:4x1", "block:3x2", "fan-in", "channel"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_budget_is_met_in_units_of_a_pattern(name: Name, pattern: str) -> None:

@@ -35,6 +35,16 @@ def test_widths_that_do_not_fit_are_no_readers() -> None:
     assert readers(weighted_ops(model.graph)) == {}
 
 
+def test_a_grouped_convolution_takes_no_part() -> None:
+    text = """agraph (float[1, 4, 5, 5] x) => (float[1, 3, 5, 5] y) {
+      h = Conv <group = 2> (x, W) r = Relu (h) y = Conv (r, V)
+    }"""
+    weights = {"W": np.ones((6, 2, 1, 1), np.float32), "V": np.ones((3, 6, 1, 1), np.float32)}
+    ops = weighted_ops(model_of(text, **weights).graph)
+    assert [op.group for op in ops] == [2, 1]
+    assert readers(ops) == {}
+
+
 def test_the_worth_is_that_of_the_definition() -> None:
     model = block()
     feeds = [{"x": correlated(50, 8, seed)} for seed in range(3)]
