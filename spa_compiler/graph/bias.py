@@ -68,6 +68,7 @@ def bias_of(op: WeightedOp, graph: gs.Graph) -> Bias | None:
 def _is_vector(held: gs.Constant, op: WeightedOp) -> bool:
     """Whether a constant has one value for each output and broadcasts over all else."""
     shape = tuple(int(size) for size in held.shape)
+    # With one output, which of several axes is that of the outputs does not show in a shape of ones.
     if prod(shape) != op.n or (op.n == 1 and len(shape) > 1):
         return False
     if op.kind != "Conv":

@@ -20,6 +20,7 @@ from spa_compiler.errors import ModelError
 from spa_compiler.graph import external, metadata, structure
 from spa_compiler.graph.damage import diagnose
 from spa_compiler.graph.model import Dim, Model, Signature, Source, ValueInfo
+from spa_compiler.graph.sparse import densify
 from spa_compiler.graph.structure import has_data
 from spa_compiler.graph.surgeon import import_graph
 from spa_compiler.graph.weights import LARGE_BYTES
@@ -93,6 +94,8 @@ def _build(proto: onnx.ModelProto, path: Path | None, size: int) -> Model:
         )
     work, large = _set_aside(proto)
     _check_sizes(large.values(), where)
+    if sparse := densify(work.graph, where):
+        notes.append(f"{len(sparse)} sparse initializers made dense: {_some(sparse)}")
     opset = _normalize_domains(work, where)
     if work.functions:
         notes.append(f"{len(work.functions)} local functions inlined")
@@ -251,7 +254,6 @@ def _normalize_domains(work: onnx.ModelProto, where: str) -> int:
 def _drop_listed_initializers(work: onnx.ModelProto) -> list[str]:
     """Initializers need no entry among the inputs since IR version 4; what has a value is a constant."""
     names = {tensor.name for tensor in work.graph.initializer}
-    names |= {tensor.values.name for tensor in work.graph.sparse_initializer}
     listed = [value.name for value in work.graph.input if value.name in names]
     if listed:
         true_inputs = [value for value in work.graph.input if value.name not in names]

@@ -17,7 +17,6 @@ stream as in K-prune (Park et al., 2024).
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import F64, Problem
+from spa_compiler.targets import host
 
 RIDGE = 0.3
 """Of the Gram matrix's mean diagonal: how strongly W1 is drawn to W0. On calibration hold-outs (2:4 on MiniLM, 50 % on
@@ -111,7 +111,7 @@ def rewrite(
     numbers = {id(node): number for number, node in enumerate(model.graph.nodes)}
     biases = [bias_of(op, model.graph) for op in ops]
     targets = _residuals(ops, biases) if repair else {}
-    stream = Stream(model, ops, samples, targets=targets, threads=os.cpu_count() or 1, progress=progress, seed=seed)
+    stream = Stream(model, ops, samples, targets=targets, threads=host().cores_physical, progress=progress, seed=seed)
     first = leaders(ops, stream.waves.waves)
     outcomes: dict[int, Outcome] = {}
     with contextlib.closing(stream.__iter__()) as waves:  # what waits on disk goes, whatever happens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -28,6 +27,7 @@ from spa_compiler.passes.ranks import Layer, Rank
 from spa_compiler.solvers.problem import F64, Problem
 from spa_compiler.solvers.svd import Factors
 from spa_compiler.solvers.tucker import Tucker
+from spa_compiler.targets import host
 
 Allocation: TypeAlias = Literal["uniform", "error", "welore"]
 Unit: TypeAlias = Literal["params", "macs"]
@@ -168,7 +168,7 @@ class Planner:
             for number, cluster in enumerate(self.clusters):
                 yield {number: [without_data(ops[site]) for site in cluster]}
             return
-        stream = Stream(self.model, ops, self.context.calibration, sequential=False, threads=os.cpu_count() or 1)
+        stream = Stream(self.model, ops, self.context.calibration, sequential=False, threads=host().cores_physical)
         for wave in stream:
             found: dict[int, list[Problem]] = {}
             for collected in wave:
@@ -185,7 +185,8 @@ class Planner:
         samples = self.context.calibration
         if samples is None or weight_bytes(self.model) > PROTOBUF_LIMIT:
             return None
-        probe = Probe(self.model, [site.op for site in self.sites], samples, most=_PROBED, threads=os.cpu_count() or 1)
+        sites = [site.op for site in self.sites]
+        probe = Probe(self.model, sites, samples, most=_PROBED, threads=host().cores_physical)
         found = np.zeros(len(layers))
         for number, layer in enumerate(layers):
             self.context.progress("measuring what the outputs make of it", number, len(layers))

@@ -6,7 +6,6 @@ sparsity, and how much the model's outputs make of it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -29,6 +28,7 @@ from spa_compiler.patterns.selection import keep_highest_with_floor
 from spa_compiler.solvers import allocation
 from spa_compiler.solvers.problem import F64, Zeros
 from spa_compiler.solvers.sparsegpt import sparsegpt
+from spa_compiler.targets import host
 
 Name: TypeAlias = Literal["auto", "uniform", "global", "lamp", "erk", "error", "proportional", "ecoflap", "evolution"]
 
@@ -166,7 +166,7 @@ def _measure(
             weights.append(np.concatenate(parts).astype(op.weight.dtype))
         return collected.site, losses, weights
 
-    stream = Stream(request.model, request.ops, request.samples, sequential=False, threads=os.cpu_count() or 1)
+    stream = Stream(request.model, request.ops, request.samples, sequential=False, threads=host().cores_physical)
     done = 0
     for wave in stream:
         with threadpool_limits(1, "blas"):
@@ -204,7 +204,7 @@ def _probe(request: Request, solved: Mapping[int, F64]) -> F64 | None:
 
 def _make_probe(request: Request) -> Probe:
     assert request.samples is not None
-    return Probe(request.model, request.ops, request.samples, most=_PROBED, threads=os.cpu_count() or 1)
+    return Probe(request.model, request.ops, request.samples, most=_PROBED, threads=host().cores_physical)
 
 
 def _error(request: Request) -> F64:
