@@ -32,11 +32,15 @@ class Moments:
 
     Each is `[groups, ...]`: one set for every group of a grouped convolution, one in all else. `cross` is E[x z^T];
     `extra` is E[x t^T] with a target `t [n]` besides.
+
+    `half` has `mean` and `gram` of every second feed alone, from which one can tell what is chance in them; None where
+    nobody kept it.
     """
 
     groups: int
     k: int
     count: int = 0
+    half: Moments | None = None
     _sums: dict[str, Array] = field(default_factory=dict)
 
     def add(self, x: F32, z: F32 | None = None, target: F32 | None = None) -> None:
@@ -52,11 +56,23 @@ class Moments:
             self._add("target_mean", target.sum(axis=1, dtype=np.float64))
             self._add("extra", x.transpose(0, 2, 1) @ target)
 
-    def merge(self, other: Moments) -> None:
-        """Adds what another counted."""
+    def merge(self, other: Moments, *, into_half: bool = False) -> None:
+        """Adds what another counted; into the half, too, if it is asked for."""
         self.count += other.count
         for name, value in other._sums.items():
             self._add(name, value)
+        if into_half:
+            self.half = self.half or Moments(self.groups, self.k)
+            self.half.count += other.count
+            for name in ("mean", "gram"):
+                self.half._add(name, other._sums[name])
+
+    def without_half(self) -> Moments:
+        """`mean` and `gram` of what is not in the half."""
+        assert self.half is not None
+        rest = Moments(self.groups, self.k, self.count - self.half.count)
+        rest._sums = {name: self._sums[name] - value for name, value in self.half._sums.items()}
+        return rest
 
     def _add(self, name: str, value: Array) -> None:
         held = self._sums.get(name)

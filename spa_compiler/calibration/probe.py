@@ -25,12 +25,22 @@ class Probe:
     Args:
         sites: whose weights can be changed. Sites with one weight change together.
         most: samples to keep in memory, with the outputs of the model as it is. Padding does not count.
+        half: only every second feed, those that `Moments.half` is of; all where there is but one.
 
     Raises:
         ModelError: the weights do not fit one protobuf message (2 GB).
     """
 
-    def __init__(self, model: Model, sites: Sequence[WeightedOp], samples: Samples, *, most: int, threads: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        sites: Sequence[WeightedOp],
+        samples: Samples,
+        *,
+        most: int,
+        threads: int,
+        half: bool = False,
+    ) -> None:
         proto = to_proto(model)
         self._sites = sites
         self._own = {op.weight.name: array_of(op.weight) for op in sites}
@@ -43,11 +53,11 @@ class Probe:
         self._session = open_session(proto.SerializeToString(), threads=threads)
         self._feeds: list[tuple[Feeds, NDArray[np.bool_] | None, Feeds]] = []
         left = most
-        for sample in samples.feeds():
+        seen = (sample for sample in samples.feeds() if not sample.held)
+        several = sum(not samples.holds_out(number) for number in range(samples.count)) > 1
+        for sample in itertools.islice(seen, 1, None, 2) if half and several else seen:
             if left <= 0:
                 break
-            if sample.held:
-                continue
             self._feeds.append((sample.feed, sample.mask, run(self._session, sample.feed | self._own)))
             left -= size_of(sample.feed)
 

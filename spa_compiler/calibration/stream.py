@@ -145,9 +145,9 @@ class Stream:
         feeds = self._read(runs[NOW], last) if wave == 0 else self._common(wave, runs[NOW])
         # Feeds side by side, one thread each, added up in their order: the bits do not depend on how many threads.
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(self.threads) as pool:
-            for parts in _in_order(pool, work, enumerate(feeds), self.threads):
+            for number, parts in enumerate(_in_order(pool, work, enumerate(feeds), self.threads)):
                 for key, part in parts.items():
-                    whole[key].merge(part)
+                    whole[key].merge(part, into_half=number % 2 == 1)
         for site, key in keys.items():
             if not whole[key].finite:
                 raise ModelError(

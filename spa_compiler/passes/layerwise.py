@@ -37,6 +37,7 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.solvers.least_squares import refit
 from spa_compiler.solvers.problem import F64, Problem
+from spa_compiler.solvers.shrinkage import shrinkage, shrunk
 from spa_compiler.targets import host
 
 RIDGE = 0.3
@@ -47,7 +48,10 @@ _NOISE = 1e-6
 """Of a weight's norm: what rounding may make of the moments of two equal runs."""
 
 _ENOUGH = 2
-"""Positions for each input from which on a Gram matrix is taken as it is."""
+"""Positions for each input from which on a repair is trusted."""
+
+_PLENTY = 512
+"""Positions for each input from which on nobody asks what is chance: EfficientNet-Lite0's layers answer 0 there."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Result:
 
     rows: NDArray[Any]
     error: float
-    """Relative to the output that the site should give, over the samples that it was solved on."""
+    """Relative to the output that the site should give, in the metric that it was solved in: over the samples, with
+    what is taken for chance left out."""
     form: Any = None
 
 
@@ -153,16 +158,52 @@ def rewrite(
 def problem_of(weight: F64, moments: Moments, group: int = 0, *, centred: bool = False) -> Problem:
     """The problem of one group, from moments of one run.
 
-    Where there are fewer than two positions for each input, the Gram matrix is mixed with its diagonal: what a few
-    samples say about how inputs hang together is mostly chance.
+    What is chance in the Gram matrix is taken out, by how far two halves of the samples agree. Where they cannot tell
+    or there are fewer than two positions for each input, it is drawn to its diagonal by up to a half.
     """
-    gram, mean = moments.get("gram")[group], moments.get("mean")[group]
-    if centred:
-        gram = gram - np.outer(mean, mean)
-    few = 1 - _trust(moments)
-    if few > 0:
-        gram = gram * (1 - few / 2) + np.diag(np.diagonal(gram)) * (few / 2)
-    return Problem(weight, gram, mean, moments.count, centred)
+    share, halves = (1 - _trust(moments)) / 2, _halves(moments)
+    if halves is not None and moments.count < _PLENTY * moments.k:
+        chance = shrinkage(weight, *(gram_of(half, group, centred) for half in halves))
+        # The best odds of chance against truth are in proportion to 1 / samples: there are twice as many as in a half.
+        share = max(share, chance / (2 - chance))
+    return _problem(weight, moments, group, centred, share)
+
+
+def judged(weight: F64, moments: Moments, group: int = 0, *, centred: bool = False) -> tuple[Problem, Problem]:
+    """A problem to solve, from one half of the samples, and one to judge its solution by, from the other.
+
+    Both are the problem of all samples where there are no halves.
+    """
+    halves = _halves(moments)
+    if halves is None:
+        whole = problem_of(weight, moments, group, centred=centred)
+        return whole, whole
+    seen, unseen = halves
+    share = (1 - _trust(seen)) / 2
+    if moments.count < _PLENTY * moments.k:
+        share = max(share, shrinkage(weight, gram_of(seen, group, centred), gram_of(unseen, group, centred)))
+    return _problem(weight, seen, group, centred, share), _problem(weight, unseen, group, centred, 0.0)
+
+
+def _problem(weight: F64, moments: Moments, group: int, centred: bool, share: float) -> Problem:
+    gram = shrunk(gram_of(moments, group, centred), share)
+    return Problem(weight, gram, moments.get("mean")[group], moments.count, centred)
+
+
+def _halves(moments: Moments) -> tuple[Moments, Moments] | None:
+    """Moments of two halves of the samples, the one that `Probe` asks by default last; None where one has nothing."""
+    if moments.half is None or not 0 < moments.half.count < moments.count:
+        return None
+    return moments.without_half(), moments.half
+
+
+def gram_of(moments: Moments, group: int, centred: bool) -> F64:
+    """The Gram matrix of the samples as they are, `[k, k]`."""
+    gram: F64 = moments.get("gram")[group]
+    if not centred:
+        return gram
+    mean = moments.get("mean")[group]
+    return np.asarray(gram - np.outer(mean, mean))
 
 
 def _trust(moments: Moments) -> float:
@@ -209,7 +250,9 @@ def _repaired(problem: Problem, moments: Moments, group: int, centred: bool) -> 
         right += extra - np.outer(mean, moments.get("target_mean")[group]) if centred else extra
     if not right.any():
         return problem
-    moved = scipy.linalg.solve(problem.damped(RIDGE), right * _trust(moments), assume_a="pos")
+    # The ridge does here what shrinkage does in the solvers: it was chosen on Gram matrices as they are.
+    damped = replace(problem, gram=gram_of(moments, group, centred)).damped(RIDGE)
+    moved = scipy.linalg.solve(damped, right * _trust(moments), assume_a="pos")
     return replace(problem, weight=problem.weight + moved.T)
 
 

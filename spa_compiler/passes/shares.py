@@ -22,7 +22,7 @@ from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.graph.save import PROTOBUF_LIMIT, weight_bytes
-from spa_compiler.passes.layerwise import problem_of, split
+from spa_compiler.passes.layerwise import judged, split
 from spa_compiler.patterns import Pattern
 from spa_compiler.patterns.selection import keep_highest_with_floor
 from spa_compiler.solvers import allocation
@@ -145,6 +145,9 @@ def _measure(
 ) -> _Measured:
     """Solves every layer by itself at every level, from the moments of the model as it is.
 
+    It is solved on one half of the samples and judged on the other: layers with many inputs and few positions look much
+    better on what they were solved on than they are, and would get too many zeros.
+
     Args:
         keep: called with (layer, number of the level, weights), for a database.
     """
@@ -156,12 +159,12 @@ def _measure(
 
     def work(collected: Collected) -> tuple[int, list[float], list[F64]]:
         op, pattern = request.ops[collected.site], request.patterns[collected.site]
-        problems = [problem_of(w, collected.fit, g, centred=True) for g, w in enumerate(split(op))]
-        whole = sum(problem.loss(np.zeros_like(problem.weight)) for problem in problems)
+        pairs = [judged(w, collected.fit, g, centred=True) for g, w in enumerate(split(op))]
+        whole = sum(judge.loss(np.zeros_like(judge.weight)) for _, judge in pairs)
         losses, weights = [], []
         for level in levels:
-            parts = [sparsegpt(problem, Zeros(pattern, level)).weight for problem in problems]
-            lost = sum(problem.loss(part) for problem, part in zip(problems, parts, strict=True))
+            parts = [sparsegpt(problem, Zeros(pattern, level)).weight for problem, _ in pairs]
+            lost = sum(judge.loss(part) for (_, judge), part in zip(pairs, parts, strict=True))
             losses.append(lost / whole if whole > 0 else 0.0)
             weights.append(np.concatenate(parts).astype(op.weight.dtype))
         return collected.site, losses, weights
@@ -194,7 +197,7 @@ def _probe(request: Request, solved: Mapping[int, F64]) -> F64 | None:
     """
     if weight_bytes(request.model) > PROTOBUF_LIMIT:
         return None
-    probe = _make_probe(request)
+    probe = _make_probe(request, half=True)
     changes = np.zeros(len(request.ops))
     for site in range(len(request.ops)):
         changes[site] = probe.change({site: solved[site]})
@@ -202,9 +205,9 @@ def _probe(request: Request, solved: Mapping[int, F64]) -> F64 | None:
     return changes
 
 
-def _make_probe(request: Request) -> Probe:
+def _make_probe(request: Request, *, half: bool) -> Probe:
     assert request.samples is not None
-    return Probe(request.model, request.ops, request.samples, most=_PROBED, threads=host().cores_physical)
+    return Probe(request.model, request.ops, request.samples, most=_PROBED, threads=host().cores_physical, half=half)
 
 
 def _error(request: Request) -> F64:
@@ -229,7 +232,7 @@ def _proportional(request: Request) -> F64:
 
 
 def _ecoflap(request: Request) -> F64:
-    probe = _make_probe(request)
+    probe = _make_probe(request, half=False)
 
     def loss(layer: int, direction: int, seed: int) -> float:
         rows = np.asarray(request.ops[layer].rows(), np.float64)
@@ -250,7 +253,7 @@ def _evolution(request: Request) -> F64:
         measured.levels, measured.losses, request.sizes, request.sparsity, max_sparsity=request.most
     )
     start = allocation.to_levels(shares, request.sizes, measured.levels)
-    probe = _make_probe(request)
+    probe = _make_probe(request, half=True)
 
     def fitness(choice: tuple[int, ...], feeds: int) -> float:
         return probe.change({site: database[site, level] for site, level in enumerate(choice)}, feeds)

@@ -21,7 +21,7 @@ from spa_compiler.calibration.stream import Progress, as_it_is
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes.channelwise import sites_behind
-from spa_compiler.passes.layerwise import problem_of, split
+from spa_compiler.passes.layerwise import gram_of, split
 from spa_compiler.solvers.problem import F64
 
 _FLOOR = 1e-6
@@ -59,9 +59,9 @@ def worth_of_outputs(
     written: dict[int, F64] = {}
     for collected in as_it_is(model, [ops[site] for site in asked], samples, threads=threads, progress=progress):
         site = asked[collected.site]
-        problem = problem_of(split(ops[site])[0], collected.fit, centred=True)
-        spread[site] = problem.variance
-        written[site] = np.einsum("ij,ij->i", problem.weight @ problem.gram, problem.weight)
+        gram, weight = gram_of(collected.fit, 0, centred=True), split(ops[site])[0]
+        spread[site] = np.maximum(np.diagonal(gram), 0)
+        written[site] = np.einsum("ij,ij->i", weight @ gram, weight)
     worth: dict[int, F64] = {}
     for writer, several in found.items():
         value = np.zeros(ops[writer].n)

@@ -163,3 +163,21 @@ def test_operators_that_read_alike_share_a_geometry() -> None:
     a, b, c = map(Geometry.of, weighted_ops(model.graph))
     assert a == b != c
     assert Geometry("rows") not in (a, c)
+
+
+def test_the_half_has_what_was_merged_into_it_and_the_rest_what_was_not() -> None:
+    parts = [normal(1, count, 3, seed=count) for count in (4, 5, 6, 7)]
+    whole = Moments(1, 3)
+    for number, x in enumerate(parts):
+        part = Moments(1, 3)
+        part.add(x, x)
+        whole.merge(part, into_half=number % 2 == 1)
+    assert whole.half is not None
+    for got, rows in (
+        (whole, np.concatenate(parts, axis=1)),
+        (whole.half, np.concatenate(parts[1::2], axis=1)),
+        (whole.without_half(), np.concatenate(parts[::2], axis=1)),
+    ):
+        assert got.count == rows.shape[1]
+        np.testing.assert_allclose(got.get("gram"), rows.transpose(0, 2, 1) @ rows / got.count, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got.get("mean"), rows.mean(axis=1), rtol=1e-5, atol=1e-6)

@@ -124,3 +124,14 @@ def test_half_precision() -> None:
     )
     probe = Probe(model, weighted_ops(model.graph), samples([{"x": np.array([[3, 4]], np.float16)}]), most=1, threads=1)
     assert probe.change({0: np.diag([1.0, 0.5])}) == pytest.approx(4 / 25)
+
+
+@pytest.mark.parametrize(("count", "asked"), [(1, [0]), (2, [0]), (3, [1]), (5, [1, 3])])
+def test_half_of_the_feeds_are_every_second_one(count: int, asked: list[int]) -> None:
+    """The last one is held out where there are several."""
+    model, given = layers(), feeds(count)
+    ops = weighted_ops(model.graph)
+    changed = {1: ops[1].rows() * 0.5}
+    everything = Samples(lambda: iter(given), len(given))
+    probe = Probe(model, ops, everything, most=100, threads=1, half=True)
+    assert probe.change(changed) == pytest.approx(by_hand(changed, [given[number] for number in asked]), rel=1e-5)

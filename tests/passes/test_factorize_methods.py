@@ -98,7 +98,9 @@ def test_goals_of_each_layer_are_met(goal: str, value: float, method: str, dtype
 
 def test_the_error_is_that_of_the_output_and_no_cheaper_rank_would_do() -> None:
     """With a bias: what the output loses beyond its mean, which the bias makes up for."""
-    feeds = [{"x": correlated(64, WIDTH, seed)} for seed in range(3)]
+    feeds = [
+        {"x": correlated(256 * WIDTH, WIDTH, seed)} for seed in range(3)
+    ]  # so many that nothing is taken for chance
     given = samples(*feeds)
     x = np.concatenate([s.feed["x"] for s in given.feeds() if not s.held]).astype(np.float64)
     whole = x @ rows(feed_forward())[0].T
