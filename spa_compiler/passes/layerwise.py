@@ -36,7 +36,7 @@ from spa_compiler.graph.bias import Bias, bias_of
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.solvers.least_squares import refit
-from spa_compiler.solvers.problem import F64, Problem
+from spa_compiler.solvers.problem import F64, Problem, relative_loss
 from spa_compiler.solvers.shrinkage import shrinkage, shrunk
 from spa_compiler.targets import host
 
@@ -226,9 +226,7 @@ def dense(job: Job) -> Result:
     if whole.all():
         return Result(rows, 0.0)
     solved = [refit(problem, before != 0) for problem, before in zip(job.problems, job.original, strict=True)]
-    lost = sum(problem.loss(new) for problem, new in zip(job.problems, solved, strict=True))
-    all_of_it = sum(problem.loss(np.zeros_like(problem.weight)) for problem in job.problems)
-    return Result(np.concatenate(solved), float(np.sqrt(lost / all_of_it)) if all_of_it > 0 else 0.0)
+    return Result(np.concatenate(solved), float(np.sqrt(relative_loss(job.problems, solved) or 0.0)))
 
 
 def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool) -> Job:

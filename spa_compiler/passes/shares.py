@@ -26,7 +26,7 @@ from spa_compiler.passes.layerwise import judged, split
 from spa_compiler.patterns import Pattern
 from spa_compiler.patterns.selection import keep_highest_with_floor
 from spa_compiler.solvers import allocation
-from spa_compiler.solvers.problem import F64, Zeros
+from spa_compiler.solvers.problem import F64, Zeros, relative_loss
 from spa_compiler.solvers.sparsegpt import sparsegpt
 from spa_compiler.targets import host
 
@@ -160,12 +160,11 @@ def _measure(
     def work(collected: Collected) -> tuple[int, list[float], list[F64]]:
         op, pattern = request.ops[collected.site], request.patterns[collected.site]
         pairs = [judged(w, collected.fit, g, centred=True) for g, w in enumerate(split(op))]
-        whole = sum(judge.loss(np.zeros_like(judge.weight)) for _, judge in pairs)
+        judges = [judge for _, judge in pairs]
         losses, weights = [], []
         for level in levels:
             parts = [sparsegpt(problem, Zeros(pattern, level)).weight for problem, _ in pairs]
-            lost = sum(judge.loss(part) for (_, judge), part in zip(pairs, parts, strict=True))
-            losses.append(lost / whole if whole > 0 else 0.0)
+            losses.append(relative_loss(judges, parts) or 0.0)
             weights.append(np.concatenate(parts).astype(op.weight.dtype))
         return collected.site, losses, weights
 

@@ -12,7 +12,7 @@ from spa_compiler.criteria import symbolic
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes.layerwise import Job, Result, dense, split
 from spa_compiler.passes.methods import Layer, Method
-from spa_compiler.solvers.problem import F64, Problem, Zeros
+from spa_compiler.solvers.problem import F64, Problem, Zeros, relative_loss
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ class Zeroing:
     def _one(self, job: Job) -> Result:
         solved = self._solved(job.site, job.problems)
         rows = np.concatenate(solved)
-        lost = sum(problem.loss(weight) for problem, weight in zip(job.problems, solved, strict=True))
-        whole = sum(problem.loss(np.zeros_like(problem.weight)) for problem in job.problems)
-        return Result(rows, float(np.sqrt(lost / whole)) if whole > 0 else _change(rows, np.concatenate(job.original)))
+        lost = relative_loss(job.problems, solved)
+        return Result(rows, float(np.sqrt(lost)) if lost is not None else _change(rows, np.concatenate(job.original)))
 
     def _solved(self, site: int, problems: Sequence[Problem]) -> list[F64]:
         """The new weight of each group."""

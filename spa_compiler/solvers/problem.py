@@ -9,6 +9,7 @@ conditioned, and the solvers invert them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -78,6 +79,13 @@ class Problem:
         diagonal += damping * float(diagonal.mean())
         diagonal[dead] = max(1.0, float(diagonal.max(initial=0.0)))
         return gram
+
+
+def relative_loss(problems: Sequence[Problem], weights: Sequence[F64]) -> float | None:
+    """What new weights of the groups of one layer lose, of what its output is; None where that is always 0."""
+    lost = sum(problem.loss(weight) for problem, weight in zip(problems, weights, strict=True))
+    whole = sum(problem.loss(np.zeros_like(problem.weight)) for problem in problems)
+    return lost / whole if whole > 0 else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spa_compiler.solvers.problem import F64, Problem
+from spa_compiler.solvers.problem import F64, Problem, relative_loss
 from tests.layer_problems import with_a_dead_input
 
 
@@ -67,3 +67,15 @@ def test_inputs_that_are_always_0_are_as_large_as_any_when_damped() -> None:
     assert gram[2, 2] == max(1.0, np.diagonal(problem.gram)[[0, 1, 3, 4]].max())
     assert np.linalg.eigvalsh(gram).min() > 0
     np.testing.assert_array_equal(Problem(np.ones((1, 3)), np.zeros((3, 3)), np.zeros(3), 0).damped(), np.eye(3))
+
+
+def test_relative_loss_is_of_all_groups_together() -> None:
+    rng = np.random.default_rng(3)
+    inputs = [rng.standard_normal((50, 4)) for _ in range(2)]
+    weights = [rng.standard_normal((3, 4)) for _ in range(2)]
+    problems = [Problem(w, x.T @ x / 50, x.mean(axis=0), 50) for w, x in zip(weights, inputs, strict=True)]
+    halved = [weights[0], weights[1] / 2]
+    outputs = [np.square(x @ w.T).sum() for w, x in zip(weights, inputs, strict=True)]
+    assert relative_loss(problems, halved) == pytest.approx(outputs[1] / 4 / sum(outputs))
+    nothing = Problem(weights[0], np.zeros((4, 4)), np.zeros(4), 50)
+    assert relative_loss([nothing], [halved[0]]) is None
