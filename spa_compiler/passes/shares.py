@@ -14,6 +14,7 @@ import joblib
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from spa_compiler.calibration.moments import Moments
 from spa_compiler.calibration.probe import Probe
 from spa_compiler.calibration.samples import Samples
 from spa_compiler.calibration.stream import Collected, Progress, Stream
@@ -56,7 +57,10 @@ _GENERATIONS, _OFFSPRING = 24, 12
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that an allocation may need. `patterns` are each layer's own (`Pattern.on`)."""
+    """Everything that an allocation may need. `patterns` are each layer's own (`Pattern.on`).
+
+    `see` is shown the moments of each layer in the model as it is, where an allocation has them made.
+    """
 
     model: Model
     ops: Sequence[WeightedOp]
@@ -67,6 +71,7 @@ class Request:
     samples: Samples | None = None
     threads: int = 1
     progress: Progress = lambda what, done, total: None
+    see: Callable[[int, Moments], None] = lambda layer, moments: None
 
     @property
     def sizes(self) -> list[int]:
@@ -171,6 +176,8 @@ def _measure(
     stream = Stream(request.model, request.ops, request.samples, sequential=False, threads=host().cores_physical)
     done = 0
     for wave in stream:
+        for collected in wave:
+            request.see(collected.site, collected.fit)
         with threadpool_limits(1, "blas"):
             for site, losses, weights in joblib.Parallel(n_jobs=request.threads, prefer="threads")(
                 joblib.delayed(work)(collected) for collected in wave

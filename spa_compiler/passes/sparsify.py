@@ -26,7 +26,7 @@ from spa_compiler.passes.outcomes import DENSE, apply, check_finite, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
 from spa_compiler.passes.sites import DEPTHWISE, select
 from spa_compiler.passes.sparsify_options import SparsifyOptions, method_name, share_of_zeros
-from spa_compiler.passes.worth import worth_of_outputs
+from spa_compiler.passes.worth import Worth
 from spa_compiler.passes.zeroing import Zeroing
 from spa_compiler.patterns import FanIn, NofM, Pattern
 from spa_compiler.solvers.problem import F64, Zeros
@@ -101,7 +101,9 @@ class Sparsify:
         allocation = self._allocation(method, samples)
         first = leaders(ops)
         distinct = sorted(set(first))
-        share = self._shares(allocation, model, ops, pattern_of, distinct, context)[np.searchsorted(distinct, first)]
+        worth = Worth(ops) if self._compares_outputs(samples) else None
+        shared = self._shares(allocation, model, ops, pattern_of, distinct, context, worth)
+        share = shared[np.searchsorted(distinct, first)]
         layers = Zeroing(
             ops,
             [Zeros(pattern, float(part)) for pattern, part in zip(pattern_of, share, strict=True)],
@@ -111,7 +113,7 @@ class Sparsify:
             masks,
             self._gated(model, ops, context),
             self.expression,
-            self._worth(model, ops, context),
+            {} if worth is None else _complete(worth, model, ops, context),
         )
         dense = _between(model, skipped) if method.moves and samples is not None else []
         if samples is None:
@@ -197,8 +199,12 @@ class Sparsify:
         pattern_of: Sequence[Pattern],
         distinct: Sequence[int],
         context: Context,
+        worth: Worth | None,
     ) -> F64:
-        """Share of zeros of the `distinct` ones among the sites: a weight that several read counts once."""
+        """Share of zeros of the `distinct` ones among the sites: a weight that several read counts once.
+
+        What is measured for it is shown to `worth`.
+        """
         if name is None:
             return np.full(len(distinct), self.sparsity)
         request = shares.Request(
@@ -211,6 +217,7 @@ class Sparsify:
             context.calibration,
             context.workers,
             context.progress,
+            lambda layer, moments: None if worth is None else worth.see(distinct[layer], moments),
         )
         return shares.allocate(name, request)
 
@@ -227,11 +234,9 @@ class Sparsify:
             norms[downs[collected.site]] = np.sqrt(np.maximum(np.diagonal(gram), 0))
         return {place: norms[down] for place, down in pairs.items()}
 
-    def _worth(self, model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapping[int, F64]:
-        """For `auto`, where outputs of one weight compete for zeros."""
-        if self.method != "auto" or context.calibration is None or isinstance(self.pattern, NofM | FanIn):
-            return {}
-        return worth_of_outputs(model, ops, context.calibration, threads=context.workers, progress=context.progress)
+    def _compares_outputs(self, samples: Samples | None) -> bool:
+        """Whether outputs of one weight compete for zeros by their worth."""
+        return self.method == "auto" and samples is not None and not isinstance(self.pattern, NofM | FanIn)
 
     def _without_data(self, layers: Zeroing, context: Context) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -252,6 +257,17 @@ class Sparsify:
             f"{zeros:.1%} zeros in {len(changes)} weights of {elements:,} elements "
             f"({self.pattern.name}, {self._label(samples)}{f', {allocation} shares' if allocation else ''})"
         )
+
+
+def _complete(worth: Worth, model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapping[int, F64]:
+    """The worth of outputs, once what is missing was measured."""
+    if (missing := worth.missing) and context.calibration is not None:
+        sites = [ops[place] for place in missing]
+        for collected in as_it_is(
+            model, sites, context.calibration, threads=context.workers, progress=context.progress
+        ):
+            worth.see(missing[collected.site], collected.fit)
+    return worth.of_outputs()
 
 
 def _between(model: Model, skipped: Sequence[SkippedSite]) -> list[WeightedOp]:

@@ -16,9 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spa_compiler.calibration.samples import Samples
-from spa_compiler.calibration.stream import Progress, as_it_is
-from spa_compiler.graph.model import Model
+from spa_compiler.calibration.moments import Moments
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes.channelwise import sites_behind
 from spa_compiler.passes.layerwise import gram_of, split
@@ -42,34 +40,37 @@ def readers(ops: Sequence[WeightedOp]) -> dict[int, list[int]]:
     return found
 
 
-def worth_of_outputs(
-    model: Model,
-    ops: Sequence[WeightedOp],
-    samples: Samples,
-    *,
-    threads: int = 1,
-    progress: Progress = lambda what, done, total: None,
-) -> Mapping[int, F64]:
-    """For each site that others read channel by channel, the worth of its outputs, `[n]`, relative to their mean."""
-    found = readers(ops)
-    asked = sorted({*found, *(reader for several in found.values() for reader in several)})
-    if not asked:
-        return {}
-    spread: dict[int, F64] = {}
-    written: dict[int, F64] = {}
-    for collected in as_it_is(model, [ops[site] for site in asked], samples, threads=threads, progress=progress):
-        site = asked[collected.site]
-        gram, weight = gram_of(collected.fit, 0, centred=True), split(ops[site])[0]
-        spread[site] = np.maximum(np.diagonal(gram), 0)
-        written[site] = np.einsum("ij,ij->i", weight @ gram, weight)
-    worth: dict[int, F64] = {}
-    for writer, several in found.items():
-        value = np.zeros(ops[writer].n)
-        for reader in several:
-            energy = np.square(np.asarray(ops[reader].rows(), np.float64)).sum(axis=0) * spread[reader]
-            value += energy.reshape(-1, ops[reader].kernel_size).sum(axis=1)
-        own = written[writer]
-        if own.mean() > 0 and value.mean() > 0:
-            value = value / np.maximum(own, _FLOOR * own.mean())
-            worth[writer] = np.maximum(value / value.mean(), _FLOOR)
-    return worth
+class Worth:
+    """Gathers, from moments of the model as it is, what the outputs of sites are worth to the sites that read them."""
+
+    def __init__(self, ops: Sequence[WeightedOp]) -> None:
+        self._ops = ops
+        self._found = readers(ops)
+        self._spread: dict[int, F64] = {}
+        self._written: dict[int, F64] = {}
+
+    @property
+    def missing(self) -> list[int]:
+        """Sites whose moments are needed, and were not seen yet."""
+        needed = {*self._found, *(reader for several in self._found.values() for reader in several)}
+        return sorted(needed - self._spread.keys())
+
+    def see(self, site: int, moments: Moments) -> None:
+        """Takes what it needs of the moments of one site."""
+        gram, weight = gram_of(moments, 0, centred=True), split(self._ops[site])[0]
+        self._spread[site] = np.maximum(np.diagonal(gram), 0)
+        self._written[site] = np.einsum("ij,ij->i", weight @ gram, weight)
+
+    def of_outputs(self) -> Mapping[int, F64]:
+        """For each site that others read channel by channel, what its outputs are worth, `[n]`, over their mean."""
+        worth: dict[int, F64] = {}
+        for writer, several in self._found.items():
+            value = np.zeros(self._ops[writer].n)
+            for reader in several:
+                energy = np.square(np.asarray(self._ops[reader].rows(), np.float64)).sum(axis=0) * self._spread[reader]
+                value += energy.reshape(-1, self._ops[reader].kernel_size).sum(axis=1)
+            own = self._written[writer]
+            if own.mean() > 0 and value.mean() > 0:
+                value = value / np.maximum(own, _FLOOR * own.mean())
+                worth[writer] = np.maximum(value / value.mean(), _FLOOR)
+        return worth

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 
+from spa_compiler.calibration.samples import Samples
+from spa_compiler.calibration.stream import Stream, as_it_is
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import weighted_ops
-from spa_compiler.passes.worth import readers, worth_of_outputs
+from spa_compiler.passes.worth import Worth, readers
+from spa_compiler.solvers.problem import F64
 from tests.networks import model_of
 from tests.passes.tiny import calibration, context, correlated, feed_forward, rows, samples, sparsify
 
@@ -22,6 +27,17 @@ def block(scale: np.ndarray | None = None, seed: int = 0) -> Model:
     down = rng.standard_normal((12, 8)) * (np.ones(12) if scale is None else scale)[:, None]
     up = rng.standard_normal((8, 12))
     return model_of(BLOCK, W=up.astype(np.float32), V=down.astype(np.float32), one=np.ones(8, np.float32))
+
+
+def worth_of_outputs(model: Model, given: Samples) -> Mapping[int, F64]:
+    """From moments of all that it asks for."""
+    ops = weighted_ops(model.graph)
+    worth = Worth(ops)
+    missing = worth.missing
+    for collected in as_it_is(model, [ops[site] for site in missing], given, threads=1):
+        worth.see(missing[collected.site], collected.fit)
+    assert not worth.missing
+    return worth.of_outputs()
 
 
 def test_hidden_units_have_a_reader_and_a_residual_stream_has_none() -> None:
@@ -49,7 +65,7 @@ def test_the_worth_is_that_of_the_definition() -> None:
     model = block()
     feeds = [{"x": correlated(50, 8, seed)} for seed in range(3)]
     ops = weighted_ops(model.graph)
-    found = worth_of_outputs(model, ops, samples(*feeds))
+    found = worth_of_outputs(model, samples(*feeds))
     assert set(found) == {0}
     x = np.concatenate([feed["x"] for feed in feeds[:-1]]).astype(np.float64)  # the last one is held out
     before = x @ ops[0].rows().T
@@ -67,7 +83,7 @@ def test_several_readers_add_up() -> None:
 
     def worth(v: np.ndarray, u: np.ndarray) -> np.ndarray:
         model = model_of(text, W=w, V=v, U=u)
-        return worth_of_outputs(model, weighted_ops(model.graph), samples({"x": correlated(64, 8, 0)}))[0]
+        return worth_of_outputs(model, samples({"x": correlated(64, 8, 0)}))[0]
 
     both = np.sqrt(np.square(v) + np.square(u))
     np.testing.assert_allclose(worth(v, u), worth(both, np.zeros_like(u)), rtol=1e-4)
@@ -89,7 +105,7 @@ def test_outputs_that_nobody_reads_lose_their_weights_first(pattern: str) -> Non
 def test_other_methods_and_patterns_within_outputs_do_not_look(
     how: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spa_compiler.passes.sparsify.worth_of_outputs", lambda *_, **__: pytest.fail("it looked"))
+    monkeypatch.setattr("spa_compiler.passes.sparsify.Worth", lambda *_, **__: pytest.fail("it looked"))
     model = block(np.where(np.arange(12) < 6, 1.0, 1e-3))
     share = {} if how.get("pattern") == "2:4" else {"sparsity": 0.5}
     feeds = [{"x": correlated(200, 8, seed)} for seed in range(3)]
@@ -104,7 +120,7 @@ def test_a_reader_with_a_kernel_adds_up_its_positions() -> None:
     second = rng.standard_normal((3, 4, 3, 3)).astype(np.float32)
     feed = rng.standard_normal((8, 2, 6, 6)).astype(np.float32)
     model = model_of(text, W=first, V=second)
-    found = worth_of_outputs(model, weighted_ops(model.graph), samples({"x": feed}))
+    found = worth_of_outputs(model, samples({"x": feed}))
     before = np.einsum("nchw,oc->ohwn", feed, first[:, :, 0, 0]).astype(np.float64)
     after = np.maximum(before, 0)
     windows = [after[:, i : i + 4, j : j + 4].reshape(4, -1) for i in range(3) for j in range(3)]
@@ -115,10 +131,10 @@ def test_a_reader_with_a_kernel_adds_up_its_positions() -> None:
 
 def test_a_second_weight_of_zeros_leaves_everything_as_it_is() -> None:
     model = block(np.zeros(12))
-    assert worth_of_outputs(model, weighted_ops(model.graph), calibration_of_8()) == {}
+    assert worth_of_outputs(model, calibration_of_8()) == {}
 
 
-def calibration_of_8() -> object:
+def calibration_of_8() -> Samples:
     return samples({"x": correlated(64, 8, 0)}, {"x": correlated(64, 8, 1)})
 
 
@@ -138,3 +154,25 @@ def test_the_result_does_not_depend_on_workers() -> None:
         sparsify(model, context(calibration(), workers), sparsity=0.5)
         results.append([row.tobytes() for row in rows(model)])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("allocate", ["error", "uniform"])
+def test_moments_that_shares_had_made_are_not_made_again(allocate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = Stream.__iter__
+    monkeypatch.setattr(Stream, "__iter__", lambda self: made.append(len(self.sites)) or real(self))
+    model = feed_forward(blocks=2)
+    sparsify(model, context(calibration()), sparsity=0.5, allocate=allocate)
+    assert made == [4, 4]  # as the model is, for shares or for worth; and once to solve
+
+
+def test_worth_does_not_depend_on_who_had_the_moments_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Mapping[int, F64]] = []
+    real = Worth.of_outputs
+    monkeypatch.setattr(Worth, "of_outputs", lambda self: found.append(real(self)) or found[-1])
+    for allocate in ("error", "uniform"):
+        sparsify(feed_forward(blocks=2), context(calibration()), sparsity=0.5, allocate=allocate)
+    assert set(found[0]) == set(found[1]) == {0, 2}
+    for site, values in found[0].items():
+        np.testing.assert_array_equal(values, found[1][site])
+        assert values.std() > 0.01
