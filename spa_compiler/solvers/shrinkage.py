@@ -69,22 +69,27 @@ class _Trial:
 
     def __init__(self, weight: _F32, kept: NDArray[np.intp], lost: NDArray[np.intp], seen: F64, unseen: F64) -> None:
         gone = weight[:, lost]
-        self._kept, self._lost = kept, lost
-        self._within = seen[np.ix_(kept, kept)].astype(np.float32)
-        self._across = seen[np.ix_(kept, lost)].astype(np.float32) @ gone.T
-        self._damping = DAMPING * float(np.diagonal(seen).mean())
-        # The loss of what makes up for it, v [kept, n]: tr(v^T A v - 2 v^T B + C), on the samples not seen.
-        self._a = unseen[np.ix_(kept, kept)].astype(np.float32)
-        self._b = unseen[np.ix_(kept, lost)].astype(np.float32) @ gone.T
-        self._c = float(np.einsum("ij,ij->", gone @ unseen[np.ix_(lost, lost)].astype(np.float32), gone))
+        self._kept, self._seen, self._unseen = kept, seen, unseen
+        self._right = _part(seen, kept, lost) @ gone.T
+        self._unseen_right = _part(unseen, kept, lost) @ gone.T
+        self._whole = float(np.einsum("ij,ij->", gone @ _part(unseen, lost, lost), gone))
+        self._damping = np.float32(DAMPING * np.diagonal(seen).mean())
 
     def loss(self, share: float) -> float:
-        gram = self._within * np.float32(1 - share)
+        """|gone x - v x_kept|^2 on the samples not seen, v being the best on those seen after shrinkage."""
+        rest = np.float32(1 - share)
+        gram = _part(self._seen, self._kept, self._kept)
         diagonal = np.einsum("ii->i", gram)
-        diagonal[:] = np.diagonal(self._within) + np.float32(self._damping)
-        diagonal[diagonal <= 0] = 1
+        own = diagonal + self._damping
+        gram *= rest
+        diagonal[:] = np.where(own > 0, own, 1)
         try:
-            made = scipy.linalg.solve(gram, self._across * np.float32(1 - share), assume_a="pos", check_finite=False)
+            v = scipy.linalg.solve(gram, self._right * rest, assume_a="pos", overwrite_a=True, check_finite=False)
         except np.linalg.LinAlgError:  # single precision may find a nearly singular matrix indefinite
             return np.inf
-        return self._c + float(np.einsum("ij,ij->", made, self._a @ made - 2 * self._b))
+        judged = _part(self._unseen, self._kept, self._kept) @ v - 2 * self._unseen_right
+        return self._whole + float(np.einsum("ij,ij->", v, judged))
+
+
+def _part(gram: F64, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> _F32:
+    return gram[np.ix_(rows, columns)].astype(np.float32)
