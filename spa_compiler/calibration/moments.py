@@ -41,6 +41,7 @@ class Moments:
     k: int
     count: int = 0
     half: Moments | None = None
+    _rest: Moments | None = None
     _sums: dict[str, Array] = field(default_factory=dict)
 
     def add(self, x: F32, z: F32 | None = None, target: F32 | None = None) -> None:
@@ -66,13 +67,18 @@ class Moments:
             self.half.count += other.count
             for name in ("mean", "gram"):
                 self.half._add(name, other._sums[name])
+        self._rest = None
 
     def without_half(self) -> Moments:
-        """`mean` and `gram` of what is not in the half."""
+        """`mean` and `gram` of what is not in the half; made once."""
         assert self.half is not None
-        rest = Moments(self.groups, self.k, self.count - self.half.count)
-        rest._sums = {name: self._sums[name] - value for name, value in self.half._sums.items()}
-        return rest
+        if self._rest is None:
+            rest = Moments(self.groups, self.k, self.count - self.half.count)
+            rest._sums = {
+                name: np.subtract(self._sums[name], value, dtype=np.float64) for name, value in self.half._sums.items()
+            }
+            self._rest = rest
+        return self._rest
 
     def _add(self, name: str, value: Array) -> None:
         held = self._sums.get(name)

@@ -1,9 +1,9 @@
 """An ONNX file or ModelProto -> `Model`: every kind of bad model is refused here, before any work.
 
 Files are parsed once, large weights are set aside unread, and everything else works on the skeleton that is left, so
-that models of any size pass. What the file says is kept, with three exceptions, each noted in `Source.notes`:
-initializers that are listed as inputs become constants, local functions are inlined, and nodes are put into topological
-order.
+that models of any size pass. What the file says is kept, with four exceptions, each noted in `Source.notes`:
+initializers that are listed as inputs become constants, sparse ones become dense, local functions are inlined, and
+nodes are put into topological order.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def _build(proto: onnx.ModelProto, path: Path | None, size: int) -> Model:
         )
     work, large = _set_aside(proto)
     _check_sizes(large.values(), where)
-    if sparse := densify(work.graph, where):
-        notes.append(f"{len(sparse)} sparse initializers made dense: {_some(sparse)}")
     opset = _normalize_domains(work, where)
     if work.functions:
         notes.append(f"{len(work.functions)} local functions inlined")
         work = onnx.inliner.inline_local_functions(work)
+    if sparse := densify(work.graph, where):
+        notes.append(f"{len(sparse)} sparse initializers made dense: {_some(sparse)}")
     _hoist_constants(work, large, folder)
     size += external.check((t for t in large.values() if t.data_location == TensorProto.EXTERNAL), folder)
     listed = _drop_listed_initializers(work)

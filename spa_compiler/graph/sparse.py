@@ -1,8 +1,9 @@
-"""Sparse initializers, made dense: everything behind `load` knows one kind of constant."""
+"""Sparse initializers, made dense: everything behind `load` knows one kind of initializer."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -10,31 +11,59 @@ from onnx import SparseTensorProto, TensorProto, numpy_helper
 
 from spa_compiler.errors import ModelError
 
-_MOST_BYTES = 1 << 31
-"""A file of a few bytes can state any dims; a dense tensor that one protobuf message cannot hold is refused."""
+MOST_BYTES = 1 << 30
+"""Of all that is made dense in one file, which can state any dims in a few bytes and must fit one protobuf message."""
+
+_NUMBERS = "biufcV"
+"""Kinds of numpy types; V are those that numpy has not by itself, such as bfloat16."""
 
 
-def densified(tensor: SparseTensorProto, where: str) -> TensorProto:
-    """The same values as a dense tensor of the same name and type.
+def densify(graph: onnx.GraphProto, where: str) -> list[str]:
+    """Turns the sparse initializers of a graph and of its branches into dense ones, in place; returns their names.
 
     Raises:
-        ModelError: indices do not fit the dims (ONNX IR: linear `[nnz]` or coordinates `[nnz, rank]`, int64), there is
-            another number of values, or the dense tensor would have 2 GB or more.
+        ModelError: one is damaged, or they are too large.
+    """
+    names: list[str] = []
+    left = MOST_BYTES
+    for inner in _graphs(graph):
+        for tensor in inner.sparse_initializer:
+            dense = densified(tensor, where, left)
+            left -= dense.ByteSize()
+            names.append(dense.name)
+            inner.initializer.append(dense)
+        del inner.sparse_initializer[:]
+    return names
+
+
+def densified(tensor: SparseTensorProto, where: str, most: int = MOST_BYTES) -> TensorProto:
+    """The same values as a dense tensor of the same name and type.
+
+    Args:
+        most: bytes that it may take.
+
+    Raises:
+        ModelError: indices do not fit the dims (ONNX IR: linear `[nnz]` or `[nnz, rank]`, int64, each once), there
+            is another number of values, they are no numbers or lie outside of the file, or it takes too much.
     """
     name, dims = tensor.values.name, list(tensor.dims)
+    if TensorProto.EXTERNAL in (tensor.values.data_location, tensor.indices.data_location):
+        raise _damaged(name, where, "its values or indices are external data")
     try:
         values, indices = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
     except Exception as error:  # whatever onnx makes of a damaged tensor
         raise _damaged(name, where, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    if values.dtype.kind not in _NUMBERS:
+        raise _damaged(name, where, "its values are no numbers")
     if any(dim < 0 for dim in dims) or values.ndim != 1 or indices.dtype != np.int64:
         raise _damaged(name, where, f"dims {dims}, values {list(values.shape)}, indices of type {indices.dtype}")
-    if math.prod(dims) * values.dtype.itemsize >= _MOST_BYTES:
+    if math.prod(max(1, dim) for dim in dims) * values.dtype.itemsize > most:
         raise ModelError(
-            f"sparse initializer {name!r} has dims {dims}: dense, that is 2 GB or more",
+            f"sparse initializer {name!r} has dims {dims}: dense, all of them would take more than 1 GB",
             where=where,
             fix="Store it as a dense initializer in external data",
         )
-    if indices.shape == (values.size, len(dims)):
+    if indices.shape == (values.size, len(dims)) and dims:
         shape, places = dims, tuple(indices.T)
     elif indices.shape == values.shape:
         shape, places = [math.prod(dims)], (indices,)
@@ -42,8 +71,13 @@ def densified(tensor: SparseTensorProto, where: str) -> TensorProto:
         raise _damaged(name, where, f"{values.size} values, but indices {list(indices.shape)}")
     if any(((place < 0) | (place >= size)).any() for place, size in zip(places, shape, strict=True)):
         raise _damaged(name, where, f"an index is outside of the dims {dims}")
-    dense = np.zeros(shape, values.dtype)
-    dense[places] = values
+    if len(np.unique(indices, axis=0)) < len(indices):
+        raise _damaged(name, where, "it gives two values for one index")
+    try:
+        dense = np.zeros(shape, values.dtype)
+        dense[places] = values
+    except ValueError as error:  # more axes than numpy knows
+        raise _damaged(name, where, str(error)) from error
     return numpy_helper.from_array(dense.reshape(dims), name)
 
 
@@ -51,9 +85,10 @@ def _damaged(name: str, where: str, what: str) -> ModelError:
     return ModelError(f"sparse initializer {name!r} is damaged: {what}", where=where, fix="Export the model again")
 
 
-def densify(graph: onnx.GraphProto, where: str) -> list[str]:
-    """Turns the sparse initializers of one graph into dense ones, in place; returns their names."""
-    names = [tensor.values.name for tensor in graph.sparse_initializer]
-    graph.initializer.extend(densified(tensor, where) for tensor in graph.sparse_initializer)
-    del graph.sparse_initializer[:]
-    return names
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the branches of its control flow."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _graphs(inner)

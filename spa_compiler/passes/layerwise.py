@@ -50,6 +50,13 @@ _NOISE = 1e-6
 _ENOUGH = 2
 """Positions for each input from which on a repair is trusted."""
 
+_FEWEST = 8
+_SMALLEST_HALF = 0.25
+"""Positions of a half, and its share of all, from which on it is asked."""
+
+_ROUNDING = 1e-6
+"""Of an input's mean square: a variance below it is what single precision leaves of none."""
+
 _PLENTY = 512
 """Positions for each input from which on nobody asks what is chance: EfficientNet-Lite0's layers answer 0 there."""
 
@@ -155,21 +162,24 @@ def rewrite(
     return [outcomes[site] for site in range(len(ops))]
 
 
-def problem_of(weight: F64, moments: Moments, group: int = 0, *, centred: bool = False) -> Problem:
+def problem_of(weight: F64, moments: Moments, group: int = 0, *, centred: bool = False, chance: bool = True) -> Problem:
     """The problem of one group, from moments of one run.
 
     What is chance in the Gram matrix is taken out, by how far two halves of the samples agree. Where they cannot tell
     or there are fewer than two positions for each input, it is drawn to its diagonal by up to a half.
+
+    Args:
+        chance: whether to ask the halves, which takes time: what only looks at norms need not.
     """
-    share, halves = (1 - _trust(moments)) / 2, _halves(moments)
-    if halves is not None and moments.count < _PLENTY * moments.k:
-        chance = shrinkage(weight, *(gram_of(half, group, centred) for half in halves))
+    share = (1 - _trust(moments)) / 2
+    if chance and (found := _chance(weight, moments, group, centred)):
         # The best odds of chance against truth are in proportion to 1 / samples: there are twice as many as in a half.
-        share = max(share, chance / (2 - chance))
-    return _problem(weight, moments, group, centred, share)
+        share = max(share, found / (2 - found))
+    gram = shrunk(gram_of(moments, group, centred), share)
+    return Problem(weight, gram, moments.get("mean")[group], moments.count, centred)
 
 
-def judged(weight: F64, moments: Moments, group: int = 0, *, centred: bool = False) -> tuple[Problem, Problem]:
+def judged(weight: F64, moments: Moments, group: int, *, centred: bool) -> tuple[Problem, Problem]:
     """A problem to solve, from one half of the samples, and one to judge its solution by, from the other.
 
     Both are the problem of all samples where there are no halves.
@@ -179,20 +189,30 @@ def judged(weight: F64, moments: Moments, group: int = 0, *, centred: bool = Fal
         whole = problem_of(weight, moments, group, centred=centred)
         return whole, whole
     seen, unseen = halves
-    share = (1 - _trust(seen)) / 2
-    if moments.count < _PLENTY * moments.k:
-        share = max(share, shrinkage(weight, gram_of(seen, group, centred), gram_of(unseen, group, centred)))
-    return _problem(weight, seen, group, centred, share), _problem(weight, unseen, group, centred, 0.0)
+    share = max((1 - _trust(seen)) / 2, _chance(weight, moments, group, centred))
+    gram = np.array(shrunk(gram_of(seen, group, centred), share))
+    # An input that is 0 in this half and not in the other would lose all its weights for nothing.
+    diagonal = np.einsum("ii->i", gram)
+    diagonal[:] = np.where(diagonal > 0, diagonal, np.diagonal(gram_of(moments, group, centred)))
+    return (
+        Problem(weight, gram, seen.get("mean")[group], seen.count, centred),
+        Problem(weight, gram_of(unseen, group, centred), unseen.get("mean")[group], unseen.count, centred),
+    )
 
 
-def _problem(weight: F64, moments: Moments, group: int, centred: bool, share: float) -> Problem:
-    gram = shrunk(gram_of(moments, group, centred), share)
-    return Problem(weight, gram, moments.get("mean")[group], moments.count, centred)
+def _chance(weight: F64, moments: Moments, group: int, centred: bool) -> float:
+    """How far to shrink the Gram matrix of a half; 0 where there are no halves, or positions are plenty."""
+    if moments.count >= _PLENTY * moments.k or (halves := _halves(moments)) is None:
+        return 0.0
+    return shrinkage(weight, *(gram_of(half, group, centred) for half in halves))
 
 
 def _halves(moments: Moments) -> tuple[Moments, Moments] | None:
-    """Moments of two halves of the samples, the one that `Probe` asks by default last; None where one has nothing."""
-    if moments.half is None or not 0 < moments.half.count < moments.count:
+    """Moments of what is not in the half and of what is; None where one of them has too little to say."""
+    if moments.half is None:
+        return None
+    less = min(moments.half.count, moments.count - moments.half.count)
+    if less < _FEWEST or less < _SMALLEST_HALF * moments.count:
         return None
     return moments.without_half(), moments.half
 
@@ -202,8 +222,13 @@ def gram_of(moments: Moments, group: int, centred: bool) -> F64:
     gram: F64 = moments.get("gram")[group]
     if not centred:
         return gram
-    mean = moments.get("mean")[group]
-    return np.asarray(gram - np.outer(mean, mean))
+    mean, energy = moments.get("mean")[group], np.diagonal(gram)
+    gram = np.asarray(gram - np.outer(mean, mean))
+    still = np.diagonal(gram) <= _ROUNDING * energy
+    if still.any():  # what is left of an input that never changes is rounding, and may be negative
+        gram[still] = 0
+        gram[:, still] = 0
+    return gram
 
 
 def _trust(moments: Moments) -> float:
@@ -231,7 +256,9 @@ def dense(job: Job) -> Result:
 
 def _job(site: int, op: WeightedOp, moments: Moments, centred: bool, repair: bool) -> Job:
     weights = split(op)
-    problems = [problem_of(weight, moments, group, centred=centred) for group, weight in enumerate(weights)]
+    problems = [
+        problem_of(weight, moments, group, centred=centred, chance=repair) for group, weight in enumerate(weights)
+    ]
     if repair:
         problems = [_repaired(problem, moments, group, centred) for group, problem in enumerate(problems)]
     return Job(site, op, tuple(problems), weights)

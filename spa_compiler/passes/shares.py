@@ -190,7 +190,7 @@ def _measure(
         done += len(wave)
         request.progress("measuring how layers take zeros", done, len(request.ops))
     probed = _probe(request, solved)
-    if probed is None:
+    if probed is None or not probed.any():  # the latter where all that was asked is padding
         return _Measured(levels, errors, errors[:, target])
     at = errors[:, target]
     scale = np.divide(probed, at, out=np.zeros_like(at), where=at > 0)

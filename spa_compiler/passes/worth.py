@@ -46,17 +46,19 @@ class Worth:
     def __init__(self, ops: Sequence[WeightedOp]) -> None:
         self._ops = ops
         self._found = readers(ops)
+        self._needed = {*self._found, *(reader for several in self._found.values() for reader in several)}
         self._spread: dict[int, F64] = {}
         self._written: dict[int, F64] = {}
 
     @property
     def missing(self) -> list[int]:
         """Sites whose moments are needed, and were not seen yet."""
-        needed = {*self._found, *(reader for several in self._found.values() for reader in several)}
-        return sorted(needed - self._spread.keys())
+        return sorted(self._needed - self._spread.keys())
 
     def see(self, site: int, moments: Moments) -> None:
-        """Takes what it needs of the moments of one site."""
+        """Takes what it needs of the moments of one site, if anything."""
+        if site not in self._needed:
+            return
         gram, weight = gram_of(moments, 0, centred=True), split(self._ops[site])[0]
         self._spread[site] = np.maximum(np.diagonal(gram), 0)
         self._written[site] = np.einsum("ij,ij->i", weight @ gram, weight)

@@ -82,11 +82,12 @@ class _Trial:
         diagonal = np.einsum("ii->i", gram)
         own = diagonal + self._damping
         gram *= rest
-        diagonal[:] = np.where(own > 0, own, 1)
+        diagonal[:] = own
         try:
-            v = scipy.linalg.solve(gram, self._right * rest, assume_a="pos", overwrite_a=True, check_finite=False)
-        except np.linalg.LinAlgError:  # single precision may find a nearly singular matrix indefinite
+            factor = scipy.linalg.cho_factor(gram, overwrite_a=True, check_finite=False)
+        except np.linalg.LinAlgError:  # all 0; or single precision finds a nearly singular matrix indefinite
             return np.inf
+        v = scipy.linalg.cho_solve(factor, self._right * rest, check_finite=False)
         judged = _part(self._unseen, self._kept, self._kept) @ v - 2 * self._unseen_right
         return self._whole + float(np.einsum("ij,ij->", v, judged))
 

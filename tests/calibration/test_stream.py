@@ -47,6 +47,22 @@ def test_moments_of_the_model_as_it_is(case: str, threads: int) -> None:
         assert "cross" not in got[site]
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_half_is_every_second_feed(threads: int, sequential: bool) -> None:
+    make, feeds_of = CASES["tokens"]
+    model, feeds = make(), feeds_of(5)
+    ops = weighted_ops(model.graph)
+    got = all_moments(Stream(model, ops, samples(feeds), sequential=sequential, threads=threads))
+    known = tensors(model, [read_by(op) for op in ops], [feeds[1], feeds[3]])
+    for site, op in enumerate(ops):
+        half = got[site].half
+        assert half is not None
+        wanted = expected(op, known, known)
+        assert_moments(half, {name: wanted[name] for name in ("count", "mean", "gram")})
+        assert "cross" not in half
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_later_sites_see_the_rewritten_prefix_paired_with_what_was_before(case: str) -> None:
     make, feeds_of = CASES[case]

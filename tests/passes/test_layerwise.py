@@ -11,6 +11,7 @@ from spa_compiler.graph.operators import WeightedOp, weighted_ops
 from spa_compiler.graph.session import Feeds
 from spa_compiler.passes import layerwise
 from spa_compiler.passes.layerwise import Job, judged, problem_of, rewrite, split
+from spa_compiler.solvers.shrinkage import shrinkage
 from tests.networks import model_of
 from tests.passes.layered import F64, grouped, only, patches, pictures, ridge, shaken, solving, values, whole, written
 from tests.passes.tiny import HIDDEN, WIDTH, bits, calibration, correlated, feed_forward, samples
@@ -221,42 +222,76 @@ def halves_of(x: F64) -> Moments:
     return moments
 
 
+def shares_of(got: F64, plain: F64) -> F64:
+    """By how much each element off the diagonal was drawn to 0; the diagonal must have stayed."""
+    np.testing.assert_allclose(np.diagonal(got), np.diagonal(plain), rtol=1e-5)
+    off = ~np.eye(len(plain), dtype=bool)
+    return np.asarray(1 - got[off] / plain[off])
+
+
+X = np.random.default_rng(0).standard_normal((40, 8))
+WEIGHT = np.random.default_rng(1).standard_normal((4, 8))
+
+
 def test_what_two_halves_do_not_agree_on_is_taken_for_chance() -> None:
-    x = np.random.default_rng(0).standard_normal((40, 8))
-    weight = np.random.default_rng(1).standard_normal((4, 8))
-    gram, got = x.T @ x / 40, problem_of(weight, halves_of(x)).gram
-    np.testing.assert_allclose(np.diagonal(got), np.diagonal(gram), rtol=1e-5)
-    off = ~np.eye(8, dtype=bool)
-    shares = 1 - got[off] / gram[off]
-    assert shares.min() > 0.1
-    np.testing.assert_allclose(shares, shares[0], atol=1e-3)
-    # The same samples twice agree in all, and many samples are not asked.
-    twice = np.concatenate([x, x])
-    np.testing.assert_allclose(problem_of(weight, halves_of(twice)).gram, gram, atol=1e-5)
+    share = shrinkage(WEIGHT, *(half.T @ half / 20 for half in (X[:20], X[20:])))
+    assert 0.1 < share < 1
+    got = problem_of(WEIGHT, halves_of(X)).gram
+    np.testing.assert_allclose(shares_of(got, X.T @ X / 40), share / (2 - share), atol=1e-3)
+    np.testing.assert_allclose(problem_of(WEIGHT, halves_of(X), chance=False).gram, X.T @ X / 40, atol=1e-5)
+
+
+def test_halves_that_agree_are_left_but_for_the_share_of_few_positions() -> None:
+    twice = np.concatenate([X[:20], X[:20]])
+    np.testing.assert_allclose(problem_of(WEIGHT, halves_of(twice)).gram, twice.T @ twice / 40, atol=1e-5)
+    wide = np.random.default_rng(2).standard_normal((10, 16))
+    twice = np.concatenate([wide, wide])
+    got = problem_of(np.ones((4, 16)), halves_of(twice)).gram
+    assert shares_of(got, twice.T @ twice / 20).min() > (1 - 20 / 32) / 2 - 1e-3
+
+
+def test_with_many_positions_nobody_asks() -> None:
     many = np.random.default_rng(2).standard_normal((512 * 8, 8))
-    np.testing.assert_array_equal(problem_of(weight, halves_of(many)).gram, halves_of(many).get("gram")[0])
+    np.testing.assert_array_equal(problem_of(WEIGHT, halves_of(many)).gram, halves_of(many).get("gram")[0])
 
 
-def test_a_half_without_positions_says_nothing() -> None:
-    x = np.random.default_rng(0).standard_normal((40, 8))
-    moments = Moments(1, 8)
-    moments.merge(moments_of(x), into_half=True)
-    np.testing.assert_allclose(problem_of(np.ones((4, 8)), moments).gram, x.T @ x / 40, atol=1e-5)
+@pytest.mark.parametrize(("count", "cut"), [(40, 0), (40, 9), (40, 33), (14, 7)])
+def test_a_half_with_too_little_to_say_is_not_asked(count: int, cut: int) -> None:
+    """Nothing, less than a quarter on either side, too few positions."""
+    x = X[:count, :4]
+    moments = Moments(1, 4)
+    moments.merge(moments_of(x[:cut]))
+    moments.merge(moments_of(x[cut:]), into_half=True)
+    np.testing.assert_allclose(problem_of(WEIGHT[:, :4], moments).gram, x.T @ x / count, atol=1e-5)
+    whole, same = judged(WEIGHT[:, :4], moments, 0, centred=False)
+    assert whole is same
 
 
 def test_a_solution_is_judged_on_the_other_half() -> None:
-    x = np.random.default_rng(0).standard_normal((40, 8)) + 1
-    weight = np.random.default_rng(1).standard_normal((4, 8))
-    seen, unseen = judged(weight, halves_of(x), 0, centred=True)
+    x = X + 1
+    share = shrinkage(WEIGHT, *(np.cov(half.T, bias=True) for half in (x[:20], x[20:])))
+    seen, unseen = judged(WEIGHT, halves_of(x), 0, centred=True)
     np.testing.assert_allclose(unseen.gram, np.cov(x[20:].T, bias=True), atol=1e-5)
-    np.testing.assert_allclose(np.diagonal(seen.gram), np.var(x[:20], axis=0), atol=1e-5)
-    off = ~np.eye(8, dtype=bool)
-    shares = 1 - seen.gram[off] / np.cov(x[:20].T, bias=True)[off]
-    assert shares.min() > 0.1
-    np.testing.assert_allclose(shares, shares[0], atol=1e-3)
-    whole, same = judged(weight, moments_of(x), 0, centred=True)
+    np.testing.assert_allclose(shares_of(seen.gram, np.cov(x[:20].T, bias=True)), share, atol=1e-3)
+    assert (seen.count, unseen.count) == (20, 20)
+    np.testing.assert_allclose(seen.mean, x[:20].mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(unseen.mean, x[20:].mean(axis=0), atol=1e-5)
+    whole, same = judged(WEIGHT, moments_of(x), 0, centred=True)
     assert whole is same
-    np.testing.assert_array_equal(whole.gram, problem_of(weight, moments_of(x), centred=True).gram)
+    np.testing.assert_array_equal(whole.gram, problem_of(WEIGHT, moments_of(x), centred=True).gram)
+
+
+def test_an_input_that_only_one_half_knows_keeps_its_size_in_the_other() -> None:
+    x = X.copy()
+    x[:20, 3] = 0
+    seen, _ = judged(WEIGHT, halves_of(x), 0, centred=True)
+    assert seen.gram[3, 3] == pytest.approx(np.var(x[:, 3]), rel=1e-4)
+
+
+def test_what_never_changes_has_no_variance_of_rounding() -> None:
+    x = np.concatenate([X[:1] * 1000 + 1 / 3] * 7)
+    gram = problem_of(WEIGHT, moments_of(x), centred=True).gram
+    np.testing.assert_array_equal(gram, np.zeros((8, 8)))
 
 
 def test_a_problem_may_be_centred() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
@@ -10,15 +11,21 @@ import numpy as np
 import pytest
 
 from spa_compiler import patterns
+from spa_compiler.calibration.probe import Probe
 from spa_compiler.calibration.samples import Samples
+from spa_compiler.calibration.stream import as_it_is
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import weighted_ops
 from spa_compiler.passes import shares
+from spa_compiler.passes.layerwise import problem_of
 from spa_compiler.passes.shares import NEEDS_DATA, Name, Request, allocate
+from spa_compiler.patterns import Unstructured
 from spa_compiler.solvers import allocation
+from spa_compiler.solvers.problem import Zeros, relative_loss
+from spa_compiler.solvers.sparsegpt import sparsegpt
 from tests.networks import model_of
-from tests.passes.tiny import WIDTH, bits, calibration, context, correlated, feed_forward, samples, sparsify
+from tests.passes.tiny import WIDTH, bits, calibration, context, correlated, feed_forward, rows, samples, sparsify
 
 NAMES: list[Name] = [name for name in get_args(Name) if name != "auto"]
 MEASURED: list[Name] = [name for name in NAMES if name in NEEDS_DATA]
@@ -191,6 +198,67 @@ def test_a_layer_whose_inputs_lie_on_a_line_gives_up_more() -> None:
     for name in names:
         free, line = allocate(name, request_of(model, given=samples({"x": x}, {"x": x})))
         assert line > free + 0.05
+
+
+def test_losses_are_those_on_samples_that_nobody_solved_on() -> None:
+    """With as few as there are here, a solution looks much better on its own ones."""
+    width = 48
+    w = np.random.default_rng(5).standard_normal((width, 16)).astype(np.float32)
+    model = model_of(f"g (float[batch, {width}] x) => (float[batch, 16] y) {{ y = MatMul (x, w) }}", w=w)
+    rng = np.random.default_rng(6)
+    feeds = [{"x": rng.standard_normal((60, width)).astype(np.float32)} for _ in range(5)]
+    request = request_of(model, 0.5, given=samples(*feeds))
+    measured = shares._measure(request)
+    # Inputs are independent, so the best that anyone can do is to leave the smallest weights out.
+    least = np.sort(np.square(w), axis=None)
+    true = least[: len(least) // 2].sum() / least.sum()
+    assert measured.losses[0, measured.levels.index(0.5)] > 0.97 * true
+    (collected,) = as_it_is(model, request.ops, samples(*feeds), threads=1)
+    problem = problem_of(w.T.astype(np.float64), collected.fit, chance=False)
+    own = relative_loss([problem], [sparsegpt(problem, Zeros(Unstructured(), 0.5)).weight])
+    assert own is not None
+    assert own < 0.9 * true
+
+
+@pytest.mark.parametrize(("name", "half"), [("error", True), ("proportional", True), ("ecoflap", False)])
+def test_the_outputs_are_asked_on_the_half_that_judges(name: Name, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def probe(*given: object, **options: object) -> Probe:
+        asked.append(bool(options["half"]))
+        return Probe(*given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shares, "Probe", probe)
+    allocate(name, request_of(sensitive(), given=calibration()))
+    assert asked == [half]
+
+
+def test_where_the_half_is_padding_layers_go_by_their_errors() -> None:
+    model = model_of(
+        """g (float[batch, seq, 6] x, int64[batch, seq] attention_mask) => (float[batch, seq, 6] y) {
+          a = MatMul (x, u) r = Relu (a) y = MatMul (r, v) unused = Cast <to = 1> (attention_mask)
+        }""",
+        u=np.random.default_rng(1).standard_normal((6, 16)).astype(np.float32),
+        v=np.random.default_rng(2).standard_normal((16, 6)).astype(np.float32),
+    )
+    feeds = [
+        {"x": correlated(40, 6, seed).reshape(2, 20, 6), "attention_mask": np.full((2, 20), 1 - seed % 2, np.int64)}
+        for seed in range(5)
+    ]
+    measured = shares._measure(request_of(model, 0.5, given=samples(*feeds)))
+    assert (measured.at_target > 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_single_samples_are_no_reason_to_fail(count: int) -> None:
+    """One or two positions for each layer: what they say of variances is rounding."""
+    feeds = [{"x": correlated(1, WIDTH, seed)} for seed in range(count)]
+    model = feed_forward(blocks=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change = sparsify(model, context(samples(*feeds)), sparsity=0.5, allocate="error")
+    assert np.mean([site.density_after for site in change.sites]) == pytest.approx(0.5, abs=0.02)
+    assert all(np.isfinite(row).all() for row in rows(model))
 
 
 def test_global_follows_magnitudes_down_to_the_floor() -> None:
