@@ -220,8 +220,10 @@ def _error(request: Request) -> F64:
     """Half way between equal shares and those of least summed error.
 
     The errors are of layers that are sparse alone. Solved one after the other, later layers make up for earlier ones,
-    so differences between layers count for less than they measure: on MiniLM's calibration hold-out (70 % zeros) the
-    outputs change by 0.457 with equal shares, 0.485 with least summed error, and 0.450 half way.
+    so differences between layers count for less than they measure. MiniLM's calibration hold-out, 70 % zeros: the
+    outputs change by 0.457 with equal shares, 0.485 with least summed error, and 0.450 half way. EfficientNet-Lite0,
+    50 %, four folds: the classes diverge by 0.414 with least summed error, 0.343 three quarters of the way, and 0.372
+    half way.
     """
     measured = _measure(request)
     least = allocation.by_error(
