@@ -186,6 +186,10 @@ WHY: dict[tuple[str, str, str, str], str] = {
         "its value and output projections have weights of 0.05 to 0.08 (root mean square), all others 0.1 to 0.3, so one "
         "threshold takes up to 68 % of them; nothing says that they matter less"
     ),
+    ("dsnot", "wanda", *_RESNET): (
+        "DSnoT mends the mean of each output, which the biases here take up for Wanda as well; its layers' errors are "
+        "hardly smaller (0.267 against 0.272), and both have lost more than half of what the network knew"
+    ),
     ("dass", "wanda", *_STORIES): (
         "DaSS weighs gate and up by what their product's norms are and leaves the inputs' norms out; here those differ by "
         "2, and with 172 gated outputs none is spare enough to be emptied first"
