@@ -23,14 +23,14 @@ import spa_compiler
 from spa_compiler import analysis, targets
 from spa_compiler.artifact import manifest, verify, write
 from spa_compiler.calibration import examples
-from spa_compiler.compression import Progress, Request, Stages, Watcher, new_report, run_passes
+from spa_compiler.calibration.progress import Progress, no_progress
+from spa_compiler.compression import Request, Stages, Watcher, new_report, run_passes
 from spa_compiler.errors import BudgetError, SpaError, UsageError, VerificationError
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.load import load as load_model
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds, open_model, open_session, run
-from spa_compiler.passes.pass_ import no_progress
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.passes.restore import restore
 from spa_compiler.placement.place import Placed, place

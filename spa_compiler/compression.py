@@ -17,6 +17,7 @@ from spa_compiler import __version__, analysis, targets
 from spa_compiler.artifact import cuts
 from spa_compiler.calibration import data, examples, samples
 from spa_compiler.calibration.estimate import output_change
+from spa_compiler.calibration.progress import Progress, no_progress
 from spa_compiler.calibration.samples import Samples
 from spa_compiler.calibration.shapes import default_shapes, parse_shapes
 from spa_compiler.errors import ModelError
@@ -26,7 +27,7 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model, constants
 from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import Feeds
-from spa_compiler.passes.pass_ import Context, no_progress
+from spa_compiler.passes.pass_ import Context
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.report import assemble
 from spa_compiler.report.console import plural
@@ -36,7 +37,6 @@ from spa_compiler.targets import Target
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 Watcher = Callable[[Report], None]
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from spa_compiler.calibration.moments import Geometry, Moments
+from spa_compiler.calibration.progress import Progress, no_progress
 from spa_compiler.calibration.samples import Samples
 from spa_compiler.calibration.spool import Spool
 from spa_compiler.calibration.waves import Waves
@@ -29,8 +30,6 @@ from spa_compiler.errors import ModelError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.graph.session import Feeds, open_session, run
-
-Progress = Callable[[str, int, int], None]
 
 ROWS_PER_COLUMN = 64
 MOST_ROWS = 1 << 15
@@ -73,7 +72,7 @@ class Stream:
     sequential: bool = True
     targets: Mapping[int, str] = field(default_factory=dict)
     threads: int = 1
-    progress: Progress = lambda what, done, total: None
+    progress: Progress = no_progress
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -237,7 +236,7 @@ def as_it_is(
     samples: Samples,
     *,
     threads: int,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> Iterator[Collected]:
     """Moments of what each site reads in the model as it is, site by site; arguments are those of `Stream`."""
     for wave in Stream(model, sites, samples, sequential=False, threads=threads, progress=progress):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import onnx
 
+from spa_compiler.graph.branches import with_branches
+
 NAMES = frozenset({"SimplifiedLayerNormalization"})
 
 _DOMAIN = "com.microsoft"
@@ -17,11 +19,9 @@ _DOMAIN = "com.microsoft"
 def hide(proto: onnx.ModelProto) -> None:
     """Moves them, in place, to a domain of which onnx's checker knows nothing, so that what it says is of the rest."""
     found = False
-    graphs = [proto.graph]
-    for graph in graphs:
+    for graph in with_branches(proto.graph):
         for node in graph.node:
             if not node.domain and node.op_type in NAMES:
                 node.domain, found = _DOMAIN, True
-            graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
     if found and all(entry.domain != _DOMAIN for entry in proto.opset_import):
         proto.opset_import.add(domain=_DOMAIN, version=1)

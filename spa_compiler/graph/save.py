@@ -163,8 +163,6 @@ def _stubbed(graph: gs.Graph, left_out: list[gs.Constant]) -> Iterator[None]:
     try:
         for constant in constants(graph):
             values = constant._values
-            if isinstance(values, LazyValues) and isinstance(values.tensor, onnx.SparseTensorProto):
-                continue
             held.append((constant, values))
             if weights.nbytes(constant) > weights.LARGE_BYTES or _is_external(values):
                 tensor = weights.stub_of(constant)

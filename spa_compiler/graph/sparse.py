@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import onnx
 from onnx import SparseTensorProto, TensorProto, numpy_helper
 
 from spa_compiler.errors import ModelError
+from spa_compiler.graph.branches import with_branches
 
 MOST_BYTES = 1 << 30
 """Of all that is made dense in one file, which can state any dims in a few bytes and must fit one protobuf message."""
@@ -26,7 +26,7 @@ def densify(graph: onnx.GraphProto, where: str) -> list[str]:
     """
     names: list[str] = []
     left = MOST_BYTES
-    for inner in _graphs(graph):
+    for inner in with_branches(graph):
         for tensor in inner.sparse_initializer:
             dense = densified(tensor, where, left)
             left -= dense.ByteSize()
@@ -47,6 +47,8 @@ def densified(tensor: SparseTensorProto, where: str, most: int = MOST_BYTES) -> 
             is another number of values, they are no numbers or lie outside of the file, or it takes too much.
     """
     name, dims = tensor.values.name, list(tensor.dims)
+    if not isinstance(name, str):  # protobuf hands on bytes where a damaged file has something else
+        raise _damaged(name, where, "its name is no text")
     if TensorProto.EXTERNAL in (tensor.values.data_location, tensor.indices.data_location):
         raise _damaged(name, where, "its values or indices are external data")
     try:
@@ -81,14 +83,5 @@ def densified(tensor: SparseTensorProto, where: str, most: int = MOST_BYTES) -> 
     return numpy_helper.from_array(dense.reshape(dims), name)
 
 
-def _damaged(name: str, where: str, what: str) -> ModelError:
+def _damaged(name: object, where: str, what: str) -> ModelError:
     return ModelError(f"sparse initializer {name!r} is damaged: {what}", where=where, fix="Export the model again")
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and the branches of its control flow."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)

@@ -13,6 +13,7 @@ from onnx import AttributeProto
 
 from spa_compiler.errors import EnvironmentFault, ModelError
 from spa_compiler.graph import runtime_ops
+from spa_compiler.graph.branches import with_branches
 from spa_compiler.graph.session import open_session, runtime
 
 _EXPORT_AGAIN = "Export the model again, or repair it with a graph editor"
@@ -144,9 +145,8 @@ def _check_names(graph: onnx.GraphProto, outer: frozenset[str], where: str) -> b
 
     for value in graph.input:
         define(value.name, "the inputs")
-    initializers = [t.name for t in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
-    for name in initializers:
-        define(name, "the initializers")
+    for tensor in graph.initializer:
+        define(tensor.name, "the initializers")
     for node in graph.node:
         for name in filter(None, node.output):
             define(name, _title(node))
@@ -204,7 +204,6 @@ def _needs(node: onnx.NodeProto) -> Iterator[str]:
         if attribute.type == AttributeProto.GRAPH:
             inner = attribute.g
             made = {v.name for v in inner.input} | {t.name for t in inner.initializer}
-            made |= {t.values.name for t in inner.sparse_initializer}
             made |= {name for n in inner.node for name in n.output}
             for child in inner.node:
                 yield from (name for name in _needs(child) if name not in made)
@@ -212,11 +211,8 @@ def _needs(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield from _all_nodes(attribute.g)
+    for inner in with_branches(graph):
+        yield from inner.node
 
 
 def _checkable(work: onnx.ModelProto) -> onnx.ModelProto:

@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from spa_compiler.calibration.moments import Moments
+from spa_compiler.calibration.progress import Progress, no_progress
 from spa_compiler.calibration.samples import Samples
-from spa_compiler.calibration.stream import Collected, Progress, Stream
+from spa_compiler.calibration.stream import Collected, Stream
 from spa_compiler.graph.bias import Bias, bias_of
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
@@ -111,7 +112,7 @@ def rewrite(
     together: Callable[[int], Hashable] = lambda site: site,
     threads: int = 1,
     seed: int = 0,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = no_progress,
 ) -> list[Outcome]:
     """Solves every site in the order of the graph. Nothing in the model is changed: the caller writes the outcomes.
 

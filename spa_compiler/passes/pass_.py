@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from spa_compiler.analysis.schema import Slab
+from spa_compiler.calibration.progress import Progress, no_progress
 from spa_compiler.calibration.samples import Samples
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
@@ -19,10 +20,6 @@ from spa_compiler.targets import Target
 
 if TYPE_CHECKING:
     from spa_compiler.analysis import Analysis
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The progress of a run that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,7 @@ class Context:
     """The user's samples; None without `--calib`."""
     workers: int = 1
     """Layers that may be solved at a time; results do not depend on it."""
-    progress: Callable[[str, int, int], None] = no_progress
-    """Called with what is being worked on, how many are done, and how many there are."""
+    progress: Progress = no_progress
 
 
 class SiteChange(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,8 +16,9 @@ from threadpoolctl import threadpool_limits
 
 from spa_compiler.calibration.moments import Moments
 from spa_compiler.calibration.probe import Probe
+from spa_compiler.calibration.progress import Progress, no_progress
 from spa_compiler.calibration.samples import Samples
-from spa_compiler.calibration.stream import Collected, Progress, Stream
+from spa_compiler.calibration.stream import Collected, Stream
 from spa_compiler.criteria import magnitude
 from spa_compiler.errors import UsageError
 from spa_compiler.graph.model import Model
@@ -70,7 +71,7 @@ class Request:
     rng: np.random.Generator
     samples: Samples | None = None
     threads: int = 1
-    progress: Progress = lambda what, done, total: None
+    progress: Progress = no_progress
     see: Callable[[int, Moments], None] = lambda layer, moments: None
 
     @property

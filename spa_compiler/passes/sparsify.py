@@ -113,7 +113,7 @@ class Sparsify:
             masks,
             self._gated(model, ops, context),
             self.expression,
-            {} if worth is None else _complete(worth, model, ops, context),
+            {} if worth is None or samples is None else _complete(worth, model, ops, samples, context),
         )
         dense = _between(model, skipped) if method.moves and samples is not None else []
         if samples is None:
@@ -259,13 +259,13 @@ class Sparsify:
         )
 
 
-def _complete(worth: Worth, model: Model, ops: Sequence[WeightedOp], context: Context) -> Mapping[int, F64]:
+def _complete(
+    worth: Worth, model: Model, ops: Sequence[WeightedOp], samples: Samples, context: Context
+) -> Mapping[int, F64]:
     """The worth of outputs, once what is missing was measured."""
-    if (missing := worth.missing) and context.calibration is not None:
+    if missing := worth.missing:
         sites = [ops[place] for place in missing]
-        for collected in as_it_is(
-            model, sites, context.calibration, threads=context.workers, progress=context.progress
-        ):
+        for collected in as_it_is(model, sites, samples, threads=context.workers, progress=context.progress):
             worth.see(missing[collected.site], collected.fit)
     return worth.of_outputs()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from spa_compiler.calibration.progress import Progress
 from spa_compiler.graph.session import open_session
 from spa_compiler.placement.candidates import DENSE
 from spa_compiler.placement.measure import Timing, interleave
@@ -18,8 +19,6 @@ from spa_compiler.placement.regions import Group
 from spa_compiler.placement.trial import dense_model, pick, region_of, sparse_model
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
-
-Progress = Callable[[str, int, int], None]
 
 _BUDGET_S = 0.25  # of one contest at one shape
 

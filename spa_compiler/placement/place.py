@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spa_compiler.calibration.progress import Progress
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
@@ -20,7 +21,7 @@ from spa_compiler.placement.attention import Shapes, find_attention
 from spa_compiler.placement.candidates import chain_classes, classes, forms
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
-from spa_compiler.placement.contests import Progress, Referee
+from spa_compiler.placement.contests import Referee
 from spa_compiler.placement.measure import CLOSE, Timing, interleave
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms

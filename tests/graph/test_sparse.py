@@ -100,3 +100,9 @@ def test_branches_are_seen_and_all_of_them_share_one_bound(monkeypatch: pytest.M
     monkeypatch.setattr("spa_compiler.graph.sparse.MOST_BYTES", 50)  # one takes 24 and its header
     with pytest.raises(ModelError, match="more than 1 GB"):
         load(proto)
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    damaged = sparse(np.array([5], np.float32), [0]).SerializeToString().replace(b"\x01w", b"\x01\xff")
+    with pytest.raises(ModelError, match="damaged"):
+        densified(onnx.SparseTensorProto.FromString(damaged), "here")
