@@ -108,6 +108,7 @@ def run_rx1(
                 names,
                 name,
                 x[b * packed.k_block :],
+                np.zeros(0, np.int32),
                 indptr[entry:],
                 order[entry:],
                 columns,

@@ -30,7 +30,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation
-from spa_compiler.kernels.vector import ANY, at, const, prefetch, spread, store, widths
+from spa_compiler.kernels.vector import ANY, ZMM, at, const, prefetch, spread, store, widths
 
 F32 = NDArray[np.float32]
 
@@ -159,19 +159,25 @@ def reference(
     return activation.reference(y, act, low, high).astype(np.float32)
 
 
-def name(rows: int, lanes: int, act: str) -> str:
-    return f"spa_rx1_{rows}_{lanes}_{act}"
+def name(rows: int, lanes: int, act: str, window: bool = False) -> str:
+    return f"spa_rx1{'w' if window else ''}_{rows}_{lanes}_{act}"
 
 
-def kernel(rows: int, lanes: int, act: str) -> tirx.PrimFunc:
-    """void spa_rx1_<R>_<lanes>_<act>(panel, indptr, order, columns, values, bias, base, out, groups, mode, last,
-    low, high)
+def kernel(rows: int, lanes: int, act: str, window: bool = False) -> tirx.PrimFunc:
+    """void spa_rx1_<R>_<lanes>_<act>(panel, offsets, indptr, order, columns, values, bias, base, out, groups, mode,
+    last, low, high)
 
     One tile on one panel tile. `panel` points at the k_block's first feature, `indptr` and `order` at the tile's
     first group, `bias`, `base` (the residual) and `out` at the chunk's first row. mode: ACCUMULATE, BIAS or RESIDUAL;
     the activation is applied when `last` is not 0.
+
+    Args:
+        window: column c of the block is not row c of a panel tile, but lies `offsets[c]` floats behind `panel`
+            (`kernels/window.py`); whole registers of lanes alone. Otherwise `offsets` is not read.
     """
-    return _one_lane(rows, act) if lanes == 1 else _many_lanes(rows, lanes, act)
+    if window and lanes < ZMM:
+        raise ValueError(f"a window of {lanes} lanes: whole registers of {ZMM} alone")
+    return _one_lane(rows, act) if lanes == 1 else _many_lanes(rows, lanes, act, window)
 
 
 def _accumulator_sets(rows: int, vectors: int) -> int:
@@ -196,6 +202,12 @@ def _fma(regs, index, value, x, width):
     store(regs, regs[at(index, width)] + value * x, index, width)
 
 
+def _place(offsets, column, lanes, window):
+    """Where the activations of a column begin."""
+    column = T.Cast("int32", column)
+    return offsets[column] if window else column * lanes
+
+
 def _add(regs, index, other, width):
     store(regs, regs[at(index, width)] + regs[at(other, width)], index, width)
 
@@ -204,7 +216,7 @@ def _activate_in_place(out, position, act, low, high, width):
     store(out, activation.emit(out[at(position, width)], act, low, high, width), position, width)
 
 
-def _many_lanes(R, lanes, act):
+def _many_lanes(R, lanes, act, window):
     W, V = widths(lanes)
     U = _accumulator_sets(R, V)
     inline_prefetch = R > 1
@@ -213,6 +225,7 @@ def _many_lanes(R, lanes, act):
     @T.prim_func(s_tir=True)
     def rx1(
         p_: T.handle("float32"),
+        offsets_: T.handle("int32"),
         indptr_: T.handle("int32"),
         order_: T.handle("int32"),
         columns_: T.handle("uint16"),
@@ -226,8 +239,9 @@ def _many_lanes(R, lanes, act):
         low: T.float32,
         high: T.float32,
     ):
-        T.func_attr({"global_symbol": name(R, lanes, act), "tirx.noalias": True})
+        T.func_attr({"global_symbol": name(R, lanes, act, window), "tirx.noalias": True})
         P = T.decl_buffer((ANY,), "float32", data=p_)
+        offsets = T.decl_buffer((ANY,), "int32", data=offsets_)
         indptr = T.decl_buffer((ANY,), "int32", data=indptr_)
         order = T.decl_buffer((ANY,), "int32", data=order_)
         columns = T.decl_buffer((ANY,), "uint16", data=columns_)
@@ -281,7 +295,7 @@ def _many_lanes(R, lanes, act):
                                 regs,
                                 ((u * R + r) * V + v) * W,
                                 spread(values[(begin + j * U + u) * R + r], W),
-                                P[at(T.Cast("int32", columns[begin + j * U + u]) * lanes + v * W, W)],
+                                P[at(_place(offsets, columns[begin + j * U + u], lanes, window) + v * W, W)],
                                 W,
                             )
             if U > 1:
@@ -292,7 +306,7 @@ def _many_lanes(R, lanes, act):
                                 regs,
                                 (r * V + v) * W,
                                 spread(values[(begin + count - 1 - j) * R + r], W),
-                                P[at(T.Cast("int32", columns[begin + count - 1 - j]) * lanes + v * W, W)],
+                                P[at(_place(offsets, columns[begin + count - 1 - j], lanes, window) + v * W, W)],
                                 W,
                             )
                 for u in T.unroll(U - 1):
@@ -317,6 +331,7 @@ def _one_lane(R, act):
     @T.prim_func(s_tir=True)
     def rx1(
         p_: T.handle("float32"),
+        offsets_: T.handle("int32"),
         indptr_: T.handle("int32"),
         order_: T.handle("int32"),
         columns_: T.handle("uint16"),

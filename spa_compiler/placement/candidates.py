@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spa_compiler.kernels import rx1
+from spa_compiler.kernels.window import Window
 from spa_compiler.placement.chains import Chain
 from spa_compiler.placement.sites import Site
 
@@ -44,6 +46,7 @@ class SiteClass:
         site = self.sites[0]
         return {
             "layout": site.layout,
+            **({} if site.window is None else {"window": dataclasses.astuple(site.window)}),
             "n": site.n,
             "k": site.k,
             "act": site.act,
@@ -133,5 +136,5 @@ def chain_classes(
     return list(found.values())
 
 
-def _size(site: Site) -> tuple[str, int, int, str]:
-    return site.layout, site.n, site.k, site.act
+def _size(site: Site) -> tuple[str, int, int, str, Window | None]:
+    return site.layout, site.n, site.k, site.act, site.window

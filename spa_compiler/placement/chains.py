@@ -61,7 +61,7 @@ def find_chains(sites: Sequence[Site], sparse: set[str], outputs: Sequence[gs.Va
     taken: set[int] = set()
     found = []
     for down in sites:
-        ups = [s for s in readers.get(id(down.output), []) if id(s) not in taken and s.layout == down.layout]
+        ups = [s for s in readers.get(id(down.output), []) if id(s) not in taken and _joins(s, down)]
         if id(down) in taken or not _thin(down, ups, outputs):
             continue
         made = {id(s.output): s for s in readers[id(down.source)] if s.name in sparse and id(s) not in taken}
@@ -72,6 +72,10 @@ def find_chains(sites: Sequence[Site], sparse: set[str], outputs: Sequence[gs.Va
         taken |= {id(down), *(id(p) for h in heads for p in h.products)}
         found.append(Chain(down, heads))
     return found
+
+
+def _joins(up: Site, down: Site) -> bool:
+    return up.layout == down.layout and up.window is None and down.window is None
 
 
 def _thin(down: Site, ups: Sequence[Site], outputs: Sequence[gs.Variable]) -> bool:

@@ -103,7 +103,7 @@ def choose(classes: Sequence[SiteClass], referee: Referee) -> list[Choice]:
     for each in classes:
         timings = next(found) if each.stored else []
         rows, reason, would_help = _decide(each, timings)
-        tokens = tuple(_tokens(each.sites[0], s) for s in each.shapes)
+        tokens = tuple(each.sites[0].pixels(s) for s in each.shapes)
         name = DENSE if rows is None else candidate_name(rows)
         joined = _joined(each, timings)
         choices += [Choice(site, rows, reason, would_help, tuple(timings), tokens, name, joined) for site in each.sites]
@@ -125,7 +125,7 @@ def choose_chains(classes: Sequence[ChainClass], referee: Referee) -> list[Chain
     choices = []
     for each, timings in zip(classes, found, strict=True):
         best = max(each.layouts, key=lambda way: _mean_ratio(timings, way.name))
-        tokens = tuple(_tokens(each.chains[0].down, s) for s in each.shapes)
+        tokens = tuple(each.chains[0].down.pixels(s) for s in each.shapes)
         choices += [ChainChoice(chain, best, tuple(timings), tokens) for chain in each.chains]
     return choices
 
@@ -216,7 +216,3 @@ def _joined(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> int:
 
 def _mean_ratio(timings: Sequence[dict[str, Timing]], name: str) -> float:
     return math.exp(sum(math.log(t[DENSE].median_us / t[name].median_us) for t in timings) / len(timings))
-
-
-def _tokens(site: Site, shape: Sequence[int]) -> int:
-    return math.prod(shape) // site.k if site.k else 0

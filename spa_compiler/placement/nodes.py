@@ -117,6 +117,11 @@ def assemble(group: Group, results: Sequence[gs.Variable], rows: Mapping[str, in
             )
         else:
             act = (element.act, element.low, element.high)
+            if element.window is not None:
+                builder.convolution(element.window, _spec(packed(element, output.name), *act))
+                inputs.append(element.source)
+                order.append(output)
+                continue
             spec, term = _spec(packed(element, output.name), *act), None
             source = panel(element.source, element.k)
             if element.term is not None:  # which comes last, and so has the activation

@@ -1,7 +1,8 @@
 """Neighbouring sites, residual Adds and norms joined into regions, so that activations stay in panels in between.
 
 A region must be *convex*: no path may leave it and come back, or the one node that it becomes would wait for itself.
-Everything in it must see the same tokens, so tensors agree in all axes but their features at every measured shape.
+Everything in it must see the same tokens, so tensors agree in all axes but their features at every measured shape. A
+convolution with a window sees several at once, and is a region of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.attention import AttentionSite, Shapes
 from spa_compiler.placement.norms import NormSite
-from spa_compiler.placement.sites import Site, held, only_reader
+from spa_compiler.placement.sites import Site, held, only_reader, take_epilogue
 from spa_compiler.placement.sums import join_sums
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS
 
@@ -144,11 +145,12 @@ def _merge_one(
 
 
 def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, taken: set[int]) -> None:
-    """W x + b + other: the Add right behind a site without activation, if both operands have one shape.
+    """act(W x + b + other): the Add right behind a site without activation, if both operands have one shape, and the
+    activation behind it.
 
     `taken` has the Adds that other sites took: of a sum of two sites, one takes it.
     """
-    if site.act != "none" or site.residual is not None:
+    if site.act != "none" or site.residual is not None or site.window is not None:
         return
     add = only_reader(site.output, outputs)
     if add is None or add.op != "Add" or add.domain or id(add) in taken:
@@ -161,10 +163,11 @@ def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, t
     taken.add(id(add))
     site.residual, site.output = other, add.outputs[0]
     site.nodes = [*site.nodes, add]
+    take_epilogue(site, outputs)
 
 
 def _same_tokens(groups: Sequence[Group], shapes: Shapes) -> bool:
-    if len({g.layout for g in groups}) != 1:
+    if len({g.layout for g in groups}) != 1 or any(p.window for g in groups for p in g.products):
         return False
     tensors = [t for g in groups for e in g.elements for t in (*inputs_of(e), e.output)]
     for known in shapes:

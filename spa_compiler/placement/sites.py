@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,9 +14,12 @@ from spa_compiler.errors import ModelError
 from spa_compiler.graph.model import Model, scopes
 from spa_compiler.graph.operators import WeightedOp, describe, weighted_ops
 from spa_compiler.graph.weights import array_of
+from spa_compiler.kernels.window import Window
 from spa_compiler.placement import epilogue
 
 F32 = NDArray[np.float32]
+
+_MOST_AXES = 2  # that a window may have
 
 
 @dataclass(eq=False)
@@ -23,6 +27,7 @@ class Site:
     """act(W x + b) at one place of the graph.
 
     `source` is x, `output` the result, `nodes` what computes it now. `layout` is that of `kernels/panel.py`.
+    A convolution that looks at more than a pixel has a `window`, its x is what the window sees there: k values a pixel.
     `residual` is set when a residual Add right behind the site is taken in, `term` when it is the sum of two sites:
     act(W x + V z + b + residual), with z and V those of the other one, whose bias is in `bias`.
     """
@@ -38,6 +43,7 @@ class Site:
     high: float = 0.0
     residual: gs.Variable | None = None
     term: Site | None = None
+    window: Window | None = None
     _weight: F32 | None = field(default=None, repr=False)
 
     @property
@@ -64,6 +70,13 @@ class Site:
             self._weight = np.ascontiguousarray(self.op.rows(), np.float32)
         return self._weight
 
+    def pixels(self, shape: Sequence[int]) -> int:
+        """Products with the weight at an input of `shape`: tokens, or pixels of the output."""
+        if self.window is None:
+            return math.prod(shape) // self.k if self.k else 0
+        height, width = self.window.outputs(*([1] * (_MOST_AXES + 2 - len(shape))), *shape[2:])
+        return shape[0] * height * width
+
     @property
     def density(self) -> float:
         """Share of the weight's elements that are not zero."""
@@ -79,7 +92,7 @@ class Refusal:
 
 
 def find_sites(model: Model) -> tuple[list[Site], list[Refusal]]:
-    """Every MatMul, Gemm and 1x1 Conv with a constant float32 weight, in topological order; the others with reasons.
+    """Every MatMul, Gemm and Conv with a constant float32 weight, in topological order; the others with reasons.
 
     Raises:
         ModelError: the weight of any of them, site or not, holds NaN or Inf.
@@ -114,8 +127,8 @@ def _scaled(node: gs.Node) -> WeightedOp | None:
 
 
 def _unfit(op: WeightedOp) -> str:
-    if not op.pointwise:
-        return "a convolution with a window, stride, padding or groups has no sparse kernel yet"
+    if not op.pointwise and (reason := _unfit_window(op)):
+        return reason
     if op.weight.dtype != np.float32:
         return f"its weight is {np.dtype(op.weight.dtype).name}, kernels are float32"
     if op.kind == "Gemm" and len(op.node.inputs) > 2 and op.bias is None:
@@ -129,16 +142,47 @@ def _unfit(op: WeightedOp) -> str:
     return ""
 
 
+def _unfit_window(op: WeightedOp) -> str:
+    if op.group != 1:
+        return "a convolution with groups has no sparse kernel yet"
+    if len(op.kernel) > _MOST_AXES:
+        return f"a convolution over {len(op.kernel)} axes has no sparse kernel yet"
+    if op.node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return "its padding depends on the size of the input (auto_pad)"
+    return ""
+
+
+def _window(op: WeightedOp) -> Window:
+    """One axis is the second of two, behind a window of height 1."""
+    attrs, axes = op.node.attrs, len(op.kernel)
+
+    def pair(values: Sequence[int], missing: int) -> tuple[int, int]:
+        both = [*[missing] * (_MOST_AXES - axes), *(int(v) for v in values)]
+        return both[0], both[1]
+
+    pads = attrs.get("pads") or [0] * (2 * axes)
+    before, after = pair(pads[:axes], 0), pair(pads[axes:], 0)
+    return Window(
+        int(op.weight.shape[1]),
+        pair(op.kernel, 1),
+        pair(attrs.get("strides") or [1] * axes, 1),
+        pair(attrs.get("dilations") or [1] * axes, 1),
+        (*before, *after),
+        axes,
+    )
+
+
 def _site(op: WeightedOp, outputs: Sequence[gs.Variable]) -> Site:
     layout = "planes" if op.kind == "Conv" else "rows"
     bias = None if op.bias is None else np.asarray(op.bias, np.float32)
-    site = Site(op, layout, op.node.inputs[0], op.node.outputs[0], [op.node], bias)
+    window = None if op.pointwise else _window(op)
+    site = Site(op, layout, op.node.inputs[0], op.node.outputs[0], [op.node], bias, window=window)
     take_epilogue(site, outputs)
     return site
 
 
 def take_epilogue(site: Site, outputs: Sequence[gs.Variable]) -> None:
-    """Takes in what follows a product or a sum of two (in place): the Add of a constant bias, and an activation."""
+    """Takes in what follows a product or a sum (in place): the Add of a constant bias, and an activation."""
     if site.act == "none" and (added := _bias_add(site, outputs)) is not None:
         node, bias = added
         site.nodes = [*site.nodes, node]

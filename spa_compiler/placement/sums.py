@@ -56,7 +56,7 @@ def join_sums(sites: Sequence[Site], outputs: Sequence[gs.Variable], shapes: Sha
 def _fit(site: Site, other: Site, outputs: Sequence[gs.Variable], shapes: Shapes) -> bool:
     if site is other or site.layout != other.layout:
         return False
-    if any(s.term is not None or s.residual is not None for s in (site, other)):
+    if any(s.term is not None or s.residual is not None or s.window is not None for s in (site, other)):
         return False
     if other_operand(other, outputs) is None:  # something else reads it, too, or it has an activation
         return False

@@ -7,6 +7,7 @@ A group is one site, or a few that share an input: the products of a low-rank la
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.graph.weights import array_of
+from spa_compiler.kernels.window import Window
 from spa_compiler.placement.nodes import DOMAIN, DOMAIN_VERSION, Assembled, Packer, assemble
 from spa_compiler.placement.regions import Group, inputs_of
 from spa_compiler.placement.sites import Site
@@ -85,9 +87,9 @@ def _linear(
     for j, (part, source) in enumerate(zip(site.products, sources, strict=True)):
         name = f"{key}.{j}"
         if site.layout == "planes":
-            ones = [1] * (rank - 2)
-            w = constant(f"w{name}", part.weight.reshape(part.n, part.k, *ones))
-            nodes.append(helper.make_node("Conv", [source, w, *(biases if j == 0 else [])], [f"m{name}"]))
+            w = constant(f"w{name}", _kernel(part, rank))
+            inputs = [source, w, *(biases if j == 0 else [])]
+            nodes.append(helper.make_node("Conv", inputs, [f"m{name}"], **_attributes(part.window)))
         else:
             w = constant(f"w{name}", part.weight.T)
             nodes.append(helper.make_node("MatMul", [source, w], [f"m{name}"]))
@@ -98,6 +100,20 @@ def _linear(
     if biases and site.layout == "rows":
         nodes.append(helper.make_node("Add", [last, *biases], [f"p{key}"]))
     return nodes
+
+
+def _kernel(site: Site, rank: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """The weight of a convolution over `rank` - 2 axes."""
+    size, channels = ([1] * (rank - 2), site.k) if site.window is None else (site.window.size, site.window.channels)
+    return site.weight.reshape(site.n, channels, *size[2 - rank :])
+
+
+def _attributes(window: Window | None) -> dict[str, Any]:
+    if window is None:
+        return {}
+    axes = window.axes
+    pads = [*window.pads[2 - axes : 2], *window.pads[4 - axes :]]
+    return {"strides": list(window.stride[-axes:]), "dilations": list(window.dilation[-axes:]), "pads": pads}
 
 
 def _activation(site: Site, key: str, p: str, constants: list[onnx.TensorProto]) -> list[onnx.NodeProto]:

@@ -172,7 +172,8 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
             reason = f"would be timed dense and as {names}"
         # the tallest blocks that store next to nothing in vain
         tallest = max((s.rows for s in stored if s.share <= _SNUG * stored[0].share), default=None)
-        tokens = math.prod(shapes.get(site.source.name, ())) // site.k
+        known = shapes.get(site.source.name)
+        tokens = 0 if known is None else site.pixels(known)
         row = _row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason)
         report.placements.append(msgspec.structs.replace(row, pattern=_pattern(site.density, tallest)))
     for refusal in refusals:

@@ -18,7 +18,7 @@ import joblib
 from joblib.externals.loky import get_reusable_executor
 
 from spa_compiler.errors import EnvironmentFault
-from spa_compiler.kernels import attention, layernorm, panel, rx1
+from spa_compiler.kernels import attention, layernorm, panel, rx1, window
 from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.runtime.region import RegionSpec, kernels_of, write_c
 from spa_compiler.targets import host
@@ -27,7 +27,7 @@ from spa_compiler.targets.machine import cache_dir
 GLIBC = "2.28"
 WORTH_PROCESSES = 24  # kernels to build: a process takes a second to load TVM, a kernel a tenth to build
 C_FOLDER = Path(__file__).parent / "c"
-SOURCES = ("register.c", "node.c", "steps.c", "isa.c")
+SOURCES = ("register.c", "node.c", "steps.c", "window.c", "isa.c")
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
 ISA_LEVELS = {"x86-64": 1, "x86-64-v2": 2, "x86-64-v3": 3, "x86-64-v4": 4}
 
@@ -80,6 +80,8 @@ def build(names: Sequence[str], mcpu: str) -> list[Path]:
 
 def kernel(name: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, which has no types
     """The kernel that `kernels_of` names."""
+    if name in (window.SHIFT, window.CROP):
+        return window.shift_kernel() if name == window.SHIFT else window.crop_kernel()
     parts = name.removeprefix("spa_").split("_", 3)
     if parts[0] == "pack":
         return panel.pack_kernel(parts[1], int(parts[2]))
@@ -89,7 +91,7 @@ def kernel(name: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, w
         return attention.kernel(int(parts[1]))
     if parts[0] == "layernorm":
         return layernorm.kernel(int(parts[1]))
-    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3])
+    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], window=parts[0] == "rx1w")
 
 
 def linker() -> list[str]:

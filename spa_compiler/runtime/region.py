@@ -16,11 +16,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from spa_compiler.kernels import attention, layernorm, panel, rx1
+from spa_compiler.kernels import attention, layernorm, panel, rx1, window
+from spa_compiler.kernels.window import Window
 
 MAX_INPUTS = 8  # of the C side: region.h
 MAX_OUTPUTS = 8
 MAX_MASKS = 4
+WINDOW_LANES = tuple(lanes for lanes in panel.LANE_COUNTS if lanes >= 16)  # whole registers: of window.c
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RegionSpec:
     masks: int
     lines: tuple[str, ...]
     scratch_rows: int
+    window: Window | None = None  # of the one product that is all of such a region
 
     @property
     def op_type(self) -> str:
@@ -123,6 +126,7 @@ class RegionBuilder:
     norms: list[NormSpec] = field(default_factory=list)
     attentions: list[AttentionSpec] = field(default_factory=list)
     masks: int = 0
+    window: Window | None = None
     _panels: list[Panel] = field(default_factory=list)
     _steps: list[_Step] = field(default_factory=list)
 
@@ -150,6 +154,16 @@ class RegionBuilder:
         """The same, straight into the next output of the node: the panel exists chunk by chunk only."""
         self.outputs.append(spec.n)
         self._linear("_out", source, spec, residual, term, None)
+
+    def convolution(self, window: Window, spec: LinearSpec) -> None:
+        """act(W x + b) of the next input through a window, as the next output; nothing else may be in the region."""
+        if self._steps or self.layout != "planes" or spec.k != window.k:
+            raise ValueError(f"{window} takes {window.k} columns and a region of its own, on planes")
+        self.window = window
+        self.inputs.append(window.channels)
+        self.outputs.append(spec.n)
+        self.linears.append(spec)
+        self._add("spa_window(r)")
 
     def norm(self, source: Panel, spec: NormSpec) -> Panel:
         """LayerNormalization, into a panel of its own (the source may be a residual that is still needed)."""
@@ -197,6 +211,7 @@ class RegionBuilder:
             self.masks,
             tuple(s.text.format(*(p.place for p in s.panels)) for s in self._steps),
             max((p.place + p.rows for p in placed), default=0),
+            self.window,
         )
 
     def _linear(
@@ -230,19 +245,33 @@ class RegionBuilder:
         return self._panels[-1]
 
     def _add(self, text: str, *panels: Panel) -> None:
+        if self.window and self._steps:
+            raise ValueError("a convolution with a window is a region of its own")
         for p in panels:
             p.dies = len(self._steps)
         self._steps.append(_Step(text, panels))
+
+
+def _array_of(linear: LinearSpec, region: RegionSpec) -> str:
+    """The C array of its kernels."""
+    return f"rx1{'w' if region.window else ''}_{linear.rows}_{linear.act}"
 
 
 def kernels_of(regions: list[RegionSpec]) -> dict[str, tuple[str, ...]]:
     """C array name -> the functions in it (one per lane count), for everything that the regions call."""
     arrays: dict[str, tuple[str, ...]] = {}
     for region in regions:
+        if region.window:
+            arrays |= {"shift": (window.SHIFT,), "crop": (window.CROP,)}
+            for linear in region.linears:
+                arrays[_array_of(linear, region)] = tuple(
+                    rx1.name(linear.rows, lanes, linear.act, window=True) for lanes in WINDOW_LANES
+                )
+            continue
         for way in ("pack", "unpack"):
             arrays[f"{way}_{region.layout}"] = tuple(f"spa_{way}_{region.layout}_{n}" for n in panel.LANE_COUNTS)
         for linear in region.linears:
-            arrays[f"rx1_{linear.rows}_{linear.act}"] = tuple(
+            arrays[_array_of(linear, region)] = tuple(
                 rx1.name(linear.rows, lanes, linear.act) for lanes in panel.LANE_COUNTS
             )
         if region.attentions:
@@ -253,11 +282,34 @@ def kernels_of(regions: list[RegionSpec]) -> dict[str, tuple[str, ...]]:
 
 
 LOG2_E = 1.4426950408889634
-_C_TYPES = {"pack": "Pack", "unpack": "Unpack", "rx1": "Rx1", "layernorm": "Norm", "attention": "Attend"}
+_C_TYPES = {
+    "pack": "Pack",
+    "unpack": "Unpack",
+    "rx1": "Rx1",
+    "rx1w": "Rx1",
+    "layernorm": "Norm",
+    "attention": "Attend",
+    "shift": "Shift",
+    "crop": "Crop",
+}
 
 
 def _c_float(value: float) -> str:
     return "-3.4028235e38f" if value < -3.4e38 else "3.4028235e38f" if value > 3.4e38 else f"{float(value).hex()}f"
+
+
+def _c_ways(region: RegionSpec) -> str:
+    """The ways into panels and back; behind a window there are none."""
+    return "" if region.window else f".pack = pack_{region.layout}, .unpack = unpack_{region.layout}, "
+
+
+def _c_window(w: Window) -> str:
+    sizes = ", ".join(
+        f".{name} = {{{', '.join(map(str, values))}}}"
+        for name, values in (("size", w.size), ("stride", w.stride), ("dilation", w.dilation), ("pads", w.pads))
+    )
+    functions = f".shift = {window.SHIFT}, .crop = {window.CROP}"
+    return f"{{.axes = {w.axes}, .channels = {w.channels}, {sizes}, {functions}}}"
 
 
 def write_c(regions: list[RegionSpec], isa_level: int) -> str:
@@ -272,14 +324,15 @@ def write_c(regions: list[RegionSpec], isa_level: int) -> str:
     for array, functions in kernels_of(regions).items():
         kind = _C_TYPES[array.split("_")[0]]
         out.append(f"extern {kind} {', '.join(functions)};")
-        out.append(f"static {kind}* const {array}[LANE_COUNTS] = {{{', '.join(functions)}}};\n")
+        if len(functions) > 1:
+            out.append(f"static {kind}* const {array}[] = {{{', '.join(functions)}}};\n")
     rows = []
     for region in regions:
         op, layout = region.op_type, f"LAYOUT_{region.layout.upper()}"
         if region.linears:
             items = ",\n  ".join(
                 f"{{.n = {s.n}, .k = {s.k}, .rows = {s.rows}, .chunk = {s.chunk}, .k_block = {s.k_block}, "
-                f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = rx1_{s.rows}_{s.act}}}"
+                f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = {_array_of(s, region)}}}"
                 for s in region.linears
             )
             out.append(f"static const LinearInfo {op}_linears[] = {{\n  {items}}};")
@@ -296,13 +349,16 @@ def write_c(regions: list[RegionSpec], isa_level: int) -> str:
                 for s in region.attentions
             )
             out.append(f"static const AttentionInfo {op}_attentions[] = {{{items}}};")
+        if region.window:
+            out.append(f"static const WindowInfo {op}_window = {_c_window(region.window)};")
         body = "".join(f"  TRY({line});\n" for line in region.lines)
         out.append(f"static Status* {op}(const Run* r) {{\n{body}  return NULL;\n}}\n")
         rows.append(
-            f'  {{.op = SPA_CUSTOM_OP, .name = "{op}", .run = {op}, .pack = pack_{region.layout}, '
-            f".unpack = unpack_{region.layout}, .linears = {f'{op}_linears' if region.linears else 'NULL'}, "
+            f'  {{.op = SPA_CUSTOM_OP, .name = "{op}", .run = {op}, {_c_ways(region)}'
+            f".linears = {f'{op}_linears' if region.linears else 'NULL'}, "
             f".norms = {f'{op}_norms' if region.norms else 'NULL'}, "
             f".attentions = {f'{op}_attentions' if region.attentions else 'NULL'}, .masks = {region.masks}, "
+            f".window = {f'&{op}_window' if region.window else 'NULL'}, "
             f".whole_sequences = {int(bool(region.attentions))}, .scratch_rows = {region.scratch_rows}, "
             f".input_features = {{{', '.join(map(str, region.input_features))}}}, "
             f".output_features = {{{', '.join(map(str, region.output_features))}}}, .layout = {layout}, "

@@ -90,3 +90,17 @@ def test_a_nan_score_is_not_hidden_and_stays_with_its_query(lanes: int) -> None:
     got = run(q, k, v, mask, 0.5)
     assert np.isnan(got[:, -1]).all()
     assert (got[:, :-1] == clean[:, :-1]).all()
+
+
+@pytest.mark.parametrize("lanes", panel.LANE_COUNTS)
+def test_keys_that_are_never_seen_change_no_bit(lanes: int) -> None:
+    """Every further tile multiplies by 2^0, which must be 1."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((8, lanes)).astype(np.float32)
+    k, v = rng.standard_normal((2, 8, 6 * lanes + 120)).astype(np.float32)
+    mask = np.full((k.shape[1], lanes), -np.inf, np.float32)
+    mask[: min(lanes, 3)] = 0.0
+    few = run(q, k[:, :lanes], v[:, :lanes], mask[:lanes], 0.3)
+    np.testing.assert_array_equal(run(q, k, v, mask, 0.3), few)
+    if lanes == 1:
+        np.testing.assert_array_equal(few[:, 0], v[:, 0])

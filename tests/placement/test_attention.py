@@ -173,7 +173,7 @@ def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, ra
     link(regions, MCPU, tmp_path / "kernels.so")
     ours = open_session(to_proto(model).SerializeToString(), threads=threads, library=tmp_path / "kernels.so")
     theirs = open_session(proto.SerializeToString())
-    for batch, tokens in ((1, 1), (1, 3), (2, 7), (1, 16), (3, 33), (2, 64), (1, 65), (1, 200)):
+    for batch, tokens in ((1, 1), (1, 3), (2, 7), (1, 16), (3, 33), (2, 64), (1, 65), (1, 200), (40, 70)):
         x = feeds(load(proto), batch, tokens)
         want, got = run(theirs, x)["y"], run(ours, x)["y"]
         assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), (batch, tokens)

@@ -110,6 +110,32 @@ CASES: dict[str, onnx.ModelProto] = {
         u=pointwise(24, 16),
         q=vector(24),
     ),
+    "an activation behind a residual": network(
+        """g (float["b",16,"h","v"] x) => (float["b",16,"h","v"] y) {
+          a = Conv(x, w, p) r = Relu(a) c = Conv(r, v) t = Add(x, c) s = Relu(t) d = Conv(s, u) y = Add(d, s) }""",
+        w=pointwise(40, 16),
+        p=vector(40),
+        v=pointwise(16, 40),
+        u=pointwise(16, 16),
+    ),
+    "windows": network(
+        """g (float["b",8,"h","v"] x) => (float["b",24,"i","j"] y) {
+          a = Conv <pads = [1, 1, 1, 1]> (x, w, p) r = Relu(a)
+          c = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (r, v) s = Conv <strides = [2, 2]> (x, u, q)
+          t = Add(c, s) m = Relu(t) y = Conv(m, z) }""",
+        w=sparse(72, 16).T.reshape(16, 8, 3, 3),
+        p=vector(16),
+        v=sparse(144, 24).T.reshape(24, 16, 3, 3),
+        u=pointwise(24, 8),
+        q=vector(24),
+        z=pointwise(24, 24),
+    ),
+    "a window on a signal": network(
+        """g (float["b",16,"t"] x) => (float["b",8,"u"] y) {
+          a = Conv <strides = [3], pads = [2, 2], dilations = [2]> (x, w, p) y = Sigmoid(a) }""",
+        w=sparse(48, 8).T.reshape(8, 16, 3),
+        p=vector(8),
+    ),
     "signal": network(
         'g (float["b",16,"t"] x) => (float["b",8,"t"] y) { a = Conv(x, w, p) y = Relu(a) }',
         w=pointwise(8, 16)[..., 0],

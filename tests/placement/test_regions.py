@@ -86,6 +86,29 @@ def test_a_residual_and_a_norm(operands: str) -> None:
     assert [t.name for t in group.external()] == ["x"]
 
 
+def test_the_activation_behind_a_residual_comes_along() -> None:
+    text = "g (float[N,S,8] x) => (float[N,S,8] y) { m = MatMul(x, w) s = Add(m, x) r = Relu(s) y = MatMul(r, v) }"
+    (group,) = joined(model_of(text, **SQUARE))
+    assert elements([group]) == [["r", "y"]]
+    site = group.elements[0]
+    assert isinstance(site, Site)
+    assert (site.act, site.residual.name if site.residual else None) == ("relu", "x")
+
+
+def test_an_activation_of_a_sum_that_is_read_elsewhere_stays_outside() -> None:
+    text = "g (float[N,S,8] x) => (float[N,S,8] y, float[N,S,8] s) { m = MatMul(x, w) s = Add(m, x) y = Relu(s) }"
+    (group,) = joined(model_of(text, **SQUARE))
+    assert elements([group]) == [["s"]]
+
+
+def test_a_convolution_with_a_window_is_a_region_of_its_own() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
+      a = Conv(x, w) b = Conv <pads = [1, 1, 1, 1]> (a, v) c = Conv(b, w) y = Add(b, c) }"""
+    weights = {"w": np.ones((8, 8, 1, 1), np.float32), "v": np.ones((8, 8, 3, 3), np.float32)}
+    groups = joined(model_of(text, **weights), {"x": np.zeros((1, 8, 6, 6), np.float32)})
+    assert elements(groups) == [["a"], ["b"], ["y"]]
+
+
 def test_a_residual_behind_an_activation_stays_outside() -> None:
     model = model_of("g (float[N,S,8] x) => (float[N,S,8] y) { m = MatMul(x, w) r = Relu(m) y = Add(r, x) }", **SQUARE)
     (group,) = joined(model)

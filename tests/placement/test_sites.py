@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from spa_compiler.errors import ModelError
+from spa_compiler.kernels.window import Window
 from spa_compiler.placement.sites import Refusal, Site, find_sites
 from tests.networks import F32, model_of
 
@@ -141,17 +142,45 @@ def test_what_is_added_to_a_conv_but_no_bias(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "call,shape",
+    "call,shape,window",
     [
-        ("Conv <strides = [2, 2]> (x, w)", (8, 6, 1, 1)),
-        ("Conv <pads = [1, 1, 1, 1]> (x, w)", (8, 6, 1, 1)),
-        ("Conv <group = 2> (x, w)", (8, 3, 1, 1)),
-        ("Conv(x, w)", (8, 6, 3, 3)),
+        ("Conv(x, w)", (8, 6, 3, 2), Window(6, (3, 2))),
+        ("Conv <strides = [2, 1]> (x, w)", (8, 6, 1, 1), Window(6, (1, 1), (2, 1))),
+        ("Conv <pads = [0, 1, 2, 3]> (x, w)", (8, 6, 1, 1), Window(6, (1, 1), pads=(0, 1, 2, 3))),
+        ('Conv <auto_pad = "VALID", dilations = [1, 3]> (x, w)', (8, 6, 2, 2), Window(6, (2, 2), dilation=(1, 3))),
     ],
 )
-def test_other_convolutions_are_refused(call: str, shape: tuple[int, ...]) -> None:
-    found = refusal(f"g (float[1,6,8,8] x) => (float[1,8,H,V] y) {{ y = {call} }}", w=array(*shape))
-    assert "has no sparse kernel yet" in found.reason
+def test_a_convolution_with_a_window(call: str, shape: tuple[int, ...], window: Window) -> None:
+    weight = array(*shape)
+    site = only(f"g (float[1,6,8,8] x) => (float[1,8,H,V] y) {{ c = {call} y = Relu(c) }}", w=weight)
+    assert (site.layout, site.n, site.k, site.act, site.window) == ("planes", 8, window.k, "relu", window)
+    np.testing.assert_array_equal(site.weight, weight.reshape(8, -1))
+    height, width = window.outputs(8, 8)
+    assert site.pixels((3, 6, 8, 8)) == 3 * height * width
+
+
+def test_a_window_over_one_axis() -> None:
+    text = "g (float[1,6,9] x) => (float[1,8,5] y) { y = Conv <strides = [2], pads = [1, 1]> (x, w) }"
+    site = only(text, w=array(8, 6, 3))
+    assert site.window == Window(6, (1, 3), (1, 2), pads=(0, 1, 0, 1), axes=1)
+    assert site.pixels((2, 6, 9)) == 10
+
+
+@pytest.mark.parametrize(
+    "text,shape,words",
+    [
+        ("g (float[1,6,8,8] x) => (float[1,8,H,V] y) { y = Conv <group = 2> (x, w) }", (8, 3, 1, 1), "with groups"),
+        ("g (float[1,6,8,8,8] x) => (float[1,8,H,V,D] y) { y = Conv (x, w) }", (8, 6, 2, 2, 2), "over 3 axes"),
+        (
+            'g (float[1,6,8,8] x) => (float[1,8,H,V] y) { y = Conv <auto_pad = "SAME_UPPER"> (x, w) }',
+            (8, 6, 2, 2),
+            "auto_pad",
+        ),
+    ],
+)
+def test_other_convolutions_are_refused(text: str, shape: tuple[int, ...], words: str) -> None:
+    found = refusal(text, w=array(*shape))
+    assert words in found.reason
     assert found.op.name == "y"
 
 

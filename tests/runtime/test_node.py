@@ -30,6 +30,17 @@ def test_rows_of_any_number_of_tokens(name: str, threads: int) -> None:
         assert_parity(run(s, feeds), c.expected(feeds))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name, dims", [("mlp", (3, 500)), ("planes", (2, 50, 61)), ("sum", (2, 300))])
+def test_panels_that_leave_the_cache_are_computed_in_bands(name: str, dims: tuple[int, ...], threads: int) -> None:
+    c = case(name)
+    tokens = int(np.prod(dims))
+    assert c.spec.scratch_rows * tokens * 4 > 2 << 20, "more than a band holds"
+    feeds = c.feeds(dims)
+    s = session(c.model(("n", *(f"p{i}" for i in range(len(dims) - 1)))), threads)
+    assert_parity(run(s, feeds), c.expected(feeds))
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])
 def test_rows_of_any_rank(rank: int) -> None:
     c = case("mlp")

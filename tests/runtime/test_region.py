@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_compiler.kernels import panel, rx1
+from spa_compiler.kernels import panel, rx1, window
 from spa_compiler.runtime import region
 from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
 from spa_compiler.runtime.region import (
@@ -25,6 +25,7 @@ from spa_compiler.runtime.region import (
     write_c,
 )
 from tests.region_harness import CASES, case
+from tests.window_harness import CONVOLUTIONS
 
 
 def linear(n: int, k: int, rows: int = 4, act: str = "none") -> LinearSpec:
@@ -189,10 +190,34 @@ def test_the_c_side_and_python_agree_on_sizes() -> None:
     assert tuple(map(int, counts.split(","))) == panel.LANE_COUNTS
 
 
-@pytest.mark.parametrize("names", [(), ("mlp",), tuple(CASES)])
+def test_window_c_and_python_agree_on_the_layout() -> None:
+    text = (C_FOLDER / "window.c").read_text()
+    found = {name: int(re.search(rf"\b{name} = (\d+)", text)[1]) for name in ("PITCH_STEP", "REGISTER", "RUN")}
+    assert found == {"PITCH_STEP": window.PITCH_STEP, "REGISTER": region.WINDOW_LANES[0], "RUN": window.RUN}
+    assert tuple(i * window.ZMM for i in range(1, panel.MAX_LANES // window.ZMM + 1)) == region.WINDOW_LANES
+
+
+def test_a_window_has_kernels_of_whole_registers_and_none_for_panels() -> None:
+    found = kernels_of([CONVOLUTIONS["same"].region])
+    assert set(found) == {"shift", "crop", "rx1w_4_relu"}
+    assert len(found["rx1w_4_relu"]) == len(region.WINDOW_LANES)
+    for function, *_ in found.values():
+        assert kernel(function).attrs["global_symbol"] == function
+
+
+def test_the_window_is_a_part_of_the_name() -> None:
+    spec = CONVOLUTIONS["same"].region
+    assert spec.window is not None
+    other = dataclasses.replace(spec, window=dataclasses.replace(spec.window, stride=(1, 2)))
+    assert other.op_type != spec.op_type
+
+
+@pytest.mark.parametrize("names", [(), ("mlp",), tuple(CASES), ("mlp", "same", "line")])
 def test_the_c_compiles_without_a_warning(names: tuple[str, ...], tmp_path: Path) -> None:
     source = tmp_path / "regions.c"
-    source.write_text(write_c([case(name).spec for name in names], 4))
+    source.write_text(
+        write_c([CONVOLUTIONS[name].region if name in CONVOLUTIONS else case(name).spec for name in names], 4)
+    )
     flags = [f for f in FLAGS if f not in ("-shared", "-s")]
     run_linker([*flags, "-Werror", f"-I{C_FOLDER}", "-c", str(source), "-o", str(tmp_path / "regions.o")])
 

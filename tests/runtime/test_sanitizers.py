@@ -15,6 +15,7 @@ from spa_compiler.runtime import link
 from tests import deployment
 from tests.region_harness import CASES, MCPU, case, needs_avx512
 from tests.runtime_malformed import malformed
+from tests.window_harness import CONVOLUTIONS
 
 pytestmark = [needs_avx512, pytest.mark.slow]
 UBSAN = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
@@ -32,8 +33,13 @@ def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> Path:
             "disagree": (case("wide").model(None), {"x0": zeros, "x1": np.zeros((2, 6, 600), np.float32)}),
         },
     )
+    for name, convolution in CONVOLUTIONS.items():
+        feeds = convolution.image(2, *(37, 20)[2 - convolution.window.axes :])
+        (folder / f"window {name}.onnx").write_bytes(convolution.model())
+        np.savez(folder / f"window {name}_0.npz", **feeds, y0=convolution.expected(feeds)[0])
     monkeypatch.setattr(link, "FLAGS", ("-O1", "-g", "-std=c11", "-fPIC", "-shared", *flags))
-    link.link([case(name).spec for name in CASES], MCPU, folder / "kernels.so")
+    regions = [case(name).spec for name in CASES] + [c.region for c in CONVOLUTIONS.values()]
+    link.link(regions, MCPU, folder / "kernels.so")
     return script
 
 

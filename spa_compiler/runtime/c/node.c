@@ -7,6 +7,8 @@
 
 #include "region.h"
 
+enum { PANEL_BYTES = 1 << 20, LEAST_TILES = 4 }; /* of a band: half of a core's L2; enough tiles for a few threads */
+
 static const int lane_counts[LANE_COUNTS] = {1, 4, 8, 16, 32, 48, 64};
 static const int linear_types[LINEAR_ARRAYS] = {ELEMENT_INT32, ELEMENT_INT32, ELEMENT_UINT16, ELEMENT_FLOAT,
                                                 ELEMENT_FLOAT};
@@ -134,6 +136,7 @@ static Status* initialize(Node* node, const void* info) {
             (long long)region->linears[i].rows);
     }
     TRY(check_linear(node, i, size));
+    node->weight_bytes += size[VALUES] * (int64_t)(sizeof(float) * (size_t)region->linears[i].rows + sizeof(uint16_t));
   }
   for (int i = 0; i < region->norm_count; ++i)
     for (int a = 0; a < NORM_ARRAYS; ++a) {
@@ -235,6 +238,38 @@ static Status* bind_masks(Run* r) {
   return NULL;
 }
 
+/* Behind a window: reads the sizes of an image, and turns `dims` into those of the output. */
+static Status* bind_window(Run* r, int64_t* dims, size_t rank) {
+  const Node* node = r->node;
+  const WindowInfo* w = node->region->window;
+  char text[160];
+  if (!w) return NULL;
+  CHECK(node, (int64_t)rank == w->axes + 2, "the input must have %lld dimensions, its shape is %s",
+        (long long)w->axes + 2, show(text, dims, rank));
+  r->height = w->axes == 2 ? dims[2] : 1;
+  r->width = dims[rank - 1];
+  r->out_height = spa_window_outputs(w, 0, r->height);
+  r->out_width = spa_window_outputs(w, 1, r->width);
+  CHECK(node, r->height > 0 && r->width > 0 && r->out_height > 0 && r->out_width > 0,
+        "the input is smaller than the window, its shape is %s", show(text, dims, rank));
+  CHECK(node, r->height <= INT32_MAX / r->width && r->out_height <= INT32_MAX / (r->out_width + 8) &&
+                  spa_window_scratch(r) <= INT32_MAX,
+        "an image has too many pixels for 32-bit offsets, the input's shape is %s", show(text, dims, rank));
+  if (w->axes == 2) dims[2] = r->out_height;
+  dims[rank - 1] = r->out_width;
+  return NULL;
+}
+
+/* Tiles to compute at a time. Where the weights are small beside the panels, as in convolutions, reading them again for
+ * every band costs less than panels that do not stay in L2. */
+static int64_t band_of(const Run* r, int64_t tiles) {
+  int64_t each = r->node->region->scratch_rows * r->lanes * (int64_t)sizeof(float);
+  if (r->node->region->window || each * tiles <= PANEL_BYTES || r->node->weight_bytes > PANEL_BYTES / 4) return tiles;
+  int64_t band = PANEL_BYTES / each > LEAST_TILES ? PANEL_BYTES / each : LEAST_TILES;
+  int64_t unit = r->node->region->whole_sequences ? r->tiles_per_sequence : 1;
+  return least((band + unit - 1) / unit * unit, tiles);
+}
+
 Status* spa_compute(void* kernel, void* context) {
   const Node* node = kernel;
   const Region* region = node->region;
@@ -243,6 +278,7 @@ Status* spa_compute(void* kernel, void* context) {
   size_t rank = 0;
   TRY(bind_inputs(&r, dims, &rank));
   TRY(bind_masks(&r));
+  TRY(bind_window(&r, dims, rank));
   int axis = feature_axis(region, rank);
   int64_t widest = 1;
   for (int i = 0; i < region->outputs; ++i) {
@@ -262,13 +298,18 @@ Status* spa_compute(void* kernel, void* context) {
   while (lane_counts[r.lane_index] < each) ++r.lane_index;
   r.lanes = lane_counts[r.lane_index];
   r.tiles_per_sequence = (r.tokens + r.lanes - 1) / r.lanes;
-  r.tiles = r.sequences * r.tiles_per_sequence;
+  int64_t tiles = r.sequences * r.tiles_per_sequence, band = band_of(&r, tiles);
 
-  size_t bytes = sizeof(float) * (size_t)region->scratch_rows * (size_t)r.tiles * (size_t)r.lanes + 64;
+  int64_t floats = region->window ? spa_window_scratch(&r) : region->scratch_rows * band * r.lanes;
+  size_t bytes = sizeof(float) * (size_t)floats + 64;
   void* block = node->allocator->Alloc(node->allocator, bytes);
   if (!block) return refuse(node, CODE_FAIL, "no memory for %zu bytes of scratch", bytes);
   r.scratch = (float*)(((uintptr_t)block + 63) / 64 * 64);
-  Status* status = region->run(&r);
+  Status* status = NULL;
+  for (; !status && r.first_tile < tiles; r.first_tile += band) {
+    r.tiles = least(tiles - r.first_tile, band);
+    status = region->run(&r);
+  }
   node->allocator->Free(node->allocator, block);
   return status;
 }
@@ -293,6 +334,13 @@ Status* spa_infer_shape(const CustomOp* self, void* context) {
    * computed from this shape, then rejects. A fresh name says "unknown" and equals no other. */
   static atomic_uint unknown;
   char fresh[MAX_RANK][32];
+  const WindowInfo* w = region->window;
+  if (w && (int64_t)rank != w->axes + 2) return NULL;
+  for (size_t d = 2; w && d < rank; ++d) { /* an unknown size stays that of the input only where the window keeps it */
+    int at = (int)(d + 4 - rank) - 2, kept = w->stride[at] == 1 && spa_window_outputs(w, at, 1 << 20) == 1 << 20;
+    if (dims[d] >= 0) dims[d] = spa_window_outputs(w, at, dims[d]);
+    if (dims[d] >= 0 || !kept) names[d] = "";
+  }
   for (size_t d = 0; d < rank; ++d)
     if ((int)d != axis && dims[d] < 0 && !*names[d]) {
       snprintf(fresh[d], sizeof fresh[d], "ai.spa.%u", atomic_fetch_add(&unknown, 1));

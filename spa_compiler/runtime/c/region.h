@@ -15,9 +15,12 @@ enum { LAYOUT_ROWS, LAYOUT_PLANES };  /* [..., tokens, features]; [images, featu
 enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2 };
 enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
 
-typedef void Rx1(const float* panel, const int32_t* indptr, const int32_t* order, const uint16_t* columns,
-                 const float* values, const float* bias, const float* base, float* out, int32_t groups, int32_t mode,
-                 int32_t last, float low, float high);
+typedef void Rx1(const float* panel, const int32_t* offsets, const int32_t* indptr, const int32_t* order,
+                 const uint16_t* columns, const float* values, const float* bias, const float* base, float* out,
+                 int32_t groups, int32_t mode, int32_t last, float low, float high);
+typedef void Shift(const float* x, float* to, int32_t top, int32_t rows, int32_t phases, int32_t height, int32_t width,
+                   int32_t pitch, int32_t low, int32_t high, int32_t left, int32_t step);
+typedef void Crop(const float* tile, float* plane, const int32_t* runs, int32_t count);
 typedef void Pack(const float* x, float* panel, int32_t tokens, int32_t features, int32_t stride);
 typedef void Unpack(const float* panel, float* y, int32_t tokens, int32_t features, int32_t stride);
 typedef void Attend(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
@@ -27,8 +30,14 @@ typedef void Norm(const float* x, const float* gamma, const float* beta, float* 
 typedef struct { /* an R x 1 weight: spa_compiler/kernels/rx1.py has the format */
   int64_t n, k, rows, chunk, k_block;
   float low, high;
-  Rx1* const* kernels; /* one per lane count */
+  Rx1* const* kernels; /* one per lane count; behind a window one for each of 1 to 4 registers */
 } LinearInfo;
+
+typedef struct { /* of a convolution, [height, width]: spa_compiler/kernels/window.py */
+  int64_t axes, channels, size[2], stride[2], dilation[2], pads[4]; /* axes: 1 or 2; pads: top, left, bottom, right */
+  Shift* shift;
+  Crop* crop;
+} WindowInfo;
 
 typedef struct {
   int64_t features;
@@ -52,6 +61,7 @@ typedef struct {
   const LinearInfo* linears;
   const NormInfo* norms;
   const AttentionInfo* attentions;
+  const WindowInfo* window; /* NULL, or the one step is spa_window */
   int64_t scratch_rows;
   int64_t input_features[MAX_INPUTS], output_features[MAX_OUTPUTS];
   int layout, inputs, masks, outputs, linear_count, norm_count;
@@ -87,6 +97,7 @@ typedef struct { /* a node: initializers validated once, then read in place; not
   const Region* region;
   Arrays* linears;
   Arrays* norms;
+  int64_t weight_bytes;
   Allocator* allocator; /* the session's arena: a malloc of this size would fault its pages in every call */
   char site[256];
 } Node;
@@ -99,7 +110,9 @@ struct Run { /* one call */
   int64_t mask_stride[MAX_MASKS][3]; /* of the first three axes; 0 where the size is 1 */
   float* output[MAX_OUTPUTS];
   int64_t sequences, tokens; /* tokens of each sequence: 1 sequence in rows, images and pixels in planes */
-  int64_t tiles_per_sequence, tiles, lanes;
+  int64_t height, width, out_height, out_width; /* of an image, behind a window alone */
+  int64_t tiles_per_sequence, lanes;
+  int64_t first_tile, tiles; /* what is computed now: a band of all tiles, whose panels stay in L2 */
   int lane_index;
   float* scratch;
 };
@@ -118,5 +131,14 @@ Status* spa_norm(const Run*, int norm, int64_t from, int64_t to);
 /* `mask` < 0: none. q, k, v and `to` are panels of heads x depth features. */
 Status* spa_attention(const Run*, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to);
 Status* spa_unpack(const Run*, int output, int64_t from);
+Status* spa_window(const Run*); /* input 0 and linear 0 to output 0, through the region's window */
+
+int64_t spa_window_outputs(const WindowInfo*, int axis, int64_t size); /* 0: the input is smaller than the window */
+int64_t spa_window_scratch(const Run*);                                /* floats */
+
+/* The part of a product in one chunk of one tile, block of columns by block. `from` is the tile, its columns `lanes`
+ * floats apart, or wherever `offsets` (else NULL) says. `start` is the mode of the first block. */
+void spa_add_product(const LinearInfo*, const void* const* arrays, int kernel, const float* from, int64_t lanes,
+                     const int32_t* offsets, int64_t chunk, int start, int last, const float* base, float* out);
 
 #endif

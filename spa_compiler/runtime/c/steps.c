@@ -33,13 +33,18 @@ static int64_t blocks_of(int64_t total, int64_t size) { return (total + size - 1
 
 static float* panel_at(const Run* r, int64_t place) { return r->scratch + place * r->tiles * r->lanes; }
 
-static int64_t tokens_in(const Run* r, int64_t tile) {
-  return least(r->tokens - tile % r->tiles_per_sequence * r->lanes, r->lanes);
+/* Tiles are counted from the band's first one; a band of attention begins with a sequence. */
+static int64_t sequence_of(const Run* r, int64_t tile) { return (r->first_tile + tile) / r->tiles_per_sequence; }
+
+static int64_t token_of(const Run* r, int64_t tile) {
+  return (r->first_tile + tile) % r->tiles_per_sequence * r->lanes;
 }
+
+static int64_t tokens_in(const Run* r, int64_t tile) { return least(r->tokens - token_of(r, tile), r->lanes); }
 
 /* Where feature `first` of a tile's first token lies in a tensor outside, and the stride that pack and unpack need. */
 static int64_t outside(const Run* r, int64_t tile, int64_t features, int64_t first, int32_t* stride) {
-  int64_t sequence = tile / r->tiles_per_sequence, token = tile % r->tiles_per_sequence * r->lanes;
+  int64_t sequence = sequence_of(r, tile), token = token_of(r, tile);
   if (r->node->region->layout == LAYOUT_PLANES) {
     *stride = (int32_t)r->tokens;
     return (sequence * features + first) * r->tokens + token;
@@ -77,20 +82,25 @@ static void norm_item(void* user, size_t tile) {
                                        s->norm->epsilon);
 }
 
-/* The part of one product in one chunk of one tile, block of columns by block. */
-static void add_product(const Run* r, const Product* p, int64_t tile, int64_t chunk, int start, int last,
-                        const float* base, float* out) {
-  const LinearInfo* w = p->linear;
+void spa_add_product(const LinearInfo* w, const void* const* arrays, int kernel, const float* from, int64_t lanes,
+                     const int32_t* offsets, int64_t chunk, int start, int last, const float* base, float* out) {
   int64_t blocks = blocks_of(w->k, w->k_block), per_chunk = w->chunk / w->rows;
   int64_t groups = least(blocks_of(w->n, w->rows) - chunk * per_chunk, per_chunk);
-  const int32_t *indptr = p->arrays[INDPTR], *order = p->arrays[ORDER];
-  const float *from = p->from + tile * spa_rows(w->k) * r->lanes, *bias = p->arrays[BIAS];
+  const int32_t *indptr = arrays[INDPTR], *order = arrays[ORDER];
+  const float* bias = arrays[BIAS];
   for (int64_t b = 0; b < blocks; ++b) {
-    int64_t group = chunk * per_chunk * blocks + b * groups;
-    w->kernels[r->lane_index](from + b * w->k_block * r->lanes, indptr + group, order + group, p->arrays[COLUMNS],
-                              p->arrays[VALUES], bias + chunk * w->chunk, base, out, (int32_t)groups,
-                              b ? ACCUMULATE : start, last && b == blocks - 1, w->low, w->high);
+    int64_t group = chunk * per_chunk * blocks + b * groups, column = b * w->k_block;
+    w->kernels[kernel](offsets ? from : from + column * lanes, offsets ? offsets + column : NULL, indptr + group,
+                       order + group, arrays[COLUMNS], arrays[VALUES], bias + chunk * w->chunk, base, out,
+                       (int32_t)groups, b ? ACCUMULATE : start, last && b == blocks - 1, w->low, w->high);
   }
+}
+
+/* The same for a product of a step. */
+static void add_product(const Run* r, const Product* p, int64_t tile, int64_t chunk, int start, int last,
+                        const float* base, float* out) {
+  spa_add_product(p->linear, p->arrays, r->lane_index, p->from + tile * spa_rows(p->linear->k) * r->lanes, r->lanes,
+                  NULL, chunk, start, last, base, out);
 }
 
 /* One chunk of output rows of one tile. Items go chunk by chunk, so that a chunk's weights stay in L2 for all tiles. */
@@ -117,11 +127,11 @@ static void linear_item(void* user, size_t item) {
  * never. */
 static void mask_tile(const Step* s, int64_t head, int64_t tile, int64_t key_tile, float* mask) {
   const Run* r = s->run;
-  int64_t lanes = r->lanes, keys = tokens_in(r, key_tile), first_key = key_tile % r->tiles_per_sequence * lanes;
+  int64_t lanes = r->lanes, keys = tokens_in(r, key_tile), first_key = token_of(r, key_tile);
   if (s->mask) {
-    const float* from = s->mask + tile / r->tiles_per_sequence * s->mask_stride[0] + head * s->mask_stride[1] + first_key;
+    const float* from = s->mask + sequence_of(r, tile) * s->mask_stride[0] + head * s->mask_stride[1] + first_key;
     if (s->mask_stride[2])
-      r->node->region->pack[r->lane_index](from + tile % r->tiles_per_sequence * lanes * s->mask_stride[2], mask,
+      r->node->region->pack[r->lane_index](from + token_of(r, tile) * s->mask_stride[2], mask,
                                            (int32_t)tokens_in(r, tile), (int32_t)keys, (int32_t)s->mask_stride[2]);
     else
       for (int64_t key = 0; key < keys; ++key)
