@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from spa_compiler.kernels import panel, rx1
 from spa_compiler.kernels.lower import build_object
+from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.link import kernel, run_linker
 from spa_compiler.targets import host
 from spa_compiler.targets.machine import cache_dir
@@ -22,15 +23,22 @@ from spa_compiler.targets.machine import cache_dir
 F32 = NDArray[np.float32]
 A = TypeVar("A", bound=np.ndarray)
 
-MCPU = host().level  # kernels are right on every level, fast on x86-64-v4
+LEVELS = tuple(level for level in ISAS if host().runs(level)) or (host().level,)
+_level = LEVELS[0]
 _libc = ctypes.CDLL(None, use_errno=True)
 _CANARY = np.float32(1234.5)
 
 
+def use(level: str) -> None:
+    """Kernels that are called from now on are made for this level."""
+    global _level
+    _level = level
+
+
 @functools.cache
-def library(names: tuple[str, ...]) -> ctypes.CDLL:
+def library(names: tuple[str, ...], level: str) -> ctypes.CDLL:
     """The named kernels in one shared library. Objects come from the cache, the link is made once per test run."""
-    objects = [str(build_object(name, kernel, MCPU, cache_dir() / "objects")) for name in names]
+    objects = [str(build_object(name, kernel, level, cache_dir() / "objects")) for name in names]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "k.so"
         run_linker(["-shared", "-O2", "-s", *objects, "-o", str(path)])
@@ -66,8 +74,8 @@ def assert_untouched(canaries: F32) -> None:
 
 
 def call(names: Iterable[str], name: str, *arguments: Any) -> None:
-    """Calls one kernel of `library(names)`: arrays as pointers, int as int32_t, float as float."""
-    function = getattr(library(tuple(names)), name)
+    """Calls one kernel of `library(names)` at the level in use: arrays as pointers, int as int32_t, float as float."""
+    function = getattr(library(tuple(names), _level), name)
     function.restype = None
     function(*(_argument(a) for a in arguments))
 

@@ -13,7 +13,7 @@ from spa_compiler.graph.session import onnxruntime_version, runtime
 from spa_compiler.runtime.link import link
 from spa_compiler.targets import host
 
-KERNEL_LEVEL = "x86-64-v4"
+KERNEL_LEVEL = "x86-64-v3"
 
 
 def show(as_json: bool) -> None:
@@ -25,7 +25,7 @@ def show(as_json: bool) -> None:
         "physical cores": cpu.cores_physical,
         "sparse kernels": "yes"
         if cpu.runs(KERNEL_LEVEL)
-        else f"no: they need {KERNEL_LEVEL} (AVX-512), every site would stay dense",
+        else f"no: they need {KERNEL_LEVEL} (AVX2), every site would stay dense",
     }
     failure: SpaError | None = None
     try:

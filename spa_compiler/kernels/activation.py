@@ -57,7 +57,7 @@ def reference(x: NDArray[np.float64], name: str, low: float = 0.0, high: float =
     return x
 
 
-def emit(x, name, low, high, width):
+def emit(x, name, low, high, width, isa):
     """The activation of `width` lanes as an expression; `low` and `high` are scalar expressions (clip alone)."""
     if name == "none":
         return x
@@ -73,10 +73,10 @@ def emit(x, name, low, high, width):
         z = T.bind(T.min(x * const(0.5**0.5, width), const(4.0, width)))
         zz = T.bind(z * z)
         # Q is negative all over the interval
-        erf = z * horner(zz, _ERF_P, width) * reciprocal(horner(zz, _ERF_Q, width), width)
+        erf = z * horner(zz, _ERF_P, width) * reciprocal(horner(zz, _ERF_Q, width), width, isa)
         return x * const(0.5, width) * (const(1.0, width) + erf)
     # x sigmoid(y) in both: gelu_tanh has 1 + tanh(u) = 2 sigmoid(2 u)
     y = x
     if name == "gelu_tanh":
         y = x * (const(2 * math.sqrt(2 / math.pi), width) + const(2 * math.sqrt(2 / math.pi) * 0.044715, width) * x * x)
-    return x * reciprocal(const(1.0, width) + exp2(y * const(-LOG2_E, width), width), width)
+    return x * reciprocal(const(1.0, width) + exp2(y * const(-LOG2_E, width), width), width, isa)

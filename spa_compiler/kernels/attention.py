@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from spa_compiler.kernels.vector import ANY, LOG2_E, at, const, exp2, spread, store, widths
+from spa_compiler.kernels.vector import ANY, AVX512, LOG2_E, Isa, at, const, exp2, spread, store
 
 F32 = NDArray[np.float32]
 
@@ -56,14 +56,14 @@ def _fma(regs, index, value, x, W):
     store(regs, regs[at(index, W)] + value * x, index, W)
 
 
-def kernel(lanes: int) -> tirx.PrimFunc:
+def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_attention_<lanes>(q, k, v, mask, scores, state, out, depth, keys, part, scale): one tile of keys.
 
     `q`, `k`, `v`, `out` point at the head's first feature in their tiles. `mask` is [lanes, lanes], a row for each key,
     and LOWEST in the rows past the last key; `scores` has room for [lanes, lanes], `state` for [2, lanes] (maximum and
     sum). `part` has FIRST set on the first call, LAST on the last.
     """
-    W, V = widths(lanes)
+    W, V, passes = isa.passes(ROWS, lanes)
     R = min(ROWS, lanes)  # keys at a time; a tile of one token has one
 
     @T.prim_func(s_tir=True)
@@ -88,82 +88,90 @@ def kernel(lanes: int) -> tirx.PrimFunc:
         S = T.decl_buffer((ANY,), "float32", data=scores_)
         state = T.decl_buffer((ANY,), "float32", data=state_)
         out = T.decl_buffer((ANY,), "float32", data=out_)
-        top = T.alloc_buffer((V * W,), "float32", scope="local")
-        total = T.alloc_buffer((V * W,), "float32", scope="local")
-        factor = T.alloc_buffer((V * W,), "float32", scope="local")
         first: T.let[T.int32] = T.bitwise_and(part, 1)
         last: T.let[T.int32] = T.bitwise_and(part, 2)
-        if first != 0:
-            for v in T.unroll(V):
-                store(state, const(LOWEST, W), v * W, W)
-                store(state, const(0.0, W), lanes + v * W, W)
-        for v in T.unroll(V):
-            store(top, state[at(v * W, W)], v * W, W)
-        for t in T.serial(T.truncdiv(keys + (R - 1), R)):
-            regs = T.alloc_buffer((R * V * W,), "float32", scope="local")
-            for i in T.unroll(R * V):
-                store(regs, const(0.0, W), i * W, W)
-            for d in T.serial(depth):
-                for v in T.unroll(V):
-                    for r in T.unroll(R):
-                        _fma(regs, (r * V + v) * W, spread(K[d * lanes + t * R + r], W), Q[at(d * lanes + v * W, W)], W)
-            for r in T.unroll(R):
-                for v in T.unroll(V):
-                    _score(
-                        regs,
-                        (r * V + v) * W,
-                        scale,
-                        mask,
-                        S,
-                        (t * R + r) * lanes + v * W,
-                        top,
-                        v * W,
-                        W,
-                    )
-        for v in T.unroll(V):
-            store(factor, exp2(state[at(v * W, W)] - top[at(v * W, W)], W), v * W, W)
-            store(state, top[at(v * W, W)], v * W, W)
-            store(total, state[at(lanes + v * W, W)] * factor[at(v * W, W)], v * W, W)
-        for t in T.serial(keys):
-            for v in T.unroll(V):
-                _power(S, t * lanes + v * W, top, total, v * W, W)
-        for v in T.unroll(V):
-            store(state, total[at(v * W, W)], lanes + v * W, W)
-            if last != 0:
-                store(total, const(1.0, W) / total[at(v * W, W)], v * W, W)
-            else:
-                store(total, const(1.0, W), v * W, W)
-        for b in T.serial(T.truncdiv(depth, ROWS)):
-            regs = T.alloc_buffer((ROWS * V * W,), "float32", scope="local")
+        for p in T.serial(passes):  # over lanes, which have nothing to do with one another
+            lane: T.let[T.int32] = p * (V * W)
+            top = T.alloc_buffer((V * W,), "float32", scope="local")
+            total = T.alloc_buffer((V * W,), "float32", scope="local")
+            factor = T.alloc_buffer((V * W,), "float32", scope="local")
             if first != 0:
-                for i in T.unroll(ROWS * V):
+                for v in T.unroll(V):
+                    store(state, const(LOWEST, W), lane + v * W, W)
+                    store(state, const(0.0, W), lanes + lane + v * W, W)
+            for v in T.unroll(V):
+                store(top, state[at(lane + v * W, W)], v * W, W)
+            for t in T.serial(T.truncdiv(keys + (R - 1), R)):
+                regs = T.alloc_buffer((R * V * W,), "float32", scope="local")
+                for i in T.unroll(R * V):
                     store(regs, const(0.0, W), i * W, W)
-            else:
+                for d in T.serial(depth):
+                    for v in T.unroll(V):
+                        for r in T.unroll(R):
+                            _fma(
+                                regs,
+                                (r * V + v) * W,
+                                spread(K[d * lanes + t * R + r], W),
+                                Q[at(d * lanes + lane + v * W, W)],
+                                W,
+                            )
+                for r in T.unroll(R):
+                    for v in T.unroll(V):
+                        _score(
+                            regs,
+                            (r * V + v) * W,
+                            scale,
+                            mask,
+                            S,
+                            (t * R + r) * lanes + lane + v * W,
+                            top,
+                            v * W,
+                            W,
+                        )
+            for v in T.unroll(V):
+                store(factor, exp2(state[at(lane + v * W, W)] - top[at(v * W, W)], W), v * W, W)
+                store(state, top[at(v * W, W)], lane + v * W, W)
+                store(total, state[at(lanes + lane + v * W, W)] * factor[at(v * W, W)], v * W, W)
+            for t in T.serial(keys):
+                for v in T.unroll(V):
+                    _power(S, t * lanes + lane + v * W, top, total, v * W, W)
+            for v in T.unroll(V):
+                store(state, total[at(v * W, W)], lanes + lane + v * W, W)
+                if last != 0:
+                    store(total, const(1.0, W) / total[at(v * W, W)], v * W, W)
+                else:
+                    store(total, const(1.0, W), v * W, W)
+            for b in T.serial(T.truncdiv(depth, ROWS)):
+                regs = T.alloc_buffer((ROWS * V * W,), "float32", scope="local")
+                if first != 0:
+                    for i in T.unroll(ROWS * V):
+                        store(regs, const(0.0, W), i * W, W)
+                else:
+                    for r in T.unroll(ROWS):
+                        for v in T.unroll(V):
+                            store(
+                                regs,
+                                out[at((b * ROWS + r) * lanes + lane + v * W, W)] * factor[at(v * W, W)],
+                                (r * V + v) * W,
+                                W,
+                            )
+                for t in T.serial(keys):
+                    for v in T.unroll(V):
+                        for r in T.unroll(ROWS):
+                            _fma(
+                                regs,
+                                (r * V + v) * W,
+                                spread(VALUE[(b * ROWS + r) * lanes + t], W),
+                                S[at(t * lanes + lane + v * W, W)],
+                                W,
+                            )
                 for r in T.unroll(ROWS):
                     for v in T.unroll(V):
                         store(
-                            regs,
-                            out[at((b * ROWS + r) * lanes + v * W, W)] * factor[at(v * W, W)],
-                            (r * V + v) * W,
+                            out,
+                            regs[at((r * V + v) * W, W)] * total[at(v * W, W)],
+                            (b * ROWS + r) * lanes + lane + v * W,
                             W,
                         )
-            for t in T.serial(keys):
-                for v in T.unroll(V):
-                    for r in T.unroll(ROWS):
-                        _fma(
-                            regs,
-                            (r * V + v) * W,
-                            spread(VALUE[(b * ROWS + r) * lanes + t], W),
-                            S[at(t * lanes + v * W, W)],
-                            W,
-                        )
-            for r in T.unroll(ROWS):
-                for v in T.unroll(V):
-                    store(
-                        out,
-                        regs[at((r * V + v) * W, W)] * total[at(v * W, W)],
-                        (b * ROWS + r) * lanes + v * W,
-                        W,
-                    )
 
     return attention

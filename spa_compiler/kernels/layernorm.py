@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from spa_compiler.kernels.vector import ANY, at, const, spread, store, widths
+from spa_compiler.kernels.vector import ANY, AVX512, Isa, at, const, spread, store
 
 F32 = NDArray[np.float32]
 
@@ -42,9 +42,9 @@ def _square(x, mean, W):
     return d * d
 
 
-def kernel(lanes: int) -> tirx.PrimFunc:
+def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_layernorm_<lanes>(x, gamma, beta, out, features, epsilon): one tile; `out` may be `x`."""
-    W, V = widths(lanes)
+    W, V = isa.widths(lanes)
 
     @T.prim_func(s_tir=True)
     def layernorm(

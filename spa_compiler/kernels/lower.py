@@ -62,15 +62,15 @@ def object_path(name: str, mcpu: str, cache: Path) -> Path:
     return cache / f"{hashlib.sha256(text).hexdigest()[:32]}.o"
 
 
-def build_object(name: str, make: Callable[[str], tirx.PrimFunc], mcpu: str, cache: Path) -> Path:
-    """The object file of one kernel in `cache`; `make(name)` is called, and compiled, where it is not there yet.
+def build_object(name: str, make: Callable[[str, str], tirx.PrimFunc], mcpu: str, cache: Path) -> Path:
+    """The object file of one kernel in `cache`; `make(name, mcpu)` is called, and compiled, where it is not there yet.
 
     Parsing a script alone takes some 40 ms, so the key is the name and the sources that the script comes from.
     """
     path = object_path(name, mcpu, cache)
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        module = compile_module([make(name)], mcpu)
+        module = compile_module([make(name, mcpu)], mcpu)
         handle, partial = tempfile.mkstemp(suffix=".o", dir=cache)
         os.close(handle)
         module.write_to_file(partial, "o")

@@ -30,7 +30,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation
-from spa_compiler.kernels.vector import ANY, ZMM, at, const, prefetch, spread, store, widths
+from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, prefetch, spread, store
 
 F32 = NDArray[np.float32]
 
@@ -163,7 +163,7 @@ def name(rows: int, lanes: int, act: str, window: bool = False) -> str:
     return f"spa_rx1{'w' if window else ''}_{rows}_{lanes}_{act}"
 
 
-def kernel(rows: int, lanes: int, act: str, window: bool = False) -> tirx.PrimFunc:
+def kernel(rows: int, lanes: int, act: str, window: bool = False, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_rx1_<R>_<lanes>_<act>(panel, offsets, indptr, order, columns, values, bias, base, out, groups, mode,
     last, low, high)
 
@@ -177,7 +177,7 @@ def kernel(rows: int, lanes: int, act: str, window: bool = False) -> tirx.PrimFu
     """
     if window and lanes < ZMM:
         raise ValueError(f"a window of {lanes} lanes: whole registers of {ZMM} alone")
-    return _one_lane(rows, act) if lanes == 1 else _many_lanes(rows, lanes, act, window)
+    return _one_lane(rows, act, isa) if lanes == 1 else _many_lanes(rows, lanes, act, window, isa)
 
 
 def _accumulator_sets(rows: int, vectors: int) -> int:
@@ -212,15 +212,21 @@ def _add(regs, index, other, width):
     store(regs, regs[at(index, width)] + regs[at(other, width)], index, width)
 
 
-def _activate_in_place(out, position, act, low, high, width):
-    store(out, activation.emit(out[at(position, width)], act, low, high, width), position, width)
+def _activate_in_place(out, position, act, low, high, width, isa):
+    store(out, activation.emit(out[at(position, width)], act, low, high, width, isa), position, width)
 
 
-def _many_lanes(R, lanes, act, window):
-    W, V = widths(lanes)
+def _many_lanes(R, lanes, act, window, isa):
+    W, V, passes = isa.passes(R, lanes)
     U = _accumulator_sets(R, V)
     inline_prefetch = R > 1
     epilogue = act != "none"
+    # Of the kind of factor that there are more of one stays in a register, of the other all.
+    row_of, vector_of = (
+        (lambda i: T.truncdiv(i, V), lambda i: T.truncmod(i, V))
+        if R > V
+        else (lambda i: T.truncmod(i, R), lambda i: T.truncdiv(i, R))
+    )
 
     @T.prim_func(s_tir=True)
     def rx1(
@@ -250,80 +256,113 @@ def _many_lanes(R, lanes, act, window):
         base = T.decl_buffer((ANY,), "float32", data=base_)
         out = T.decl_buffer((ANY,), "float32", data=out_)
         for g in T.serial(groups):
-            # only constant indices after unrolling: LLVM keeps `regs` in registers
-            regs = T.alloc_buffer((U * R * V * W,), "float32", scope="local")
             row: T.let[T.int32] = order[g] * R
             begin: T.let[T.int32] = indptr[g]
             count: T.let[T.int32] = indptr[g + 1] - begin
-            if mode == ACCUMULATE:
-                for r in T.unroll(R):
-                    for v in T.unroll(V):
-                        _start(
-                            regs,
-                            (r * V + v) * W,
-                            ACCUMULATE,
-                            bias,
-                            row + r,
-                            base,
-                            out,
-                            (row + r) * lanes + v * W,
-                            W,
-                        )
-            elif mode == RESIDUAL:
-                for r in T.unroll(R):
-                    for v in T.unroll(V):
-                        _start(regs, (r * V + v) * W, RESIDUAL, bias, row + r, base, out, (row + r) * lanes + v * W, W)
-            else:
-                for r in T.unroll(R):
-                    for v in T.unroll(V):
-                        _start(regs, (r * V + v) * W, BIAS, bias, row + r, base, out, 0, W)
-            for i in T.unroll((U - 1) * R * V):
-                store(regs, const(0.0, W), (R * V + i) * W, W)
-            if not inline_prefetch:
-                for i in T.serial(T.truncdiv(count + 15, 16)):
-                    prefetch(values, begin + i * 16 + AHEAD)
-                for i in T.serial(T.truncdiv(count + 31, 32)):
-                    prefetch(columns, begin + i * 32 + AHEAD)
-            for j in T.serial(T.truncdiv(count, U)):
-                if inline_prefetch:
-                    prefetch(values, (begin + j * U) * R + AHEAD)
-                    prefetch(columns, begin + j * U + AHEAD // R)
-                for u in T.unroll(U):
-                    for v in T.unroll(V):
-                        for r in T.unroll(R):
-                            _fma(
-                                regs,
-                                ((u * R + r) * V + v) * W,
-                                spread(values[(begin + j * U + u) * R + r], W),
-                                P[at(_place(offsets, columns[begin + j * U + u], lanes, window) + v * W, W)],
-                                W,
-                            )
-            if U > 1:
-                for j in T.serial(T.truncmod(count, U)):
-                    for v in T.unroll(V):
-                        for r in T.unroll(R):
-                            _fma(
+            for p in T.serial(passes):
+                # only constant indices after unrolling: LLVM keeps `regs` in registers
+                regs = T.alloc_buffer((U * R * V * W,), "float32", scope="local")
+                lane: T.let[T.int32] = p * (V * W)
+                if mode == ACCUMULATE:
+                    for r in T.unroll(R):
+                        for v in T.unroll(V):
+                            _start(
                                 regs,
                                 (r * V + v) * W,
-                                spread(values[(begin + count - 1 - j) * R + r], W),
-                                P[at(_place(offsets, columns[begin + count - 1 - j], lanes, window) + v * W, W)],
+                                ACCUMULATE,
+                                bias,
+                                row + r,
+                                base,
+                                out,
+                                (row + r) * lanes + lane + v * W,
                                 W,
                             )
-                for u in T.unroll(U - 1):
-                    for i in T.unroll(R * V):
-                        _add(regs, i * W, ((u + 1) * R * V + i) * W, W)
-            for i in T.unroll(R * V):
-                store(out, regs[at(i * W, W)], row * lanes + i * W, W)
-            if epilogue:  # known while the script is parsed; `last` is not
-                # a loop over what was just stored, not over registers: one copy of the polynomial's code
-                if last != 0:
-                    for i in T.serial(R * V):
-                        _activate_in_place(out, row * lanes + i * W, act, low, high, W)
+                elif mode == RESIDUAL:
+                    for r in T.unroll(R):
+                        for v in T.unroll(V):
+                            _start(
+                                regs,
+                                (r * V + v) * W,
+                                RESIDUAL,
+                                bias,
+                                row + r,
+                                base,
+                                out,
+                                (row + r) * lanes + lane + v * W,
+                                W,
+                            )
+                else:
+                    for r in T.unroll(R):
+                        for v in T.unroll(V):
+                            _start(regs, (r * V + v) * W, BIAS, bias, row + r, base, out, 0, W)
+                for i in T.unroll((U - 1) * R * V):
+                    store(regs, const(0.0, W), (R * V + i) * W, W)
+                if not inline_prefetch:
+                    for i in T.serial(T.truncdiv(count + 15, 16)):
+                        prefetch(values, begin + i * 16 + AHEAD)
+                    for i in T.serial(T.truncdiv(count + 31, 32)):
+                        prefetch(columns, begin + i * 32 + AHEAD)
+                for j in T.serial(T.truncdiv(count, U)):
+                    if inline_prefetch:
+                        prefetch(values, (begin + j * U) * R + AHEAD)
+                        prefetch(columns, begin + j * U + AHEAD // R)
+                    for u in T.unroll(U):
+                        for i in T.unroll(R * V):
+                            _fma(
+                                regs,
+                                (u * R * V + row_of(i) * V + vector_of(i)) * W,
+                                spread(values[(begin + j * U + u) * R + row_of(i)], W),
+                                P[
+                                    at(
+                                        _place(offsets, columns[begin + j * U + u], lanes, window)
+                                        + lane
+                                        + vector_of(i) * W,
+                                        W,
+                                    )
+                                ],
+                                W,
+                            )
+                if U > 1:
+                    for j in T.serial(T.truncmod(count, U)):
+                        for i in T.unroll(R * V):
+                            _fma(
+                                regs,
+                                (row_of(i) * V + vector_of(i)) * W,
+                                spread(values[(begin + count - 1 - j) * R + row_of(i)], W),
+                                P[
+                                    at(
+                                        _place(offsets, columns[begin + count - 1 - j], lanes, window)
+                                        + lane
+                                        + vector_of(i) * W,
+                                        W,
+                                    )
+                                ],
+                                W,
+                            )
+                    for u in T.unroll(U - 1):
+                        for i in T.unroll(R * V):
+                            _add(regs, i * W, ((u + 1) * R * V + i) * W, W)
+                for r in T.unroll(R):
+                    for v in T.unroll(V):
+                        store(out, regs[at((r * V + v) * W, W)], (row + r) * lanes + lane + v * W, W)
+                if epilogue:  # known while the script is parsed; `last` is not
+                    # a loop over what was just stored, not over registers: one copy of the polynomial's code
+                    if last != 0:
+                        for i in T.serial(R * V):
+                            _activate_in_place(
+                                out,
+                                (row + T.truncdiv(i, V)) * lanes + lane + T.truncmod(i, V) * W,
+                                act,
+                                low,
+                                high,
+                                W,
+                                isa,
+                            )
 
     return rx1
 
 
-def _one_lane(R, act):
+def _one_lane(R, act, isa):
     """One token: the R rows of a group fill the register instead, four columns at a time."""
     U = 4
     epilogue = act != "none"
@@ -391,6 +430,6 @@ def _one_lane(R, act):
             store(out, regs[at(0, R)], row, R)
             if epilogue:
                 if last != 0:
-                    _activate_in_place(out, row, act, low, high, R)
+                    _activate_in_place(out, row, act, low, high, R, isa)
 
     return rx1

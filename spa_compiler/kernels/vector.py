@@ -6,6 +6,8 @@ emits an SSA value.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -18,9 +20,37 @@ EXP2 = (0.001326472731, 0.009671512991, 0.05550733581, 0.2402224243, 0.693147003
 LOG2_E = 1.4426950408889634
 
 
-def widths(lanes: int) -> tuple[int, int]:
-    """(lanes of one register, registers) that hold `lanes` floats: full zmm registers, or one narrower one."""
-    return (ZMM, lanes // ZMM) if lanes >= ZMM else (lanes, 1)
+@dataclass(frozen=True)
+class Isa:
+    """What a script has to know of the machine: floats of a register, how many registers, what instructions."""
+
+    width: int
+    registers: int
+    estimates: bool = False  # of reciprocals, AVX-512's rcp14
+
+    def widths(self, lanes: int) -> tuple[int, int]:
+        """(lanes of one register, registers) that hold `lanes` floats: full registers, or one narrower one."""
+        return (self.width, lanes // self.width) if lanes >= self.width else (lanes, 1)
+
+    def passes(self, rows: int, lanes: int) -> tuple[int, int, int]:
+        """(lanes of one register, registers, passes): how `lanes` are cut so that accumulators stay in registers.
+
+        A pass keeps `rows` sums for each of its registers of lanes, all factors of the one kind and one of the other.
+        """
+        width, total = self.widths(lanes)
+        fits = (v for v in range(total, 0, -1) if total % v == 0 and rows * v + min(rows, v) + 1 < self.registers)
+        each = next(fits, 1)
+        return width, each, total // each
+
+
+AVX512 = Isa(ZMM, 32, estimates=True)
+ISAS = {"x86-64-v4": AVX512, "x86-64-v3": Isa(8, 16)}
+"""By LLVM's name of the level. On others kernels are right, and nobody has looked at how fast they are."""
+
+
+def isa_of(mcpu: str) -> Isa:
+    """Of any level: what is not in ISAS has the four floats of SSE."""
+    return ISAS.get(mcpu, Isa(4, 16))
 
 
 def const(value, width):
@@ -63,12 +93,12 @@ def exp2(x, width):
     return T.bind(horner(fraction, EXP2, width) * power)
 
 
-def reciprocal(x, width):
+def reciprocal(x, width, isa):
     """1 / x for normal x, to the last bit or two: 14 bits from the instruction, the rest from one Newton step.
 
-    A division of a 512-bit register takes 16 cycles on Intel, this takes 4. Scalars and narrow targets divide.
+    A division of a 512-bit register takes 16 cycles on Intel, this takes 4. Scalars and machines without it divide.
     """
-    if width < 4:
+    if width < 4 or not isa.estimates:
         return const(1.0, width) / x
     x, bits = T.bind(x), 32 * width
     mask = T.int16(-1) if width == 16 else T.int8(-1)

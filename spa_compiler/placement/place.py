@@ -17,6 +17,7 @@ from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds, open_session
+from spa_compiler.kernels.vector import ISAS
 from spa_compiler.placement.attention import Shapes, find_attention
 from spa_compiler.placement.candidates import chain_classes, classes, forms
 from spa_compiler.placement.chains import Chain, find_chains
@@ -83,8 +84,8 @@ def no_kernels(target: Target) -> str:
     """Why no site can have a kernel on this target and machine; empty if they can."""
     if target.kind != "cpu":
         return "there are no kernels for CUDA yet, every site stays dense"
-    if target.mcpu != "x86-64-v4":
-        return f"sparse kernels need x86-64-v4 (AVX-512), the target is {target.arch}: every site stays dense"
+    if target.mcpu not in ISAS:
+        return f"sparse kernels need x86-64-v3 (AVX2) or newer, the target is {target.arch}: every site stays dense"
     if not target.host_runs:
         return f"this machine does not run {target.arch} and so cannot time its kernels: every site stays dense"
     return ""

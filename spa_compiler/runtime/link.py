@@ -20,6 +20,7 @@ from joblib.externals.loky import get_reusable_executor
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.kernels import attention, layernorm, panel, rx1, window
 from spa_compiler.kernels.lower import build_object, object_path
+from spa_compiler.kernels.vector import isa_of
 from spa_compiler.runtime.region import RegionSpec, kernels_of, write_c
 from spa_compiler.targets import host
 from spa_compiler.targets.machine import cache_dir
@@ -78,8 +79,9 @@ def build(names: Sequence[str], mcpu: str) -> list[Path]:
     return [build_object(name, kernel, mcpu, cache) for name in names]
 
 
-def kernel(name: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, which has no types
-    """The kernel that `kernels_of` names."""
+def kernel(name: str, mcpu: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, which has no types
+    """The kernel that `kernels_of` names, for a machine."""
+    isa = isa_of(mcpu)
     if name in (window.SHIFT, window.CROP):
         return window.shift_kernel() if name == window.SHIFT else window.crop_kernel()
     parts = name.removeprefix("spa_").split("_", 3)
@@ -88,10 +90,10 @@ def kernel(name: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, w
     if parts[0] == "unpack":
         return panel.unpack_kernel(parts[1], int(parts[2]))
     if parts[0] == "attention":
-        return attention.kernel(int(parts[1]))
+        return attention.kernel(int(parts[1]), isa)
     if parts[0] == "layernorm":
-        return layernorm.kernel(int(parts[1]))
-    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], window=parts[0] == "rx1w")
+        return layernorm.kernel(int(parts[1]), isa)
+    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa)
 
 
 def linker() -> list[str]:

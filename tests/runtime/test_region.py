@@ -158,7 +158,7 @@ def test_kernels_of_names_one_function_per_lane_count() -> None:
     assert {"pack_rows", "unpack_rows", "pack_planes", "unpack_planes", "layernorm", "rx1_4_gelu_erf"} <= set(found)
     assert all(len(functions) == len(panel.LANE_COUNTS) for functions in found.values())
     for function, *_ in found.values():
-        assert kernel(function).attrs["global_symbol"] == function
+        assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
 
 
 def test_c_does_not_depend_on_the_order_of_the_regions() -> None:
@@ -202,7 +202,7 @@ def test_a_window_has_kernels_of_whole_registers_and_none_for_panels() -> None:
     assert set(found) == {"shift", "crop", "rx1w_4_relu"}
     assert len(found["rx1w_4_relu"]) == len(region.WINDOW_LANES)
     for function, *_ in found.values():
-        assert kernel(function).attrs["global_symbol"] == function
+        assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
 
 
 def test_the_window_is_a_part_of_the_name() -> None:

@@ -1,0 +1,69 @@
+"""Whole regions made for every level that has kernels of its own: the same numbers as at the highest."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from spa_compiler.kernels.lower import compile_module
+from spa_compiler.kernels.vector import ISAS, isa_of
+from spa_compiler.runtime import link
+from spa_compiler.targets import host
+from tests.kernel_harness import LEVELS
+from tests.region_harness import CASES, assert_parity, case, run, session
+from tests.window_harness import CONVOLUTIONS
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("levels") / "kernels.so"
+    regions = [case(name).spec for name in CASES] + [c.region for c in CONVOLUTIONS.values()]
+    link.link(regions, request.param, path)
+    return path
+
+
+def test_this_machine_runs_a_level_that_has_kernels() -> None:
+    assert set(LEVELS) == {level for level in ISAS if host().runs(level)} != set()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_regions(library: Path, name: str) -> None:
+    c = case(name)
+    sizes = [(2, 7, 9), (1, 20, 20)] if name == "planes" else [(1, 1), (1, 3), (1, 7), (1, 16), (3, 33), (1, 128)]
+    for threads in (1, 2):
+        s = session(c.model(("n", "h", "w")[: len(sizes[0])]), threads, library)
+        for dims in sizes:
+            feeds = c.feeds(dims)
+            assert_parity(run(s, feeds), c.expected(feeds))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_windows(library: Path, name: str) -> None:
+    c = CONVOLUTIONS[name]
+    feeds = c.image(2, *(37, 20)[2 - c.window.axes :])
+    assert_parity(run(session(c.model(), 2, library), feeds), c.expected(feeds))
+
+
+@pytest.mark.parametrize("level", ISAS)
+def test_accumulators_and_factors_fit_the_registers(level: str) -> None:
+    isa = ISAS[level]
+    for rows in (1, 4, 8):
+        for lanes in (16, 32, 48, 64):
+            width, vectors, passes = isa.passes(rows, lanes)
+            assert width * vectors * passes == lanes
+            assert rows * vectors + min(rows, vectors) + 1 < isa.registers
+    assert isa.passes(4, 8) == (8, 1, 1)
+    assert isa.passes(4, 4) == (4, 1, 1)
+
+
+def test_a_level_without_an_entry_has_the_registers_that_all_have() -> None:
+    assert "x86-64" not in ISAS
+    assert (isa_of("x86-64").width, isa_of("x86-64").registers) == (4, 16)
+
+
+def test_nothing_made_for_avx2_needs_avx512() -> None:
+    for name in ("spa_rx1_4_64_gelu_erf", "spa_attention_64", "spa_layernorm_48", "spa_pack_rows_64", "spa_shift"):
+        text = compile_module([link.kernel(name, "x86-64-v3")], "x86-64-v3").inspect_source("asm")
+        assert not re.search(r"%zmm|%k\d|%[xy]mm(1[6-9]|2\d|3\d)", text), name
