@@ -164,7 +164,7 @@ def compile(
         with stages("generate, link"):
             _collect(placed, plans, folder)
             if not (folder / "kernels.so").exists():  # it is always there, and loads, even when no site gained
-                link([], goal.mcpu, folder / "kernels.so")
+                link([], (goal.mcpu,), folder / "kernels.so")
             (folder / "recipe.yaml").write_text((_CALIBRATED if calib is not None and passes else "") + origin.recipe)
         with stages("verify"):
             _verify(report, folder, source, [*feeds, *odd], exact=not passes, runs=goal.kind == "cpu")

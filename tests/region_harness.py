@@ -269,7 +269,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def library() -> Path:
     """kernels.so with all of CASES, linked once per test run."""
     path = Path(_folder().name) / "kernels.so"
-    link.link([case(name).spec for name in CASES], MCPU, path)
+    link.link([case(name).spec for name in CASES], (MCPU,), path)
     return path
 
 

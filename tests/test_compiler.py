@@ -28,6 +28,7 @@ from tests.networks import mlp, network, weight
 from tests.region_harness import needs_avx512
 
 WIDTH = 256
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("short_races")
 
 
@@ -117,6 +118,24 @@ def test_zeros_become_time(sparse: tuple[Path, Result]) -> None:
     assert [n.domain for n in onnx.load(folder / "out" / "model.onnx").graph.node] == ["ai.spa"]
     assert result.ratio is not None
     assert result.ratio > 1
+
+
+@needs_avx512
+def test_one_artifact_for_several_levels(here: Path) -> None:
+    source = mlp(0.1, WIDTH)
+    result = compile(source, here / "out", target="cpu:avx512,avx2", threads=1)
+    assert {p.form for p in result.report.placements} == {"sparse"}
+    assert json.loads((here / "out" / "manifest.json").read_text())["isa"] == "x86-64-v4,x86-64-v3"
+    onnx.save(source, here / "source.onnx")
+    check = "import sys; from tests.test_compiler import assert_same, Path, WIDTH; "
+    check += "assert_same(Path(sys.argv[1]), Path(sys.argv[2]), WIDTH, 3, 33)"
+    for level in ("3", "4"):
+        command = [sys.executable, "-c", check, str(here / "source.onnx"), str(here / "out")]
+        subprocess.run(command, check=True, env=os.environ | {"SPA_ISA_LEVEL": level}, cwd=ROOT)
+    refused = subprocess.run(
+        command, check=False, env=os.environ | {"SPA_ISA_LEVEL": "2"}, cwd=ROOT, capture_output=True
+    )
+    assert b"x86-64-v3 (AVX2), which this machine does not run" in refused.stderr
 
 
 def test_without_zeros_nothing_is_lost_and_a_hint_is_given(dense: tuple[Path, Result]) -> None:

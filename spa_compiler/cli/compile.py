@@ -50,7 +50,9 @@ _WIDTH = 200  # of tables where stdout is no terminal
 @click.argument("model", required=False, type=click.Path())
 @click.option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write  [default: MODEL-spa]")
 @click.option("--force", is_flag=True, help="Replace a non-empty folder that spa-compile did not write")
-@click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v4, cpu:x86-64-v3, cuda, cuda:sm_90")
+@click.option(
+    "--target", default="cpu", show_default=True, help="cpu, cpu:avx512, cpu:avx2, cpu:avx512,avx2, cuda, cuda:sm_90"
+)
 @click.option("--sparsity", type=float, metavar="S", help="Share of zeros to prune to; short for the pass sparsify")
 @click.option("--pattern", metavar="P", help="Which zeros: unstructured, block:4x1, ...; goes with --sparsity")
 @click.option("--prune", type=float, metavar="F", help="Share of the MACs to cut away; short for the pass prune-groups")

@@ -31,7 +31,7 @@ def show(as_json: bool) -> None:
     try:
         facts["onnxruntime"] = f"{onnxruntime_version()} ({', '.join(runtime().get_available_providers())})"
         with tempfile.TemporaryDirectory() as folder:
-            link([], cpu.level, Path(folder) / "kernels.so")
+            link([], (cpu.level,), Path(folder) / "kernels.so")
         facts["linker"] = "works"
     except SpaError as error:
         failure = error

@@ -289,4 +289,4 @@ class PruneGroups:
 
 def _lanes(target: Target) -> int:
     """Channels that kernels take at a time."""
-    return _WIDE_LANES if target.kind == "cuda" or target.arch in _WIDE else _LANES
+    return _WIDE_LANES if target.kind == "cuda" or not _WIDE.isdisjoint(target.archs) else _LANES

@@ -65,7 +65,7 @@ class Referee:
             known = [[self.records.get(q) for q in c.questions] for c in contests]
             missing = [c for c, answers in zip(contests, known, strict=True) if any(a is None for a in answers)]
             if missing:
-                link([spec for contest in missing for spec in self._regions(contest)], self.mcpu, library)
+                link([spec for contest in missing for spec in self._regions(contest)], (self.mcpu,), library)
             for i, (contest, answers) in enumerate(zip(contests, known, strict=True)):
                 timings = []
                 for shape, question, answer in zip(contest.shapes, contest.questions, answers, strict=True):

@@ -84,7 +84,7 @@ def no_kernels(target: Target) -> str:
     """Why no site can have a kernel on this target and machine; empty if they can."""
     if target.kind != "cpu":
         return "there are no kernels for CUDA yet, every site stays dense"
-    if target.mcpu not in ISAS:
+    if not set(target.archs) <= set(ISAS):
         return f"sparse kernels need x86-64-v3 (AVX2) or newer, the target is {target.arch}: every site stays dense"
     if not target.host_runs:
         return f"this machine does not run {target.arch} and so cannot time its kernels: every site stays dense"
@@ -250,7 +250,7 @@ def _write(plan: Plan, model: Model, target: Target) -> Plan:
     save(model, plan.file)
     if target.kind == "cpu" and target.host_runs:
         # Without regions too: it is loaded wherever the artifact is, and it turns off a slow fusion of ONNX Runtime.
-        link(plan.regions, target.mcpu, plan.folder / "kernels.so")
+        link(plan.regions, target.archs, plan.folder / "kernels.so")
     return plan
 
 

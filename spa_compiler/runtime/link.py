@@ -20,8 +20,9 @@ from joblib.externals.loky import get_reusable_executor
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.kernels import attention, layernorm, panel, rx1, window
 from spa_compiler.kernels.lower import build_object, object_path
-from spa_compiler.kernels.vector import isa_of
-from spa_compiler.runtime.region import RegionSpec, kernels_of, write_c
+from spa_compiler.kernels.vector import Isa, isa_of
+from spa_compiler.runtime.generate import kernels_of, symbol, write_c
+from spa_compiler.runtime.region import RegionSpec
 from spa_compiler.targets import host
 from spa_compiler.targets.machine import cache_dir
 
@@ -30,27 +31,26 @@ WORTH_PROCESSES = 24  # kernels to build: a process takes a second to load TVM, 
 C_FOLDER = Path(__file__).parent / "c"
 SOURCES = ("register.c", "node.c", "steps.c", "window.c", "isa.c")
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
-ISA_LEVELS = {"x86-64": 1, "x86-64-v2": 2, "x86-64-v3": 3, "x86-64-v4": 4}
 
 
-def link(regions: Sequence[RegionSpec], mcpu: str, output: Path) -> None:
+def link(regions: Sequence[RegionSpec], levels: Sequence[str], output: Path) -> None:
     """Writes kernels.so.
 
     Args:
         regions: what the model's nodes need; may be empty, the library then loads and registers nothing.
-        mcpu: x86-64 level of the kernels, as LLVM spells it.
+        levels: of x86-64 to have kernels for, as LLVM spells them; the machine takes the highest that it runs.
         output: the file to write.
 
     Raises:
         EnvironmentFault: the linker cannot be run or fails.
     """
     wanted = list(dict.fromkeys(regions))
-    objects = build(_functions(wanted), mcpu)
-    level = ISA_LEVELS[mcpu] if wanted else 1
+    functions = [name for names in kernels_of(wanted).values() for name in names]
+    objects = build([(name, level) for level in levels for name in functions])
     # Beside the output, which a run that is killed leaves in a place that the next one tidies up.
     with tempfile.TemporaryDirectory(prefix="spa-link-", dir=output.parent) as folder:
         generated = Path(folder) / "regions.c"
-        generated.write_text(write_c(wanted, level))
+        generated.write_text(write_c(wanted, levels))
         run_linker(
             [
                 *FLAGS,
@@ -68,20 +68,26 @@ def link(regions: Sequence[RegionSpec], mcpu: str, output: Path) -> None:
         )
 
 
-def build(names: Sequence[str], mcpu: str) -> list[Path]:
-    """The objects of these kernels; many new ones are built in processes of their own, which start without forking."""
+def build(wanted: Sequence[tuple[str, str]]) -> list[Path]:
+    """The objects of kernels by name and level; many new ones are built in processes of their own, which start without
+    forking."""
     cache = cache_dir() / "objects"
-    missing = [name for name in names if not object_path(name, mcpu, cache).exists()]
+    kernels = [(symbol(name, level), level) for name, level in wanted]
+    missing = [(name, level) for name, level in kernels if not object_path(name, level, cache).exists()]
     if len(missing) >= WORTH_PROCESSES and host().cores_physical > 1:
         with joblib.Parallel(n_jobs=host().cores_physical, backend="loky") as parallel:
-            parallel(joblib.delayed(build_object)(name, kernel, mcpu, cache) for name in missing)
+            parallel(joblib.delayed(build_object)(name, kernel, level, cache) for name, level in missing)
         get_reusable_executor().shutdown()  # nothing of it may be around when times are taken
-    return [build_object(name, kernel, mcpu, cache) for name in names]
+    return [build_object(name, kernel, level, cache) for name, level in kernels]
 
 
-def kernel(name: str, mcpu: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, which has no types
-    """The kernel that `kernels_of` names, for a machine."""
-    isa = isa_of(mcpu)
+def kernel(called: str, level: str):  # type: ignore[no-untyped-def]  # a tvm.tirx.PrimFunc, which has no types
+    """The kernel that `kernels_of` names, made for a level; with the level's `symbol` for a name, it is called so."""
+    name = called.removesuffix(symbol("", level))
+    return _script(name, isa_of(level)).with_attr("global_symbol", called)
+
+
+def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
     if name in (window.SHIFT, window.CROP):
         return window.shift_kernel() if name == window.SHIFT else window.crop_kernel()
     parts = name.removeprefix("spa_").split("_", 3)
@@ -128,7 +134,3 @@ def run_linker(arguments: Sequence[str]) -> None:
 
 def _zig_target() -> str:
     return f"x86_64-linux-gnu.{GLIBC}"
-
-
-def _functions(regions: list[RegionSpec]) -> list[str]:
-    return [name for functions in kernels_of(regions).values() for name in functions]

@@ -1,4 +1,4 @@
-"""A region as data: which steps run on which panels, where the panels lie in scratch, and the C that does it.
+"""A region as data: which steps run on which panels, and where the panels lie in scratch.
 
     b = RegionBuilder("rows")
     x = b.pack(768)
@@ -16,13 +16,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from spa_compiler.kernels import attention, layernorm, panel, rx1, window
+from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
 
 MAX_INPUTS = 8  # of the C side: region.h
 MAX_OUTPUTS = 8
 MAX_MASKS = 4
-WINDOW_LANES = tuple(lanes for lanes in panel.LANE_COUNTS if lanes >= 16)  # whole registers: of window.c
 
 
 @dataclass(frozen=True)
@@ -250,121 +249,3 @@ class RegionBuilder:
         for p in panels:
             p.dies = len(self._steps)
         self._steps.append(_Step(text, panels))
-
-
-def _array_of(linear: LinearSpec, region: RegionSpec) -> str:
-    """The C array of its kernels."""
-    return f"rx1{'w' if region.window else ''}_{linear.rows}_{linear.act}"
-
-
-def kernels_of(regions: list[RegionSpec]) -> dict[str, tuple[str, ...]]:
-    """C array name -> the functions in it (one per lane count), for everything that the regions call."""
-    arrays: dict[str, tuple[str, ...]] = {}
-    for region in regions:
-        if region.window:
-            arrays |= {"shift": (window.SHIFT,), "crop": (window.CROP,)}
-            for linear in region.linears:
-                arrays[_array_of(linear, region)] = tuple(
-                    rx1.name(linear.rows, lanes, linear.act, window=True) for lanes in WINDOW_LANES
-                )
-            continue
-        for way in ("pack", "unpack"):
-            arrays[f"{way}_{region.layout}"] = tuple(f"spa_{way}_{region.layout}_{n}" for n in panel.LANE_COUNTS)
-        for linear in region.linears:
-            arrays[_array_of(linear, region)] = tuple(
-                rx1.name(linear.rows, lanes, linear.act) for lanes in panel.LANE_COUNTS
-            )
-        if region.attentions:
-            arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
-        if region.norms:
-            arrays["layernorm"] = tuple(layernorm.name(lanes) for lanes in panel.LANE_COUNTS)
-    return dict(sorted(arrays.items()))
-
-
-LOG2_E = 1.4426950408889634
-_C_TYPES = {
-    "pack": "Pack",
-    "unpack": "Unpack",
-    "rx1": "Rx1",
-    "rx1w": "Rx1",
-    "layernorm": "Norm",
-    "attention": "Attend",
-    "shift": "Shift",
-    "crop": "Crop",
-}
-
-
-def _c_float(value: float) -> str:
-    return "-3.4028235e38f" if value < -3.4e38 else "3.4028235e38f" if value > 3.4e38 else f"{float(value).hex()}f"
-
-
-def _c_ways(region: RegionSpec) -> str:
-    """The ways into panels and back; behind a window there are none."""
-    return "" if region.window else f".pack = pack_{region.layout}, .unpack = unpack_{region.layout}, "
-
-
-def _c_window(w: Window) -> str:
-    sizes = ", ".join(
-        f".{name} = {{{', '.join(map(str, values))}}}"
-        for name, values in (("size", w.size), ("stride", w.stride), ("dilation", w.dilation), ("pads", w.pads))
-    )
-    functions = f".shift = {window.SHIFT}, .crop = {window.CROP}"
-    return f"{{.axes = {w.axes}, .channels = {w.channels}, {sizes}, {functions}}}"
-
-
-def write_c(regions: list[RegionSpec], isa_level: int) -> str:
-    """regions.c of an artifact: the kernels it links, a function per region, the table that region.h declares.
-
-    Args:
-        regions: distinct regions; equal ones are written once.
-        isa_level: x86-64 level that the kernels need (1: none).
-    """
-    regions = sorted(set(regions), key=lambda r: r.op_type)
-    out = ['/* Written by spa-compiler. */\n#include "region.h"\n']
-    for array, functions in kernels_of(regions).items():
-        kind = _C_TYPES[array.split("_")[0]]
-        out.append(f"extern {kind} {', '.join(functions)};")
-        if len(functions) > 1:
-            out.append(f"static {kind}* const {array}[] = {{{', '.join(functions)}}};\n")
-    rows = []
-    for region in regions:
-        op, layout = region.op_type, f"LAYOUT_{region.layout.upper()}"
-        if region.linears:
-            items = ",\n  ".join(
-                f"{{.n = {s.n}, .k = {s.k}, .rows = {s.rows}, .chunk = {s.chunk}, .k_block = {s.k_block}, "
-                f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = {_array_of(s, region)}}}"
-                for s in region.linears
-            )
-            out.append(f"static const LinearInfo {op}_linears[] = {{\n  {items}}};")
-        if region.norms:
-            items = ", ".join(
-                f"{{.features = {s.features}, .epsilon = {_c_float(s.epsilon)}, .kernels = layernorm}}"
-                for s in region.norms
-            )
-            out.append(f"static const NormInfo {op}_norms[] = {{{items}}};")
-        if region.attentions:
-            items = ", ".join(
-                f"{{.heads = {s.heads}, .depth = {s.depth}, .scale = {_c_float(s.scale * LOG2_E)}, "
-                f".kernels = attention}}"
-                for s in region.attentions
-            )
-            out.append(f"static const AttentionInfo {op}_attentions[] = {{{items}}};")
-        if region.window:
-            out.append(f"static const WindowInfo {op}_window = {_c_window(region.window)};")
-        body = "".join(f"  TRY({line});\n" for line in region.lines)
-        out.append(f"static Status* {op}(const Run* r) {{\n{body}  return NULL;\n}}\n")
-        rows.append(
-            f'  {{.op = SPA_CUSTOM_OP, .name = "{op}", .run = {op}, {_c_ways(region)}'
-            f".linears = {f'{op}_linears' if region.linears else 'NULL'}, "
-            f".norms = {f'{op}_norms' if region.norms else 'NULL'}, "
-            f".attentions = {f'{op}_attentions' if region.attentions else 'NULL'}, .masks = {region.masks}, "
-            f".window = {f'&{op}_window' if region.window else 'NULL'}, "
-            f".whole_sequences = {int(bool(region.attentions))}, .scratch_rows = {region.scratch_rows}, "
-            f".input_features = {{{', '.join(map(str, region.input_features))}}}, "
-            f".output_features = {{{', '.join(map(str, region.output_features))}}}, .layout = {layout}, "
-            f".inputs = {len(region.input_features)}, .outputs = {len(region.output_features)}, "
-            f".linear_count = {len(region.linears)}, .norm_count = {len(region.norms)}}},"
-        )
-    out.append("const Region spa_regions[] = {\n" + ("\n".join(rows) or "  {.name = 0}") + "\n};")
-    out.append(f"const int spa_region_count = {len(regions)}, spa_required_isa_level = {isa_level};\n")
-    return "\n".join(out)

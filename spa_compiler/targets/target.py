@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spa_compiler.errors import UsageError
-from spa_compiler.targets.cpu import check_platform, host
+from spa_compiler.targets.cpu import LEVELS, check_platform, host
 from spa_compiler.targets.cuda import NATIVE, driver_present, parse_architectures
 
 _CPU_SPELLINGS = {
@@ -17,8 +17,8 @@ _CPU_SPELLINGS = {
     "avx512": "x86-64-v4",
     "avx2": "x86-64-v3",
 }
-SPELLINGS = ("cpu", *(f"cpu:{name}" for name in _CPU_SPELLINGS), "cuda", "cuda:sm_90")
-"""What `parse` takes; `cuda:` takes other architectures too, and lists of them."""
+SPELLINGS = ("cpu", *(f"cpu:{name}" for name in _CPU_SPELLINGS), "cpu:avx512,avx2", "cuda", "cuda:sm_90")
+"""What `parse` takes; lists of what is there for CPUs, and for `cuda:` other architectures and lists of them."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,16 @@ class Target:
 
     kind: Literal["cpu", "cuda"]
     arch: str
-    """`x86-64-v4`; for CUDA `sm_90`, a list `sm_80,sm_90`, or `native` (the GPU at hand)."""
+    """`x86-64-v4`, or a list `x86-64-v4,x86-64-v3`; for CUDA `sm_90`, a list, or `native` (the GPU at hand)."""
     mcpu: str
-    """LLVM's name of the CPU that host code is generated for: the level itself, or the host's level for CUDA."""
+    """LLVM's name of the CPU that host code is generated for: the level, of several the highest that this machine runs;
+    the host's level for CUDA."""
     host_runs: bool
     """Whether this machine runs the result, so that it can be measured and verified here."""
 
     @property
     def archs(self) -> tuple[str, ...]:
-        """`arch` as a list: more than one makes a fat CUDA artifact."""
+        """`arch` as a list: more than one makes an artifact that picks at load. Levels of CPUs come highest first."""
         return tuple(self.arch.split(","))
 
     def __str__(self) -> str:
@@ -44,7 +45,8 @@ class Target:
 
 
 def parse(text: str) -> Target:
-    """The target that `text` names: `cpu` is what this machine has, `cpu:avx512` is `cpu:x86-64-v4`.
+    """The target that `text` names: `cpu` is what this machine has, `cpu:avx512` is `cpu:x86-64-v4`, and
+    `cpu:avx512,avx2` has kernels for both.
 
     Raises:
         UsageError: there is no such target.
@@ -52,11 +54,17 @@ def parse(text: str) -> Target:
     """
     check_platform()
     kind, colon, arch = text.strip().lower().partition(":")
-    if kind == "cpu" and (not colon or arch in _CPU_SPELLINGS):
-        level = _CPU_SPELLINGS[arch] if colon else host().level
-        return Target("cpu", level, level, host().runs(level))
+    asked = [part.strip() for part in arch.split(",")]
+    if kind == "cpu" and (not colon or all(part in _CPU_SPELLINGS for part in asked)):
+        return _of_levels({_CPU_SPELLINGS[part] for part in asked} if colon else {host().level})
     if kind == "cuda":
         return Target("cuda", parse_architectures(arch) if colon else NATIVE, host().level, driver_present())
     close = difflib.get_close_matches(text.lower(), SPELLINGS, n=1)
     meant = f"Did you mean {close[0]}? " if close else ""
     raise UsageError(f"there is no target {text!r}", fix=f"{meant}There are: {', '.join(SPELLINGS)}")
+
+
+def _of_levels(wanted: set[str]) -> Target:
+    levels = sorted(wanted, key=LEVELS.index, reverse=True)
+    running = [level for level in levels if host().runs(level)]
+    return Target("cpu", ",".join(levels), (running or levels)[0], bool(running))

@@ -147,7 +147,7 @@ def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
     known = [shapes.fixed(model, feeds(model, *s)) for s in ((1, 16), (3, 5))]
     sites = find_sites(model)[0]
     groups = join(model, sites, [], find_attention(model, known), known)
-    link(insert(model, groups, {s.name: 4 for s in sites}, Packer()), MCPU, tmp_path / "kernels.so")
+    link(insert(model, groups, {s.name: 4 for s in sites}, Packer()), (MCPU,), tmp_path / "kernels.so")
     session = open_session(to_proto(model).SerializeToString(), library=tmp_path / "kernels.so")
     x = feeds(load(proto), 1, 16) | {"mask": np.zeros((1, 1, 1, 15), np.float32)}
     with pytest.raises(Exception, match=r"mask 0 must be \[1 or 1,3 or 1,16 or 1,16\], its shape is \[1,1,1,15\]"):
@@ -170,7 +170,7 @@ def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, ra
     thin = ["spa_linear", "spa_sum"] if rank else ["spa_linear"]
     out = "spa_sum_out" if rank else "spa_linear_out"
     assert calls == ["spa_pack", *thin * 3, "spa_attention", *thin[:-1], out]
-    link(regions, MCPU, tmp_path / "kernels.so")
+    link(regions, (MCPU,), tmp_path / "kernels.so")
     ours = open_session(to_proto(model).SerializeToString(), threads=threads, library=tmp_path / "kernels.so")
     theirs = open_session(proto.SerializeToString())
     for batch, tokens in ((1, 1), (1, 3), (2, 7), (1, 16), (3, 33), (2, 64), (1, 65), (1, 200), (40, 70)):

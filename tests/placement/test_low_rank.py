@@ -142,7 +142,7 @@ def test_regions_compute_the_same(drawn: list[Layer]) -> None:
     cases = [(layer, *layer.rewritten(joined)) for layer in drawn for joined in (False, True)]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
-        link([spec for _, _, specs in cases for spec in specs], "x86-64-v4", library)
+        link([spec for _, _, specs in cases for spec in specs], ("x86-64-v4",), library)
         for layer, model, specs in cases:
             proto = to_proto(model)
             assert len(specs) == 1

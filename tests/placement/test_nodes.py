@@ -228,7 +228,7 @@ def rewritten() -> tuple[dict[tuple[str, bool], Rewritten], Path]:
     """Every case both ways, and one library for all of them."""
     all_of_them = {(name, joins): rewrite(proto, joins) for name, proto in CASES.items() for joins in (False, True)}
     library = Path(tempfile.mkdtemp(prefix="spa-test-")) / "kernels.so"
-    link([spec for each in all_of_them.values() for spec in each.regions], "x86-64-v4", library)
+    link([spec for each in all_of_them.values() for spec in each.regions], ("x86-64-v4",), library)
     return all_of_them, library
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.testing import assert_equal
 
 from spa_compiler.kernels.lower import compile_module
 from spa_compiler.kernels.vector import ISAS, isa_of
 from spa_compiler.runtime import link
 from spa_compiler.targets import host
 from tests.kernel_harness import LEVELS
-from tests.region_harness import CASES, assert_parity, case, run, session
+from tests.region_harness import CASES, assert_parity, case, needs_avx512, run, session
 from tests.window_harness import CONVOLUTIONS
 
 
@@ -20,7 +22,7 @@ from tests.window_harness import CONVOLUTIONS
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("levels") / "kernels.so"
     regions = [case(name).spec for name in CASES] + [c.region for c in CONVOLUTIONS.values()]
-    link.link(regions, request.param, path)
+    link.link(regions, (request.param,), path)
     return path
 
 
@@ -44,6 +46,27 @@ def test_windows(library: Path, name: str) -> None:
     c = CONVOLUTIONS[name]
     feeds = c.image(2, *(37, 20)[2 - c.window.axes :])
     assert_parity(run(session(c.model(), 2, library), feeds), c.expected(feeds))
+
+
+@needs_avx512
+def test_a_library_of_several_levels_takes_the_highest_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = case("mlp")
+    feeds = c.feeds((1, 70))
+
+    def outputs(levels: tuple[str, ...], allowed: str) -> list[np.ndarray]:
+        path = tmp_path / f"{'+'.join(levels)} up to {allowed}.so"  # a library keeps what it chose
+        monkeypatch.setenv("SPA_ISA_LEVEL", allowed)
+        link.link([c.spec], levels, path)
+        return run(session(c.model(), 1, path), feeds)
+
+    both, v4, v3 = ("x86-64-v4", "x86-64-v3"), ("x86-64-v4",), ("x86-64-v3",)
+    high, low = outputs(v4, ""), outputs(v3, "")
+    assert any((a != b).any() for a, b in zip(high, low, strict=True)), "divisions and estimates round differently"
+    for allowed, want in (("", high), ("4", high), ("9", high), ("none", high), ("3", low)):
+        assert_equal(outputs(both, allowed), want)
+    assert_equal(outputs(v3, "4"), low)
 
 
 @pytest.mark.parametrize("level", ISAS)

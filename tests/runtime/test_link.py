@@ -17,7 +17,7 @@ from spa_compiler.targets.machine import cache_dir
 from tests.region_harness import MCPU, assert_parity, case, library, needs_avx512, run, session
 
 # Everything that the C side may call. A new name here is a decision, not an accident.
-IMPORTS = {"calloc", "free", "malloc", "memcpy", "memset", "memmove", "snprintf", "vsnprintf", "sscanf"}
+IMPORTS = {"calloc", "free", "malloc", "memcpy", "memset", "memmove", "snprintf", "vsnprintf", "sscanf", "getenv"}
 IMPORTS |= {"__isoc99_sscanf", "__cxa_finalize", "__gmon_start__"}
 IMPORTS |= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__stack_chk_fail"}
 
@@ -25,7 +25,7 @@ IMPORTS |= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__stack
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("empty") / "kernels.so"
-    link.link([], MCPU, path)
+    link.link([], (MCPU,), path)
     return path
 
 
@@ -87,7 +87,7 @@ def test_an_empty_library_loads_and_does_no_harm(empty: Path) -> None:
 def test_two_links_give_the_same_bytes(tmp_path: Path) -> None:
     for folder in ("a", "another/folder"):
         (tmp_path / folder).mkdir(parents=True)
-        link.link([case("single").spec], MCPU, tmp_path / folder / "kernels.so")
+        link.link([case("single").spec], (MCPU,), tmp_path / folder / "kernels.so")
     assert (tmp_path / "a/kernels.so").read_bytes() == (tmp_path / "another/folder/kernels.so").read_bytes()
 
 
@@ -101,7 +101,7 @@ def test_linking_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SPA_CACHE_DIR", str(cache_dir()))
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    link.link([dataclasses.replace(case("single").spec, scratch_rows=71)], MCPU, tmp_path / "kernels.so")
+    link.link([dataclasses.replace(case("single").spec, scratch_rows=71)], (MCPU,), tmp_path / "kernels.so")
     assert (tmp_path / "kernels.so").stat().st_size > 0
 
 
@@ -109,7 +109,7 @@ def test_linking_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_linker_that_does_not_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPA_CC", command)
     with pytest.raises(EnvironmentFault, match="SPA_CC must name a C compiler") as raised:
-        link.link([], MCPU, tmp_path / "kernels.so")
+        link.link([], (MCPU,), tmp_path / "kernels.so")
     assert raised.value.exit_code == 6
     assert command.split()[0] in str(raised.value)
     assert not (tmp_path / "kernels.so").exists()
@@ -120,14 +120,14 @@ def test_a_linker_that_cannot_be_read(command: str, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SPA_CC", command)
     if command.strip():
         with pytest.raises(EnvironmentFault, match="SPA_CC"):
-            link.link([], MCPU, tmp_path / "kernels.so")
+            link.link([], (MCPU,), tmp_path / "kernels.so")
     else:
-        link.link([], MCPU, tmp_path / "kernels.so")  # as good as not set
+        link.link([], (MCPU,), tmp_path / "kernels.so")  # as good as not set
 
 
 def test_an_output_that_is_a_folder_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"linking kernels\.so failed"):
-        link.link([], MCPU, tmp_path)
+        link.link([], (MCPU,), tmp_path)
 
 
 @needs_avx512
@@ -135,6 +135,6 @@ def test_an_output_that_is_a_folder_is_a_fault(tmp_path: Path) -> None:
 def test_gcc_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPA_CC", "gcc -Werror")
     c = case("mlp")
-    link.link([c.spec], MCPU, tmp_path / "kernels.so")
+    link.link([c.spec], (MCPU,), tmp_path / "kernels.so")
     feeds = c.feeds((2, 33))
     assert_parity(run(session(c.model(), 2, tmp_path / "kernels.so"), feeds), c.expected(feeds))

@@ -225,7 +225,7 @@ def test_wrong_features_in_large_shapes_with_a_zero() -> None:
 def test_scratch_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
     c = case("single")
     huge = dataclasses.replace(c, spec=dataclasses.replace(c.spec, scratch_rows=10**13))
-    link.link([huge.spec], MCPU, tmp_path / "kernels.so")
+    link.link([huge.spec], (MCPU,), tmp_path / "kernels.so")
     s = session(huge.model(), path=tmp_path / "kernels.so")
     with pytest.raises(Exception, match=r"(?i)alloc|memory"):
         run(s, huge.feeds((1, 64)))

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa_compiler.kernels import panel, rx1, window
+from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime import region
+from spa_compiler.runtime.generate import WINDOW_LANES, kernels_of, write_c
 from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
 from spa_compiler.runtime.region import (
     LinearSpec,
@@ -21,8 +23,6 @@ from spa_compiler.runtime.region import (
     RegionBuilder,
     RegionSpec,
     Term,
-    kernels_of,
-    write_c,
 )
 from tests.region_harness import CASES, case
 from tests.window_harness import CONVOLUTIONS
@@ -163,14 +163,14 @@ def test_kernels_of_names_one_function_per_lane_count() -> None:
 
 def test_c_does_not_depend_on_the_order_of_the_regions() -> None:
     specs = [case(name).spec for name in CASES]
-    assert write_c(specs, 4) == write_c([*reversed(specs), specs[0]], 4)
+    assert write_c(specs, ISAS) == write_c([*reversed(specs), specs[0]], ISAS)
 
 
 def test_c_floats_are_exact() -> None:
     low, high = float(np.float32(-0.1)), float("inf")
     spec = chain(8, 8)[0]
     clip = dataclasses.replace(spec.linears[0], act="clip", low=low, high=high)
-    text = write_c([dataclasses.replace(spec, linears=(clip,))], 4)
+    text = write_c([dataclasses.replace(spec, linears=(clip,))], ISAS)
     assert f".low = {low.hex()}f" in text
     assert ".high = 3.4028235e38f" in text
 
@@ -193,14 +193,14 @@ def test_the_c_side_and_python_agree_on_sizes() -> None:
 def test_window_c_and_python_agree_on_the_layout() -> None:
     text = (C_FOLDER / "window.c").read_text()
     found = {name: int(re.search(rf"\b{name} = (\d+)", text)[1]) for name in ("PITCH_STEP", "REGISTER", "RUN")}
-    assert found == {"PITCH_STEP": window.PITCH_STEP, "REGISTER": region.WINDOW_LANES[0], "RUN": window.RUN}
-    assert tuple(i * window.ZMM for i in range(1, panel.MAX_LANES // window.ZMM + 1)) == region.WINDOW_LANES
+    assert found == {"PITCH_STEP": window.PITCH_STEP, "REGISTER": WINDOW_LANES[0], "RUN": window.RUN}
+    assert tuple(i * window.ZMM for i in range(1, panel.MAX_LANES // window.ZMM + 1)) == WINDOW_LANES
 
 
 def test_a_window_has_kernels_of_whole_registers_and_none_for_panels() -> None:
     found = kernels_of([CONVOLUTIONS["same"].region])
     assert set(found) == {"shift", "crop", "rx1w_4_relu"}
-    assert len(found["rx1w_4_relu"]) == len(region.WINDOW_LANES)
+    assert len(found["rx1w_4_relu"]) == len(WINDOW_LANES)
     for function, *_ in found.values():
         assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
 
@@ -216,7 +216,7 @@ def test_the_window_is_a_part_of_the_name() -> None:
 def test_the_c_compiles_without_a_warning(names: tuple[str, ...], tmp_path: Path) -> None:
     source = tmp_path / "regions.c"
     source.write_text(
-        write_c([CONVOLUTIONS[name].region if name in CONVOLUTIONS else case(name).spec for name in names], 4)
+        write_c([CONVOLUTIONS[name].region if name in CONVOLUTIONS else case(name).spec for name in names], ISAS)
     )
     flags = [f for f in FLAGS if f not in ("-shared", "-s")]
     run_linker([*flags, "-Werror", f"-I{C_FOLDER}", "-c", str(source), "-o", str(tmp_path / "regions.o")])

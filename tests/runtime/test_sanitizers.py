@@ -39,7 +39,7 @@ def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> Path:
         np.savez(folder / f"window {name}_0.npz", **feeds, y0=convolution.expected(feeds)[0])
     monkeypatch.setattr(link, "FLAGS", ("-O1", "-g", "-std=c11", "-fPIC", "-shared", *flags))
     regions = [case(name).spec for name in CASES] + [c.region for c in CONVOLUTIONS.values()]
-    link.link(regions, MCPU, folder / "kernels.so")
+    link.link(regions, (MCPU,), folder / "kernels.so")
     return script
 
 

@@ -29,7 +29,7 @@ def folder() -> tempfile.TemporaryDirectory[str]:
 @functools.cache
 def library() -> Path:
     path = Path(folder().name) / "kernels.so"
-    link.link([c.region for c in CONVOLUTIONS.values()], MCPU, path)
+    link.link([c.region for c in CONVOLUTIONS.values()], (MCPU,), path)
     return path
 
 

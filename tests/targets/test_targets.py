@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -31,6 +32,24 @@ def test_levels_and_their_other_spellings(text: str, level: str) -> None:
     assert targets.parse(str(target)) == target
 
 
+@pytest.mark.parametrize("text", ["cpu:avx512,avx2", "cpu:avx2, avx512,x86-64-v3", "cpu:x86-64-v4,x86-64-v3"])
+def test_a_list_of_levels(text: str) -> None:
+    target = targets.parse(text)
+    assert (target.kind, target.archs) == ("cpu", ("x86-64-v4", "x86-64-v3"))
+    assert target.mcpu == ("x86-64-v4" if targets.host().runs("x86-64-v4") else "x86-64-v3")
+    assert target.host_runs == targets.host().runs("x86-64-v3")
+    assert targets.parse(str(target)) == target
+
+
+def test_of_several_levels_the_highest_that_runs_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spa_compiler.targets import target as module
+
+    older = dataclasses.replace(targets.host(), level="x86-64-v3")
+    monkeypatch.setattr(module, "host", lambda: older)
+    target = targets.parse("cpu:avx512,avx2")
+    assert (target.archs, target.mcpu, target.host_runs) == (("x86-64-v4", "x86-64-v3"), "x86-64-v3", True)
+
+
 def test_cpu_alone_is_this_machine() -> None:
     target = targets.parse("cpu")
     assert target.arch == target.mcpu == targets.host().level
@@ -53,7 +72,10 @@ def test_cuda_architectures(text: str, archs: tuple[str, ...]) -> None:
     assert targets.parse(str(target)) == target
 
 
-@pytest.mark.parametrize("text", ["", "gpu", "cpu:", "cpu:neon", "cpu:x86_64", "cpu:x86-64-v5", "cud", "tpu:v4"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "gpu", "cpu:", "cpu:neon", "cpu:x86_64", "cpu:x86-64-v5", "cpu:avx2,", "cpu:avx2,neon", "cud", "tpu:v4"],
+)
 def test_unknown_targets_list_what_exists(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         targets.parse(text)

@@ -69,8 +69,12 @@ typedef struct {
 } Region;
 
 /* Written by the compiler, per artifact. */
-extern const Region spa_regions[];
-extern const int spa_region_count, spa_required_isa_level;
+typedef struct {
+  int level; /* of x86-64, that its kernels need; 1: any */
+  const Region* regions;
+} Table;
+extern const Table spa_tables[]; /* the highest level first; the same regions in each */
+extern const int spa_table_count, spa_region_count;
 
 /* The callbacks that all regions share. */
 extern const char* spa_name(const CustomOp*);
