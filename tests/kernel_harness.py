@@ -6,7 +6,8 @@ import ctypes
 import functools
 import mmap
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +30,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _CANARY = np.float32(1234.5)
 
 
-def use(level: str) -> None:
-    """Kernels that are called from now on are made for this level."""
+@contextmanager
+def using(level: str) -> Iterator[None]:
+    """Kernels that are called within are made for this level."""
     global _level
-    _level = level
+    before, _level = _level, level
+    yield
+    _level = before
 
 
 @functools.cache

@@ -246,12 +246,23 @@ def _sum() -> Case:
     return r.finish()
 
 
+def _thin() -> Case:
+    """Sparse + low rank with weights that are small beside the panels of many tokens."""
+    r = Recorder("rows", np.random.default_rng(6))
+    x = r.pack(64)
+    y = r.linear(x, 96, 1, "relu", term=(r.linear(x, 8, 4, density=1.0), 4, 1.0))
+    r.unpack(y)
+    r.linear_out(y, 64, 8, residual=x, term=(x, 1, 0.1))
+    return r.finish()
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": _mlp,
     "single": _single,
     "wide": _wide,
     "planes": _planes,
     "sum": _sum,
+    "thin": _thin,
 }
 
 

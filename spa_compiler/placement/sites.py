@@ -20,6 +20,8 @@ from spa_compiler.placement import epilogue
 F32 = NDArray[np.float32]
 
 _MOST_AXES = 2  # that a window may have
+_LARGEST = 1 << 15  # kernel, dilation, padding: sizes that C multiplies stay far from what integers hold
+_MOST_SKIPPED = 4  # a larger stride than this and than the kernel lays out what nobody reads
 
 
 @dataclass(eq=False)
@@ -149,6 +151,12 @@ def _unfit_window(op: WeightedOp) -> str:
         return f"a convolution over {len(op.kernel)} axes has no sparse kernel yet"
     if op.node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return "its padding depends on the size of the input (auto_pad)"
+    window = _window(op)
+    if not all(0 <= value <= _LARGEST for value in (*window.pads, *window.size, *window.dilation)):
+        return f"its kernel, dilation or padding is larger than {_LARGEST}"
+    extents = [(size - 1) * step + 1 for size, step in zip(window.size, window.dilation, strict=True)]
+    if not all(1 <= step <= max(_MOST_SKIPPED, extent) for step, extent in zip(window.stride, extents, strict=True)):
+        return f"its stride of {max(window.stride)} leaves out most of the input"
     return ""
 
 
@@ -207,7 +215,8 @@ def _bias_add(site: Site, outputs: Sequence[gs.Variable]) -> tuple[gs.Node, F32]
         fits = values.ndim >= 1 and values.size == values.shape[-1] == site.n and _rank(site.source) >= values.ndim
     else:
         rank = _rank(site.source)
-        fits = values.ndim in (rank, rank - 1) and values.size == site.n == values.shape[1 - (rank - values.ndim)]
+        known = rank > 1 and values.ndim in (rank, rank - 1)
+        fits = known and values.size == site.n == values.shape[1 - (rank - values.ndim)]
     return (node, values.reshape(site.n).astype(np.float32)) if fits else None
 
 

@@ -1,13 +1,15 @@
-"""Every kernel is called at every level that this machine runs."""
+"""Modules that call kernels do so at every level that this machine runs: `usefixtures("level")`."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from tests import kernel_harness
 
 
-@pytest.fixture(scope="module", params=kernel_harness.LEVELS, autouse=True)
-def level(request: pytest.FixtureRequest) -> str:
-    kernel_harness.use(request.param)
-    return str(request.param)
+@pytest.fixture(scope="module", params=kernel_harness.LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    with kernel_harness.using(request.param):
+        yield request.param

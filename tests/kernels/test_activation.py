@@ -8,6 +8,8 @@ import pytest
 from spa_compiler.kernels import activation, rx1
 from tests.kernel_harness import run_rx1, rx1_names
 
+pytestmark = pytest.mark.usefixtures("level")
+
 # (rows, lanes) that give every register width: rows alone for one lane
 SHAPES = {(1, 1): 1, (4, 1): 4, (8, 1): 8, (1, 4): 4, (4, 8): 8, (1, 48): 16, (4, 16): 16}
 NAMES = rx1_names(dict.fromkeys(SHAPES, activation.NAMES))

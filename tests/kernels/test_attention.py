@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from spa_compiler.kernels import attention, panel
 from tests.kernel_harness import assert_untouched, call, guarded, output
 
+pytestmark = pytest.mark.usefixtures("level")
+
 NAMES = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
 LOG2_E = 1.4426950408889634
 

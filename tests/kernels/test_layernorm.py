@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from spa_compiler.kernels import layernorm, panel
 from tests.kernel_harness import assert_untouched, call, guarded, output
 
+pytestmark = pytest.mark.usefixtures("level")
+
 NAMES = tuple(layernorm.name(lanes) for lanes in panel.LANE_COUNTS)
 
 

@@ -9,6 +9,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from spa_compiler.kernels import lower
+from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.generate import symbol
 from spa_compiler.runtime.link import kernel
 
@@ -24,6 +25,7 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
         return {s.name for s in found} - undefined, undefined
 
 
+@pytest.mark.parametrize("level", ISAS)
 @pytest.mark.parametrize(
     "name",
     [

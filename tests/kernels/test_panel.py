@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from spa_compiler.kernels import panel
 from tests.kernel_harness import assert_untouched, call, guarded, output
 
+pytestmark = pytest.mark.usefixtures("level")
+
 NAMES = tuple(
     f"spa_{way}_{layout}_{lanes}"
     for way in ("pack", "unpack")

@@ -12,6 +12,8 @@ from spa_compiler.kernels import activation, rx1, window
 from spa_compiler.kernels.window import Window
 from tests.kernel_harness import assert_close, assert_untouched, call, guarded, output, sparse
 
+pytestmark = pytest.mark.usefixtures("level")
+
 LANES = (16, 32, 48, 64)
 ACTS = {
     (rows, lanes): activation.NAMES if (rows, lanes) == (4, 64) else ("none",) for rows in (1, 4, 8) for lanes in LANES

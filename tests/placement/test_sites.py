@@ -176,6 +176,26 @@ def test_a_window_over_one_axis() -> None:
             (8, 6, 2, 2),
             "auto_pad",
         ),
+        (
+            "g (float[1,6,8,8] x) => (float[1,8,H,V] y) { y = Conv <strides = [288230376151711745, 1]> (x, w) }",
+            (8, 6, 1, 1),
+            "its stride of 288230376151711745",
+        ),
+        (
+            "g (float[1,6,8,8] x) => (float[1,8,H,V] y) { y = Conv <strides = [1, 5]> (x, w) }",
+            (8, 6, 4, 4),
+            "its stride of 5 leaves out most",
+        ),
+        (
+            "g (float[1,6,8,8] x) => (float[1,8,H,V] y) { y = Conv <pads = [0, 0, 0, 40000]> (x, w) }",
+            (8, 6, 2, 2),
+            "larger than 32768",
+        ),
+        (
+            "g (float[1,6,8,H] x) => (float[1,8,8,V] y) { y = Conv <dilations = [1, 4294967296]> (x, w) }",
+            (8, 6, 1, 2),
+            "larger than 32768",
+        ),
     ],
 )
 def test_other_convolutions_are_refused(text: str, shape: tuple[int, ...], words: str) -> None:
@@ -192,6 +212,13 @@ def test_other_types_are_refused() -> None:
 def test_a_computed_c_is_refused() -> None:
     found = refusal("g (float[N,6] x, float[8] b) => (float[N,8] y) { y = Gemm(x, w, b) }", w=W)
     assert "C is not a constant vector" in found.reason
+
+
+def test_what_is_added_to_a_conv_of_unknown_rank_is_no_bias() -> None:
+    text = """g (float[1,6,8,8] x, int64[R] s) => (float[1,8,8,8] y) {
+      r = Reshape(x, s) c = Conv <pads = [1, 1, 1, 1]> (r, w) y = Add(c, b) }"""
+    site = only(text, w=array(8, 6, 3, 3), b=B)
+    assert (site.bias, site.output.name) == (None, "c")
 
 
 def test_a_computed_conv_bias_is_refused() -> None:

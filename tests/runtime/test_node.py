@@ -17,7 +17,7 @@ from tests.runtime_malformed import BAD, edited
 
 pytestmark = needs_avx512
 TOKENS = (0, 1, 3, 7, 16, 33, 64, 65, 128, 200)
-ROWS = ("mlp", "single", "wide", "sum")
+ROWS = ("mlp", "single", "wide", "sum", "thin")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -31,11 +31,13 @@ def test_rows_of_any_number_of_tokens(name: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name, dims", [("mlp", (3, 500)), ("planes", (2, 50, 61)), ("sum", (2, 300))])
+@pytest.mark.parametrize("name, dims", [("mlp", (3, 500)), ("planes", (2, 50, 61)), ("thin", (2, 3000))])
 def test_panels_that_leave_the_cache_are_computed_in_bands(name: str, dims: tuple[int, ...], threads: int) -> None:
     c = case(name)
     tokens = int(np.prod(dims))
     assert c.spec.scratch_rows * tokens * 4 > 2 << 20, "more than a band holds"
+    weights = sum(a.nbytes for name, a in c.arrays.items() if name.startswith(("values", "columns")))
+    assert weights < 1 << 18, "small enough to be read again for every band"
     feeds = c.feeds(dims)
     s = session(c.model(("n", *(f"p{i}" for i in range(len(dims) - 1)))), threads)
     assert_parity(run(s, feeds), c.expected(feeds))

@@ -250,6 +250,7 @@ static Status* bind_window(Run* r, int64_t* dims, size_t rank) {
   r->width = dims[rank - 1];
   r->out_height = spa_window_outputs(w, 0, r->height);
   r->out_width = spa_window_outputs(w, 1, r->width);
+  /* ONNX Runtime takes an image without pixels whose padding alone is as large as the window; no kernel here does. */
   CHECK(node, r->height > 0 && r->width > 0 && r->out_height > 0 && r->out_width > 0,
         "the input is smaller than the window, its shape is %s", show(text, dims, rank));
   CHECK(node, r->height <= INT32_MAX / r->width && r->out_height <= INT32_MAX / (r->out_width + 8) &&
