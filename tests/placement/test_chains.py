@@ -172,3 +172,21 @@ def test_a_sum_of_two_and_two_results_are_two_classes() -> None:
     classes = chain_classes(chains(text), {}, [{"x": (1, 3, K)}])
     assert [names(c.chains[0]) for c in classes] == [["z", "m", "l"], ["t", "p", "q"]]
     assert len({repr(c.question((1, 3, K), 1)) for c in classes}) == 2
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "z = Conv(x, thin) y = Conv <pads = [1, 1, 1, 1]> (z, taps)",
+        "z = Conv <pads = [1, 1, 1, 1]> (x, look) y = Conv(z, up)",
+    ],
+)
+def test_a_convolution_with_a_window_is_no_part(calls: str) -> None:
+    weights = {
+        "thin": np.ones((4, 24, 1, 1), np.float32),
+        "taps": np.ones((16, 4, 3, 3), np.float32),
+        "look": np.ones((4, 24, 3, 3), np.float32),
+        "up": np.ones((16, 4, 1, 1), np.float32),
+    }
+    text = f"g (float[1,24,5,5] x) => (float[1,16,5,5] y) {{ {calls} }}"
+    assert chains(text, **{name: w for name, w in weights.items() if name in calls}) == []
