@@ -54,6 +54,11 @@ def mobilenet_v2() -> Path:
     return _built("mobilenet_v2", lambda graphs: graphs.mobilenet_v2())
 
 
+def resnet50() -> Path:
+    """ResNet-50 with random weights, BatchNormalization folded."""
+    return _built("resnet50", lambda graphs: graphs.resnet50())
+
+
 def resnet18() -> Path:
     """torchvision's ResNet-18 with random weights, BatchNormalization as exported."""
     path = _folder() / "resnet18.onnx"

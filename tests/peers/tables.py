@@ -146,6 +146,7 @@ _CONFIGURATIONS = (
     Configuration("bert-short", "BERT-base", _bert, _tokens(1, 16), (B90,)),
     Configuration("bert-2-threads", "BERT-base", _bert, _tokens(1, 128), (B90,), threads=2),
     Configuration("mobilenet", "MobileNetV2", lambda _: sources.mobilenet_v2(), (f"input={_IMAGE}",), (U90, B90, HALF)),
+    Configuration("resnet50", "ResNet-50", lambda _: sources.resnet50(), (f"input={_IMAGE}",), (B90, U90)),
     Configuration("resnet18", "ResNet-18", lambda _: sources.resnet18(), (f"image={_IMAGE}",), (HALF,)),
 )
 _DIGITS_BATCH = 64
