@@ -187,7 +187,7 @@ WHY: dict[tuple[str, str, str, str], str] = {
     ("auto, global", "auto, uniform", *_MINILM): (
         "one threshold leaves queries and keys half of their weights and takes 80 to 89 % of what leads out of the feed-forward "
         "parts, because their weights are smaller, which says nothing of what they do; what stays makes up for most of it "
-        "(0.25 against 0.21)"
+        "(0.25 against 0.20)"
     ),
     ("magnitude, global", "magnitude", *_STORIES): (
         "its value and output projections have weights of 0.05 to 0.08 (root mean square), all others 0.1 to 0.3, so one "
