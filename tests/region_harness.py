@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,26 +11,20 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import activation, rx1
 from spa_compiler.runtime import link
 from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
-from spa_compiler.targets import host
-from tests.kernel_harness import sparse
+from tests.kernel_harness import LEVELS, sparse
 
 F64 = NDArray[np.float64]
 Evaluate = Callable[[Sequence[F64]], F64]  # inputs [tokens, features] -> [tokens, features]
 
-MCPU = "x86-64-v4"
+MCPU = LEVELS[0]  # the best that this machine runs
 EPSILON = 1e-5
 ARRAY_NAMES = ("indptr", "order", "columns", "values", "bias")
-needs_avx512 = pytest.mark.skipif(
-    not host().runs(MCPU) and "SPA_TEST_KERNELS" not in os.environ, reason="the kernels need AVX-512"
-)
-"""On a laptop without it the other tests are worth running; where SPA_TEST_KERNELS is set, as in CI, these fail there."""
 
 
 @dataclass

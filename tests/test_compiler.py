@@ -25,7 +25,6 @@ from spa_compiler.passes.recipe import Recipe, from_command_line
 from spa_compiler.report import report as reports
 from tests.folders import ARTIFACT, names
 from tests.networks import mlp, network, weight
-from tests.region_harness import needs_avx512
 
 WIDTH = 256
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +109,6 @@ class TestFolder:
         assert_same(next(folder.glob("*.onnx")), folder / "out", width, batch, seq)
 
 
-@needs_avx512
 def test_zeros_become_time(sparse: tuple[Path, Result]) -> None:
     folder, result = sparse
     assert result.folder == folder / "out"
@@ -120,7 +118,6 @@ def test_zeros_become_time(sparse: tuple[Path, Result]) -> None:
     assert result.ratio > 1
 
 
-@needs_avx512
 def test_one_artifact_for_several_levels(here: Path) -> None:
     source = mlp(0.1, WIDTH)
     result = compile(source, here / "out", target="cpu:avx512,avx2", threads=1)
@@ -166,7 +163,6 @@ def test_load_checks_the_manifest(sparse: tuple[Path, Result], tmp_path: Path) -
             load(folder, check=check)
 
 
-@needs_avx512
 def test_the_same_request_gives_the_same_bytes(sparse: tuple[Path, Result], tmp_path: Path) -> None:
     folder, first = sparse
     again = compile(folder / "zeros.onnx", tmp_path / "out", threads=1, records=folder / "records.sqlite")
@@ -175,7 +171,6 @@ def test_the_same_request_gives_the_same_bytes(sparse: tuple[Path, Result], tmp_
     assert again.report.race == first.report.race, "the records were replayed"
 
 
-@needs_avx512
 def test_an_artifact_is_placed_anew(sparse: tuple[Path, Result], tmp_path: Path) -> None:
     folder = shutil.copytree(sparse[0] / "out", tmp_path / "out")
     before = manifest.read(folder)
@@ -273,7 +268,6 @@ def test_a_dry_run_writes_and_times_nothing(here: Path, monkeypatch: pytest.Monk
     assert all("would be timed dense and as block:1x1" in p.reason for p in result.report.placements)
 
 
-@needs_avx512
 def test_a_dry_run_knows_low_rank_layers(here: Path) -> None:
     rng = np.random.default_rng(0)
     text = 'g (float["b", 64] x) => (float["b", 64] y) { z = MatMul(x, d) y = MatMul(z, u) }'
@@ -403,7 +397,6 @@ def test_nothing_here_opens_connections() -> None:
         assert "import requests" not in text, path
 
 
-@needs_avx512
 def test_an_artifact_is_placed_anew_as_it_was_measured(tmp_path: Path) -> None:
     source, proto = tmp_path / "m.onnx", mlp(0.1)
     onnx.save(proto, source)

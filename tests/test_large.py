@@ -12,7 +12,6 @@ import pytest
 from onnx import TensorProto, helper
 
 import spa_compiler
-from tests.region_harness import needs_avx512
 
 N, K, LAYERS = 8192, 8192, 9  # 256 MiB each
 
@@ -49,7 +48,6 @@ def large_model(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@needs_avx512
 def test_a_model_above_2_gb(tmp_path: Path) -> None:
     source = large_model(tmp_path)
     result = spa_compiler.compile(source, tmp_path / "out", shapes=["x=4,8192"], threads=1)

@@ -20,7 +20,6 @@ from spa_compiler.targets import host
 from tests.cli.command import invoke
 from tests.folders import ARTIFACT, names
 from tests.networks import mlp
-from tests.region_harness import needs_avx512
 
 pytestmark = pytest.mark.usefixtures("short_races")
 SPARSE = ("--sparsity", "0.9", "--pattern", "block:4x1")
@@ -71,7 +70,6 @@ def test_the_snippet_runs(here: Path) -> None:
     assert done.stdout == b"x\n"
 
 
-@needs_avx512
 def test_json_and_nothing_else_on_stdout(here: Path) -> None:
     done = subprocess_of("zeros.onnx", "--json", "--threads", "1", "-o", "out")
     assert done.returncode == 0, done.stderr
@@ -169,7 +167,6 @@ def test_help_imports_nothing_heavy() -> None:
     assert not loaded & {"numpy", "onnx", "tvm", "onnxruntime", "rich", "networkx", "scipy", "yaml", "msgspec"}
 
 
-@needs_avx512
 def test_a_recipe_file_says_the_same_as_flags(here: Path) -> None:
     recipe = {"version": 1, "passes": [{"name": "sparsify", "sparsity": 0.9, "pattern": "block:4x1"}]}
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))

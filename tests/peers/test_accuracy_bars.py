@@ -18,7 +18,6 @@ from tests.peers.accuracy_bars import BARS, TIMED, Bar, findings, judge, judge_m
 from tests.peers.accuracy_calibration import evaluate
 from tests.peers.accuracy_rows import DENSE, Rows
 from tests.peers.accuracy_settings import METHODS, MODELS
-from tests.region_harness import needs_avx512
 
 pytestmark = [pytest.mark.peers, sources.needs_shared]
 
@@ -77,7 +76,6 @@ def test_the_dense_model_scores_what_is_stated(name: str, measure: Measure) -> N
     assert dense.score == pytest.approx(MODELS[name].dense, abs=DENSE_TOLERANCE)
 
 
-@needs_avx512
 def test_one_command_gives_speed_and_accuracy(tmp_path: Path) -> None:
     """`spa-compile minilm.onnx --calib ... --sparsity 0.5 --pattern block:4x1`"""
     folder, source = tmp_path / "artifact", sources.minilm()

@@ -26,12 +26,10 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.passes.recipe import from_command_line
 from tests.peers import sources
-from tests.region_harness import needs_avx512
 
 pytestmark = [
     pytest.mark.peers,
     sources.needs_shared,
-    needs_avx512,
 ]
 
 RUNS = 60

@@ -20,7 +20,7 @@ from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.regions import join
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.runtime.link import link
-from tests.region_harness import MCPU, needs_avx512
+from tests.region_harness import MCPU
 
 HEADS, DEPTH = 3, 8
 WIDTH = HEADS * DEPTH
@@ -139,7 +139,6 @@ def test_what_only_looks_like_it_stays(change: dict[str, object]) -> None:
         assert found(proto) == []
 
 
-@needs_avx512
 def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
     proto = encoder("div", "keys")
     model = load(proto)
@@ -154,7 +153,6 @@ def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
         run(session, x)
 
 
-@needs_avx512
 @pytest.mark.parametrize("mask", ["none", "keys", "full", "heads"])
 @pytest.mark.parametrize(("threads", "rank"), [(1, 0), (2, 0), (2, 6)])
 def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, rank: int, tmp_path: Path) -> None:

@@ -20,11 +20,9 @@ from spa_compiler.placement.regions import single
 from spa_compiler.placement.sites import Site, find_sites, held
 from spa_compiler.placement.trial import pick
 from tests.networks import F32, model_of, weight
-from tests.region_harness import needs_avx512
 
 RNG = np.random.default_rng(0)
 TEXT = "g (float[N,64] x) => (float[N,64] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
-pytestmark = needs_avx512
 
 
 def sites_of(w: F32, v: F32 | None = None) -> list[Site]:

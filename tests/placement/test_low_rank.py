@@ -25,9 +25,8 @@ from spa_compiler.placement.sites import find_sites, held
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
 from tests.networks import F32, network, weight
-from tests.region_harness import needs_avx512
+from tests.region_harness import MCPU
 
-pytestmark = needs_avx512
 TOKENS = (1, 5, 33, 128)
 
 
@@ -142,7 +141,7 @@ def test_regions_compute_the_same(drawn: list[Layer]) -> None:
     cases = [(layer, *layer.rewritten(joined)) for layer in drawn for joined in (False, True)]
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "kernels.so"
-        link([spec for _, _, specs in cases for spec in specs], ("x86-64-v4",), library)
+        link([spec for _, _, specs in cases for spec in specs], (MCPU,), library)
         for layer, model, specs in cases:
             proto = to_proto(model)
             assert len(specs) == 1

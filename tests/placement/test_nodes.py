@@ -27,7 +27,7 @@ from spa_compiler.placement.sites import find_sites
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
 from tests.networks import F32, network, weight
-from tests.region_harness import needs_avx512
+from tests.region_harness import MCPU
 
 RNG = np.random.default_rng(1)
 
@@ -228,7 +228,7 @@ def rewritten() -> tuple[dict[tuple[str, bool], Rewritten], Path]:
     """Every case both ways, and one library for all of them."""
     all_of_them = {(name, joins): rewrite(proto, joins) for name, proto in CASES.items() for joins in (False, True)}
     library = Path(tempfile.mkdtemp(prefix="spa-test-")) / "kernels.so"
-    link([spec for each in all_of_them.values() for spec in each.regions], ("x86-64-v4",), library)
+    link([spec for each in all_of_them.values() for spec in each.regions], (MCPU,), library)
     return all_of_them, library
 
 
@@ -237,7 +237,6 @@ def library() -> Path:
     return rewritten()[1]
 
 
-@needs_avx512
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("joins", [False, True], ids=["single", "joined"])
 @pytest.mark.parametrize("name", CASES)

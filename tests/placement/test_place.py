@@ -21,7 +21,6 @@ from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SING
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
 from tests.networks import mlp, network, weight
-from tests.region_harness import needs_avx512
 
 WIDTH = 64
 
@@ -106,7 +105,6 @@ def folders(result: Placed) -> set[str]:
     return {p.name for p in result.plan.folder.parent.iterdir()}
 
 
-@needs_avx512
 def test_the_fastest_plan_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25}, real=True)
     result = placed(tmp_path)
@@ -121,7 +119,6 @@ def test_the_fastest_plan_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(run(session, feeds)["y"], want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
 
 
-@needs_avx512
 def test_single_sites_win_when_regions_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 60})
     result = placed(tmp_path)
@@ -138,7 +135,6 @@ def convolutions() -> onnx.ModelProto:
     return network(text, w=w, v=v)
 
 
-@needs_avx512
 @pytest.mark.parametrize(("gains", "expected"), [((1.3, 4.0), ["y"]), ((4.0, 4.0), None), ((1.3, 1.3), None)])
 def test_the_strongest_convolutions_alone_are_a_plan(
     gains: tuple[float, ...], expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,7 +168,6 @@ def low_rank() -> onnx.ModelProto:
     return network(text, **{n: weight(rng, *s) for n, s in shapes.items()}, w=weight(rng, WIDTH, WIDTH, 0.2))
 
 
-@needs_avx512
 @pytest.mark.parametrize(
     ("site", "winner", "nodes", "forms"),
     [
@@ -198,7 +193,6 @@ def test_low_rank_layers_by_themselves_and_joined(
     np.testing.assert_allclose(run(session, feeds)["y"], want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
 
 
-@needs_avx512
 def test_a_low_rank_layer_that_is_far_behind_is_not_raced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Stopwatch(monkeypatch, 0.5, {})
     result = placed(tmp_path, proto=low_rank())
@@ -227,7 +221,6 @@ def time_sites(gains: Mapping[int, float]) -> Callable[[Mapping[str, Callable[[]
     return interleave
 
 
-@needs_avx512
 @pytest.mark.parametrize(("slow", "last"), [(2.0, ("sparse", 1)), (0.9, ("dense", None))])
 def test_layers_between_kernels_become_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, last: tuple[str, int | None]
@@ -251,7 +244,6 @@ def test_layers_between_kernels_become_kernels(
     np.testing.assert_allclose(run(session, feeds)["y"], want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
 
 
-@needs_avx512
 def test_layers_between_kernels_stay_dense_where_that_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Stopwatch(monkeypatch, 5.0, {REGIONS: 50, EVERY: 60})
     monkeypatch.setattr(contests, "interleave", time_sites({0: 5.0, 1: 0.9}))
@@ -265,7 +257,6 @@ def test_layers_between_kernels_stay_dense_where_that_loses(tmp_path: Path, monk
     assert folders(result) == {"portable", "regions"}
 
 
-@needs_avx512
 @pytest.mark.parametrize(("apart", "first"), [(True, 5.0), (False, 0.9)])
 def test_layers_that_stand_between_nothing_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool, first: float
@@ -277,7 +268,6 @@ def test_layers_that_stand_between_nothing_are_left_alone(
     assert EVERY not in result.race[0]
 
 
-@needs_avx512
 @pytest.mark.parametrize("time", [98, 100, 150])
 def test_dense_wins_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time: float) -> None:
     Stopwatch(monkeypatch, 5.0, {SINGLE: time, REGIONS: time})
@@ -288,7 +278,6 @@ def test_dense_wins_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, time: 
     assert folders(result) == {"portable"}
 
 
-@needs_avx512
 def test_a_plan_that_loses_at_one_shape_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     races = {SINGLE: 80, REGIONS: 110}, {SINGLE: 80, REGIONS: 10}
     Stopwatch(monkeypatch, 5.0, *races)
@@ -297,7 +286,6 @@ def test_a_plan_that_loses_at_one_shape_is_not_taken(tmp_path: Path, monkeypatch
     assert [t[REGIONS].median_us for t in result.race] == [110, 10]
 
 
-@needs_avx512
 def test_sites_that_do_not_gain_stay_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Stopwatch(monkeypatch, 0.9, {})
     result = placed(tmp_path)
@@ -326,7 +314,6 @@ def test_the_model_as_given_when_rewriting_made_it_slower(tmp_path: Path, monkey
     assert placed(tmp_path, density=1.0).plan.name == PORTABLE  # after passes the source is no equal
 
 
-@needs_avx512
 def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25})
     first = placed(tmp_path, replay=True)
@@ -338,7 +325,6 @@ def test_a_second_run_measures_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         assert (again.plan.folder / name).read_bytes() == (first.plan.folder / name).read_bytes()
 
 
-@needs_avx512
 def test_without_replay_only_the_race_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25})
     placed(tmp_path)

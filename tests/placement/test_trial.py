@@ -16,7 +16,7 @@ from spa_compiler.placement.sites import find_sites
 from spa_compiler.placement.trial import dense_model, region_of, sparse_model
 from spa_compiler.runtime.link import link
 from tests.networks import model_of
-from tests.region_harness import MCPU, assert_parity, needs_avx512
+from tests.region_harness import MCPU, assert_parity
 
 RNG = np.random.default_rng(0)
 
@@ -42,7 +42,6 @@ SITES = {
 }
 
 
-@needs_avx512
 @pytest.mark.parametrize("name", SITES)
 def test_dense_and_sparse_are_the_same(name: str, tmp_path: Path) -> None:
     text, shape = SITES[name]

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests import deployment
-from tests.region_harness import library, needs_avx512
+from tests.region_harness import library
 
-pytestmark = needs_avx512
 NO_NETWORK = ("NewConnectionError", "Temporary failure in name resolution", "ProxyError", "ConnectTimeoutError")
 
 

@@ -14,7 +14,7 @@ from elftools.elf.elffile import ELFFile
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.runtime import link
 from spa_compiler.targets.machine import cache_dir
-from tests.region_harness import MCPU, assert_parity, case, library, needs_avx512, run, session
+from tests.region_harness import MCPU, assert_parity, case, library, run, session
 
 # Everything that the C side may call. A new name here is a decision, not an accident.
 IMPORTS = {"calloc", "free", "malloc", "memcpy", "memset", "memmove", "snprintf", "vsnprintf", "sscanf", "getenv"}
@@ -130,7 +130,6 @@ def test_an_output_that_is_a_folder_is_a_fault(tmp_path: Path) -> None:
         link.link([], (MCPU,), tmp_path)
 
 
-@needs_avx512
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_gcc_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPA_CC", "gcc -Werror")

@@ -12,10 +12,9 @@ import pytest
 from onnx import helper
 
 from spa_compiler.runtime import link
-from tests.region_harness import CASES, MCPU, assert_parity, case, needs_avx512, run, session
+from tests.region_harness import CASES, MCPU, assert_parity, case, run, session
 from tests.runtime_malformed import BAD, edited
 
-pytestmark = needs_avx512
 TOKENS = (0, 1, 3, 7, 16, 33, 64, 65, 128, 200)
 ROWS = ("mlp", "single", "wide", "sum", "thin")
 

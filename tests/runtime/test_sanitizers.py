@@ -13,11 +13,11 @@ import pytest
 
 from spa_compiler.runtime import link
 from tests import deployment
-from tests.region_harness import CASES, MCPU, case, needs_avx512
+from tests.region_harness import CASES, MCPU, case
 from tests.runtime_malformed import malformed
 from tests.window_harness import CONVOLUTIONS
 
-pytestmark = [needs_avx512, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 UBSAN = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
 
 

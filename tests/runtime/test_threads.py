@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.region_harness import CASES, assert_parity, case, needs_avx512, run, session
-
-pytestmark = needs_avx512
+from tests.region_harness import CASES, assert_parity, case, run, session
 
 
 def resident() -> int:

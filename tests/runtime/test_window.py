@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 
 from spa_compiler.runtime import link
 from spa_compiler.runtime.region import LinearSpec, RegionBuilder
-from tests.region_harness import MCPU, assert_parity, needs_avx512, run, session
+from tests.region_harness import MCPU, assert_parity, run, session
 from tests.window_harness import CONVOLUTIONS
-
-pytestmark = needs_avx512
 
 
 @functools.cache

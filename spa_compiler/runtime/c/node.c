@@ -29,8 +29,6 @@ static Status* refuse(const Node* node, int code, const char* format, ...) {
     if (!(condition)) return refuse(node, CODE_INVALID_ARGUMENT, __VA_ARGS__); \
   } while (0)
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static Status* shape_of(const void* value, int64_t* dims, size_t limit, size_t* rank) {
   void* info;
   TRY(GetTensorTypeAndShape(value, &info));
@@ -266,9 +264,9 @@ static Status* bind_window(Run* r, int64_t* dims, size_t rank) {
 static int64_t band_of(const Run* r, int64_t tiles) {
   int64_t each = r->node->region->scratch_rows * r->lanes * (int64_t)sizeof(float);
   if (r->node->region->window || each * tiles <= PANEL_BYTES || r->node->weight_bytes > PANEL_BYTES / 4) return tiles;
-  int64_t band = PANEL_BYTES / each > LEAST_TILES ? PANEL_BYTES / each : LEAST_TILES;
+  int64_t band = most(PANEL_BYTES / each, LEAST_TILES);
   int64_t unit = r->node->region->whole_sequences ? r->tiles_per_sequence : 1;
-  return least((band + unit - 1) / unit * unit, tiles);
+  return least(blocks_of(band, unit) * unit, tiles);
 }
 
 Status* spa_compute(void* kernel, void* context) {

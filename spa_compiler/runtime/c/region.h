@@ -121,6 +121,11 @@ struct Run { /* one call */
   float* scratch;
 };
 
+enum { ACCUMULATE, START_BIAS, START_RESIDUAL }; /* how the sums of a product begin: modes of an Rx1 */
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t blocks_of(int64_t total, int64_t size) { return (total + size - 1) / size; }
 static inline int64_t spa_rows(int64_t features) { return (features + 7) / 8 * 8; }
 
 /* The steps. Panels are named by their place in scratch; `residual` < 0: none. */

@@ -2,7 +2,6 @@
 #include "region.h"
 
 enum { FEATURE_BLOCK = 256 }; /* features of one pack or unpack item */
-enum { ACCUMULATE, START_BIAS, START_RESIDUAL };
 
 enum { FIRST = 1, LAST = 2 }; /* bits of an attention kernel's `part` */
 static const float LOWEST = -1e30f; /* a mask value that means never */
@@ -27,9 +26,6 @@ typedef struct {
   int products; /* of a linear step: 1 or 2, added up */
   Product product[2];
 } Step;
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t blocks_of(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
 static float* panel_at(const Run* r, int64_t place) { return r->scratch + place * r->tiles * r->lanes; }
 

@@ -6,7 +6,6 @@
 enum { PITCH_STEP = 8, REGISTER = 16, RUN = 3 };
 enum { MAX_RUNS = MAX_LANES / PITCH_STEP + 1 };
 enum { BAND_FLOATS = 192 << 10 }; /* 768 KiB of planes at most, unless a single tile needs more */
-enum { ACCUMULATE, START_BIAS };
 
 typedef struct {
   int64_t height, width, pitch; /* rows and columns of outputs; floats of a row of the planes */
@@ -21,10 +20,6 @@ typedef struct { /* some rows of the outputs of one image, or some columns of on
   float *y, *planes;
   const int32_t* offsets;
 } Band;
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t blocks_of(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
 static int64_t rows_of(const WindowInfo* w, int64_t height) {
   return blocks_of((height - 1) * w->stride[0] + (w->size[0] - 1) * w->dilation[0] + 1, w->stride[0]) * w->stride[0];
