@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from spa_compiler.calibration.progress import Progress
-from spa_compiler.graph.session import open_session
 from spa_compiler.placement.candidates import DENSE
-from spa_compiler.placement.measure import Timing, interleave
+from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import Group
+from spa_compiler.placement.timer import Contender, LocalTimer, Timer
 from spa_compiler.placement.trial import dense_model, pick, region_of, sparse_model
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
@@ -40,13 +40,14 @@ class Contest:
 
 @dataclass(frozen=True)
 class Referee:
-    """Times contests on this machine, or looks them up.
+    """Times contests, or looks them up.
 
     Attributes:
         mcpu: what kernels are compiled for.
         threads: of ONNX Runtime.
         records: what was timed before; what is timed now goes there.
         workspace: a folder for the trials' library, which is removed again.
+        timer: the machine that they are timed on.
     """
 
     mcpu: str
@@ -56,6 +57,7 @@ class Referee:
     workspace: Path
     progress: Progress
     rng: np.random.Generator
+    timer: Timer = field(default_factory=LocalTimer)
 
     def timings(self, what: str, contests: Sequence[Contest]) -> list[list[dict[str, Timing]]]:
         """Of each contest at each of its shapes, by form; `what` is for the progress."""
@@ -89,10 +91,9 @@ class Referee:
         feeds = {"x": self.rng.standard_normal(tuple(shape), np.float32)}
         models = {DENSE: dense_model(groups, shape)}
         models |= {name: sparse_model(groups, shape, rows, self.packer) for name, rows in contest.forms.items()}
-        sessions = {name: open_session(model, threads=self.threads, library=library) for name, model in models.items()}
-        calls = {name: (lambda s=session: s.run(None, feeds)) for name, session in sessions.items()}
+        contenders = {name: Contender(model, library) for name, model in models.items()}
         count = len(groups)
         return {
             name: Timing(t.median_us / count, t.p10_us / count, t.p90_us / count, t.runs)
-            for name, t in interleave(calls, _BUDGET_S).items()
+            for name, t in self.timer.time(contenders, feeds, self.threads, _BUDGET_S).items()
         }

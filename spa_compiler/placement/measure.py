@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CLOSE = 0.03  # two medians nearer than this are measured again
+LEAST_ROUNDS = 7
 _WARM_UP = 2
 _MOST_ROUNDS = 400
 
@@ -23,7 +24,7 @@ class Timing:
     runs: int
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], budget_s: float, least_rounds: int = 7) -> dict[str, Timing]:
+def interleave(calls: Mapping[str, Callable[[], object]], budget_s: float, least_rounds: int = LEAST_ROUNDS) -> dict[str, Timing]:
     """Runs every call in turns, round after round, until the budget is spent and `least_rounds` are done.
 
     When the best two are within 3 % after that, as much again is measured, once. The order rotates, so that no call

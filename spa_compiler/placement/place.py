@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,20 @@ from spa_compiler.calibration.progress import Progress
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
-from spa_compiler.graph.session import Feeds, open_session
+from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.placement.attention import Shapes, find_attention
 from spa_compiler.placement.candidates import chain_classes, classes, forms
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
-from spa_compiler.placement.measure import CLOSE, Timing, interleave
+from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import Group, join, single
 from spa_compiler.placement.sites import Refusal, find_sites, held
+from spa_compiler.placement.timer import Contender, LocalTimer, Timer
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
 from spa_compiler.targets import Target
@@ -105,6 +105,7 @@ def place(
     odd: Sequence[Feeds] = (),
     replay: bool = False,
     original: Model | None = None,
+    timer: Timer | None = None,
 ) -> Placed:
     """Decides every site's form.
 
@@ -116,6 +117,7 @@ def place(
         odd: feeds of further shapes that the result must run at, for what holds at some shapes only.
         replay: take whole-model races from the records too, and keep them there.
         original: the model as it was loaded, if it may stand in for a `model` that came out slower.
+        timer: the machine that decides; None: this one.
 
     Returns:
         The winning plan. With kernels it is slower than the source or `model` in ONNX Runtime at none of the shapes.
@@ -125,6 +127,7 @@ def place(
     placed = Placed(portable, refusals=refusals)
     plans = [portable]
     chains: list[ChainChoice] = []
+    timer = timer or LocalTimer()
     reason = no_kernels(target)
     if reason:
         placed.choices = [Choice(s, None, reason) for s in sites]
@@ -132,7 +135,7 @@ def place(
         known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
         packer = Packer()
         measured = known[: len(feeds)]
-        referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng)
+        referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng, timer)
         placed.choices = choose(classes(sites, measured), referee)
         alone = {c.site.name: c.rows for c in placed.choices if c.rows is not None}
         chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), referee)
@@ -148,7 +151,7 @@ def place(
         question = _question(source, plans, feed, threads) if replay else {}
         timings = records.get(question) if replay else None
         if timings is None:
-            timings = _race(source, plans, feed, threads)
+            timings = timer.time(_contenders(source, plans), feed, threads, _RACE_S, _RACE_ROUNDS)
             if replay:
                 records.put(question, timings)
         placed.race.append(timings)
@@ -254,11 +257,8 @@ def _write(plan: Plan, model: Model, target: Target) -> Plan:
     return plan
 
 
-def _race(source: Path, plans: Sequence[Plan], feed: Feeds, threads: int) -> dict[str, Timing]:
-    sessions = {SOURCE: open_session(source, threads=threads)}
-    sessions |= {p.name: open_session(p.file, threads=threads, library=p.library) for p in plans}
-    calls: dict[str, Callable[[], object]] = {n: partial(s.run, None, feed) for n, s in sessions.items()}
-    return interleave(calls, _RACE_S, _RACE_ROUNDS)
+def _contenders(source: Path, plans: Sequence[Plan]) -> dict[str, Contender]:
+    return {SOURCE: Contender(source)} | {p.name: Contender(p.file, p.library) for p in plans}
 
 
 def _question(source: Path, plans: Sequence[Plan], feed: Feeds, threads: int) -> dict[str, object]:

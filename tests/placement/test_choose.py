@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spa_compiler.placement import contests
+from spa_compiler.placement import contests, timer
 from spa_compiler.placement.candidates import DENSE, LOW_RANK, SiteClass, chain_classes, classes, forms
 from spa_compiler.placement.chains import find_chains
 from spa_compiler.placement.choose import ChainChoice, Choice, choose, choose_chains, explain
@@ -39,14 +39,14 @@ class Timed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *ratios: Mapping[str, float]) -> None:
         self.asked: list[set[str]] = []
         self._ratios = ratios
-        monkeypatch.setattr(contests, "interleave", self)
+        monkeypatch.setattr(timer, "interleave", self)
         monkeypatch.setattr(contests, "link", lambda regions, mcpu, path: path.touch())
-        monkeypatch.setattr(contests, "open_session", lambda *_, **__: self)
+        monkeypatch.setattr(timer, "open_session", lambda *_, **__: self)
 
     def run(self, names: None, feeds: dict[str, F32]) -> None:
         """A session that computes nothing."""
 
-    def __call__(self, calls: Mapping[str, Callable[[], object]], budget_s: float) -> dict[str, Timing]:
+    def __call__(self, calls: Mapping[str, Callable[[], object]], *_: float) -> dict[str, Timing]:
         for call in calls.values():
             call()
         ratios = self._ratios[len(self.asked) % len(self._ratios)]

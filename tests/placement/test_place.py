@@ -14,7 +14,7 @@ from spa_compiler.errors import ModelError
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import open_session, run
-from spa_compiler.placement import contests
+from spa_compiler.placement import contests, timer
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
@@ -36,20 +36,23 @@ class Stopwatch:
     ) -> None:
         self.sites, self.races = 0, 0
         self._site, self._races = site, races
-        monkeypatch.setattr(contests, "interleave", self._time_sites)
-        monkeypatch.setattr(placing, "interleave", self._time_models)
+        self.time_sites = self._time_sites
+        monkeypatch.setattr(
+            timer, "interleave", lambda calls, *_: (self._time_models if PORTABLE in calls else self.time_sites)(calls)
+        )
         for module in () if real else (contests, placing):
             monkeypatch.setattr(module, "link", lambda regions, mcpu, path: path.write_text(repr(regions)))
-            monkeypatch.setattr(module, "open_session", lambda *_, **__: self)
+        if not real:
+            monkeypatch.setattr(timer, "open_session", lambda *_, **__: self)
 
     def run(self, names: None, feeds: object) -> None:
         """A session that computes nothing."""
 
-    def _time_sites(self, calls: Mapping[str, Callable[[], object]], budget_s: float) -> dict[str, Timing]:
+    def _time_sites(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         self.sites += 1
         return {n: _timing(100 if n == "dense" else 100 / self._site) for n in calls}
 
-    def _time_models(self, calls: Mapping[str, Callable[[], object]], *_: float) -> dict[str, Timing]:
+    def _time_models(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         race = self._races[self.races % len(self._races)]
         self.races += 1
         for call in calls.values():
@@ -139,14 +142,14 @@ def convolutions() -> onnx.ModelProto:
 def test_the_strongest_convolutions_alone_are_a_plan(
     gains: tuple[float, ...], expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Stopwatch(monkeypatch, 5.0, {SINGLE: 110, REGIONS: 110, STRONG: 50})
+    watch = Stopwatch(monkeypatch, 5.0, {SINGLE: 110, REGIONS: 110, STRONG: 50})
     turns = iter(gains)
 
-    def time_sites(calls: Mapping[str, Callable[[], object]], _: float) -> dict[str, Timing]:
+    def time_sites(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         gain = next(turns)
         return {n: _timing(100 if n == "dense" else 100 / gain) for n in calls}
 
-    monkeypatch.setattr(contests, "interleave", time_sites)
+    watch.time_sites = time_sites
     result = placed(tmp_path, proto=convolutions(), shapes=((1, 16, 8, 8), (3, 16, 8, 8)))
     if expected is None:  # all are strong, or none: nothing that the other plans do not have
         assert result.plan.name == PORTABLE
@@ -210,11 +213,11 @@ def in_between(apart: bool) -> onnx.ModelProto:
     return network(text, w=sparse, v=dense, u=scarce)
 
 
-def time_sites(gains: Mapping[int, float]) -> Callable[[Mapping[str, Callable[[], object]], float], dict[str, Timing]]:
+def time_sites(gains: Mapping[int, float]) -> Callable[[Mapping[str, Callable[[], object]]], dict[str, Timing]]:
     """Gains by the turn in which a class of sites is timed."""
     turns = iter(range(len(gains)))
 
-    def interleave(calls: Mapping[str, Callable[[], object]], _: float) -> dict[str, Timing]:
+    def interleave(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         turn = next(turns)
         return {n: _timing(100 if n == "dense" else 100 / (gains[turn] * (1 if "4x1" in n else 0.5))) for n in calls}
 
@@ -226,8 +229,8 @@ def test_layers_between_kernels_become_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, last: tuple[str, int | None]
 ) -> None:
     """With the kernel that was timed, unless it is so slow that all of the weight as 4 x 1 blocks must be better."""
-    Stopwatch(monkeypatch, 5.0, {EVERY: 50}, real=True)
-    monkeypatch.setattr(contests, "interleave", time_sites({0: 5.0, 1: slow}))
+    watch = Stopwatch(monkeypatch, 5.0, {EVERY: 50}, real=True)
+    watch.time_sites = time_sites({0: 5.0, 1: slow})
     result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert result.plan.name == EVERY
     assert result.plan.rows == {"a": 4, "b": 4, "y": last[1] or 4}
@@ -245,8 +248,8 @@ def test_layers_between_kernels_become_kernels(
 
 
 def test_layers_between_kernels_stay_dense_where_that_loses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Stopwatch(monkeypatch, 5.0, {REGIONS: 50, EVERY: 60})
-    monkeypatch.setattr(contests, "interleave", time_sites({0: 5.0, 1: 0.9}))
+    watch = Stopwatch(monkeypatch, 5.0, {REGIONS: 50, EVERY: 60})
+    watch.time_sites = time_sites({0: 5.0, 1: 0.9})
     result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert result.plan.name == REGIONS
     assert {c.site.name: (c.form, c.rows) for c in result.choices} == {
@@ -262,8 +265,8 @@ def test_layers_that_stand_between_nothing_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool, first: float
 ) -> None:
     """No neighbour shares a region with them, or no neighbour is a kernel."""
-    Stopwatch(monkeypatch, 5.0, {})
-    monkeypatch.setattr(contests, "interleave", time_sites({0: first, 1: 0.9}))
+    watch = Stopwatch(monkeypatch, 5.0, {})
+    watch.time_sites = time_sites({0: first, 1: 0.9})
     result = placed(tmp_path, proto=in_between(apart), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert EVERY not in result.race[0]
 
