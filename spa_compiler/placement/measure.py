@@ -24,7 +24,9 @@ class Timing:
     runs: int
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], budget_s: float, least_rounds: int = LEAST_ROUNDS) -> dict[str, Timing]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]], budget_s: float, least_rounds: int = LEAST_ROUNDS
+) -> dict[str, Timing]:
     """Runs every call in turns, round after round, until the budget is spent and `least_rounds` are done.
 
     When the best two are within 3 % after that, as much again is measured, once. The order rotates, so that no call
