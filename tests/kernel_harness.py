@@ -77,6 +77,11 @@ def assert_untouched(canaries: F32) -> None:
     assert (canaries == _CANARY).all(), "written before the start of the output"
 
 
+def level_in_use() -> str:
+    """What kernels are made for now."""
+    return _level
+
+
 def call(names: Iterable[str], name: str, *arguments: Any) -> None:
     """Calls one kernel of `library(names)` at the level in use: arrays as pointers, int as int32_t, float as float."""
     function = getattr(library(tuple(names), _level), name)
@@ -131,6 +136,8 @@ def run_rx1(
                 count,
                 mode,
                 int(b == blocks - 1),
+                0,
+                0,
                 low,
                 high,
             )

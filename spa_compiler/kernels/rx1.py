@@ -165,15 +165,16 @@ def name(rows: int, lanes: int, act: str, window: bool = False) -> str:
 
 def kernel(rows: int, lanes: int, act: str, window: bool = False, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_rx1_<R>_<lanes>_<act>(panel, offsets, indptr, order, columns, values, bias, base, out, groups, mode,
-    last, low, high)
+    last, base_pitch, out_pitch, low, high)
 
     One tile on one panel tile. `panel` points at the k_block's first feature, `indptr` and `order` at the tile's
     first group, `bias`, `base` (the residual) and `out` at the chunk's first row. mode: ACCUMULATE, BIAS or RESIDUAL;
     the activation is applied when `last` is not 0.
 
     Args:
-        window: column c of the block is not row c of a panel tile, but lies `offsets[c]` floats behind `panel`
-            (`kernels/window.py`); whole registers of lanes alone. Otherwise `offsets` is not read.
+        window: the tile is part of an image. Column c of the block is not row c of a panel tile, but lies `offsets[c]`
+            floats behind `panel` (`kernels/window.py`), and the rows of `base` and `out` are `base_pitch` and
+            `out_pitch` floats apart; whole registers of lanes alone. Otherwise these three are not read.
     """
     if window and lanes < ZMM:
         raise ValueError(f"a window of {lanes} lanes: whole registers of {ZMM} alone")
@@ -188,12 +189,12 @@ def _accumulator_sets(rows: int, vectors: int) -> int:
     return 2 if rows * vectors < 8 else 1
 
 
-def _start(regs, index, mode, bias, row, base, out, position, width):
-    """Emits the first value of one accumulator."""
+def _start(regs, index, mode, bias, row, begin, position, width):
+    """Emits the first value of one accumulator; `begin` is what it begins with: the output so far, or a residual."""
     if mode == ACCUMULATE:
-        store(regs, out[at(position, width)], index, width)
+        store(regs, begin[at(position, width)], index, width)
     elif mode == RESIDUAL:
-        store(regs, base[at(position, width)] + spread(bias[row], width), index, width)
+        store(regs, begin[at(position, width)] + spread(bias[row], width), index, width)
     else:
         store(regs, spread(bias[row], width), index, width)
 
@@ -242,6 +243,8 @@ def _many_lanes(R, lanes, act, window, isa):
         groups: T.int32,
         mode: T.int32,
         last: T.int32,
+        base_pitch: T.int32,
+        out_pitch: T.int32,
         low: T.float32,
         high: T.float32,
     ):
@@ -272,9 +275,8 @@ def _many_lanes(R, lanes, act, window, isa):
                                 ACCUMULATE,
                                 bias,
                                 row + r,
-                                base,
                                 out,
-                                (row + r) * lanes + lane + v * W,
+                                (row + r) * (out_pitch if window else lanes) + lane + v * W,
                                 W,
                             )
                 elif mode == RESIDUAL:
@@ -287,14 +289,13 @@ def _many_lanes(R, lanes, act, window, isa):
                                 bias,
                                 row + r,
                                 base,
-                                out,
-                                (row + r) * lanes + lane + v * W,
+                                (row + r) * (base_pitch if window else lanes) + lane + v * W,
                                 W,
                             )
                 else:
                     for r in T.unroll(R):
                         for v in T.unroll(V):
-                            _start(regs, (r * V + v) * W, BIAS, bias, row + r, base, out, 0, W)
+                            _start(regs, (r * V + v) * W, BIAS, bias, row + r, out, 0, W)
                 for i in T.unroll((U - 1) * R * V):
                     store(regs, const(0.0, W), (R * V + i) * W, W)
                 if not inline_prefetch:
@@ -344,14 +345,21 @@ def _many_lanes(R, lanes, act, window, isa):
                             _add(regs, i * W, ((u + 1) * R * V + i) * W, W)
                 for r in T.unroll(R):
                     for v in T.unroll(V):
-                        store(out, regs[at((r * V + v) * W, W)], (row + r) * lanes + lane + v * W, W)
+                        store(
+                            out,
+                            regs[at((r * V + v) * W, W)],
+                            (row + r) * (out_pitch if window else lanes) + lane + v * W,
+                            W,
+                        )
                 if epilogue:  # known while the script is parsed; `last` is not
                     # a loop over what was just stored, not over registers: one copy of the polynomial's code
                     if last != 0:
                         for i in T.serial(R * V):
                             _activate_in_place(
                                 out,
-                                (row + T.truncdiv(i, V)) * lanes + lane + T.truncmod(i, V) * W,
+                                (row + T.truncdiv(i, V)) * (out_pitch if window else lanes)
+                                + lane
+                                + T.truncmod(i, V) * W,
                                 act,
                                 low,
                                 high,
@@ -381,6 +389,8 @@ def _one_lane(R, act, isa):
         groups: T.int32,
         mode: T.int32,
         last: T.int32,
+        base_pitch: T.int32,
+        out_pitch: T.int32,
         low: T.float32,
         high: T.float32,
     ):

@@ -18,7 +18,7 @@ import joblib
 from joblib.externals.loky import get_reusable_executor
 
 from spa_compiler.errors import EnvironmentFault
-from spa_compiler.kernels import attention, layernorm, panel, rx1, window
+from spa_compiler.kernels import attention, depthwise, layernorm, panel, rx1, window
 from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.kernels.vector import Isa, isa_of
 from spa_compiler.runtime.generate import kernels_of, symbol, write_c
@@ -90,6 +90,8 @@ def kernel(called: str, level: str):  # type: ignore[no-untyped-def]  # a tvm.ti
 def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
     if name in (window.SHIFT, window.CROP):
         return window.shift_kernel() if name == window.SHIFT else window.crop_kernel()
+    if name.startswith("spa_depthwise_"):
+        return depthwise.kernel(*depthwise.parse(name), isa)
     parts = name.removeprefix("spa_").split("_", 3)
     if parts[0] == "pack":
         return panel.pack_kernel(parts[1], int(parts[2]))

@@ -146,7 +146,11 @@ def test_the_product_reads_columns_where_the_offsets_say(
     offsets = guarded(window.offsets_reference(w, *size))
     first = data.draw(st.integers(0, (size[0] * window.pitch_of(size[1]) - 1) // lanes), "tile") * lanes
     groups = len(packed.bias) // rows
-    out, canaries = output((groups * rows, lanes))
+    out_pitch, base_pitch = (lanes + data.draw(st.integers(0, 20), what) for what in ("out_pitch", "base_pitch"))
+    out, canaries = output((groups * rows, out_pitch), data.draw(st.integers(0, 3), "slack"))
+    out[:] = 7.0
+    base = guarded(rng.standard_normal((groups * rows, base_pitch)).astype(np.float32))
+    first_mode = data.draw(st.sampled_from([rx1.BIAS, rx1.RESIDUAL]), "mode")
     blocks = -(-packed.k // packed.k_block)
     assert packed.chunk >= packed.n
     for b in range(blocks):
@@ -160,18 +164,24 @@ def test_the_product_reads_columns_where_the_offsets_say(
             packed.columns,
             packed.values,
             packed.bias,
-            out,
+            base,
             out,
             groups,
-            rx1.ACCUMULATE if b else rx1.BIAS,
+            rx1.ACCUMULATE if b else first_mode,
             int(b == blocks - 1),
+            base_pitch,
+            out_pitch,
             -0.75,
             0.5,
         )
     assert_untouched(canaries)
-    want = activation.reference(window.reference(x, rx1.unpack(packed), packed.bias[:19], w), act, -0.75, 0.5)
+    assert (out[:, lanes:] == 7.0).all()
+    sums = window.reference(x, rx1.unpack(packed), packed.bias[:19], w).reshape(19, -1)
     for lane, length, place in window.runs_reference(first, lanes, *size):
-        assert_close(out[:19, lane : lane + length], want.reshape(19, -1)[:, place : place + length], w.k + 4)
+        want = sums[:, place : place + length]
+        if first_mode == rx1.RESIDUAL:
+            want = want + base[:19, lane : lane + length]
+        assert_close(out[:19, lane : lane + length], activation.reference(want, act, -0.75, 0.5), w.k + 4)
 
 
 def test_few_lanes_have_no_window() -> None:

@@ -17,7 +17,8 @@ enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
 
 typedef void Rx1(const float* panel, const int32_t* offsets, const int32_t* indptr, const int32_t* order,
                  const uint16_t* columns, const float* values, const float* bias, const float* base, float* out,
-                 int32_t groups, int32_t mode, int32_t last, float low, float high);
+                 int32_t groups, int32_t mode, int32_t last, int32_t base_pitch, int32_t out_pitch, float low,
+                 float high);
 typedef void Shift(const float* x, float* to, int32_t top, int32_t rows, int32_t phases, int32_t height, int32_t width,
                    int32_t pitch, int32_t low, int32_t high, int32_t left, int32_t step);
 typedef void Crop(const float* tile, float* plane, const int32_t* runs, int32_t count);
@@ -145,9 +146,14 @@ Status* spa_window(const Run*); /* input 0 and linear 0 to output 0, through the
 int64_t spa_window_outputs(const WindowInfo*, int axis, int64_t size); /* 0: the input is smaller than the window */
 int64_t spa_window_scratch(const Run*);                                /* floats */
 
-/* The part of a product in one chunk of one tile, block of columns by block. `from` is the tile, its columns `lanes`
- * floats apart, or wherever `offsets` (else NULL) says. `start` is the mode of the first block. */
-void spa_add_product(const LinearInfo*, const void* const* arrays, int kernel, const float* from, int64_t lanes,
-                     const int32_t* offsets, int64_t chunk, int start, int last, const float* base, float* out);
+typedef struct { /* where the rows of a tile lie */
+  float* at;
+  int64_t pitch; /* floats from one to the next */
+} Rows;
+
+/* The part of a product in one chunk of one tile, block of columns by block. `from` is the tile, its columns one after the
+ * other, or wherever `offsets` (else NULL) says. `start` is the mode of the first block, `base` the chunk's residual. */
+void spa_add_product(const LinearInfo*, const void* const* arrays, int kernel, Rows from, const int32_t* offsets,
+                     int64_t chunk, int start, int last, Rows base, Rows out);
 
 #endif

@@ -9,15 +9,15 @@ static const float LOWEST = -1e30f; /* a mask value that means never */
 typedef struct { /* W x */
   const LinearInfo* linear;
   const void* const* arrays;
-  const float* from;
+  float* from;
 } Product;
 
 typedef struct {
   const Run* run;
   const NormInfo* norm;
   const void* const* arrays;
-  const float *from, *residual;
-  float* to;
+  const float* from;
+  float *residual, *to;
   int64_t features;
   const AttentionInfo* attention;
   const float *k, *v, *mask;
@@ -78,25 +78,27 @@ static void norm_item(void* user, size_t tile) {
                                        s->norm->epsilon);
 }
 
-void spa_add_product(const LinearInfo* w, const void* const* arrays, int kernel, const float* from, int64_t lanes,
-                     const int32_t* offsets, int64_t chunk, int start, int last, const float* base, float* out) {
+void spa_add_product(const LinearInfo* w, const void* const* arrays, int kernel, Rows from, const int32_t* offsets,
+                     int64_t chunk, int start, int last, Rows base, Rows out) {
   int64_t blocks = blocks_of(w->k, w->k_block), per_chunk = w->chunk / w->rows;
   int64_t groups = least(blocks_of(w->n, w->rows) - chunk * per_chunk, per_chunk);
   const int32_t *indptr = arrays[INDPTR], *order = arrays[ORDER];
   const float* bias = arrays[BIAS];
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t group = chunk * per_chunk * blocks + b * groups, column = b * w->k_block;
-    w->kernels[kernel](offsets ? from : from + column * lanes, offsets ? offsets + column : NULL, indptr + group,
-                       order + group, arrays[COLUMNS], arrays[VALUES], bias + chunk * w->chunk, base, out,
-                       (int32_t)groups, b ? ACCUMULATE : start, last && b == blocks - 1, w->low, w->high);
+    w->kernels[kernel](offsets ? from.at : from.at + column * from.pitch, offsets ? offsets + column : NULL,
+                       indptr + group, order + group, arrays[COLUMNS], arrays[VALUES], bias + chunk * w->chunk, base.at,
+                       out.at, (int32_t)groups, b ? ACCUMULATE : start, last && b == blocks - 1, (int32_t)base.pitch,
+                       (int32_t)out.pitch, w->low, w->high);
   }
 }
 
-/* The same for a product of a step. */
-static void add_product(const Run* r, const Product* p, int64_t tile, int64_t chunk, int start, int last,
-                        const float* base, float* out) {
-  spa_add_product(p->linear, p->arrays, r->lane_index, p->from + tile * spa_rows(p->linear->k) * r->lanes, r->lanes,
-                  NULL, chunk, start, last, base, out);
+/* The same for a product of a step; `base` and `out` are parts of panels. */
+static void add_product(const Run* r, const Product* p, int64_t tile, int64_t chunk, int start, int last, float* base,
+                        float* out) {
+  spa_add_product(p->linear, p->arrays, r->lane_index,
+                  (Rows){p->from + tile * spa_rows(p->linear->k) * r->lanes, r->lanes}, NULL, chunk, start, last,
+                  (Rows){base, r->lanes}, (Rows){out, r->lanes});
 }
 
 /* One chunk of output rows of one tile. Items go chunk by chunk, so that a chunk's weights stay in L2 for all tiles. */

@@ -100,8 +100,8 @@ static void product_item(void* user, size_t item) {
   int64_t features = least(w->n - chunk * w->chunk, w->chunk), plane = r->out_height * r->out_width;
   int32_t runs[RUN * MAX_RUNS], count = runs_of(b, first, lanes, runs);
   _Alignas(64) float accumulators[MAX_CHUNK * MAX_LANES];
-  spa_add_product(w, r->node->linears[0], (int)(lanes / REGISTER) - 1, b->planes + first, 0, b->offsets, chunk,
-                  START_BIAS, 1, NULL, accumulators);
+  spa_add_product(w, r->node->linears[0], (int)(lanes / REGISTER) - 1, (Rows){b->planes + first, 0}, b->offsets, chunk,
+                  START_BIAS, 1, (Rows){NULL, 0}, (Rows){accumulators, lanes});
   for (int64_t f = 0; f < features; ++f)
     r->node->region->window->crop(accumulators + f * lanes, b->y + (chunk * w->chunk + f) * plane, runs, count);
 }

@@ -1,0 +1,136 @@
+"""Depthwise convolution, one channel at a time: every output sums height x width inputs of its own channel.
+
+    buffer    the rows of the channel that a band of outputs reads, padded; `step` phases side by side, `plane` floats
+              each, rows `pitch` floats apart: phase p holds the padded columns p, p + step, p + 2 step, ...
+
+A tap (y, x) of all outputs of a row lies in one phase, one float after the other, so no vector is gathered whatever
+the stride. The copy also takes care of the edges: the sums have no cases. They run down strips of columns, several
+rows at a time, so that what is loaded once serves all rows that see it.
+
+Source: direct convolution with register tiles over rows, arXiv 1809.10170.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import tirx
+from tvm.script import tirx as T
+
+from spa_compiler.kernels import activation
+from spa_compiler.kernels.vector import ANY, AVX512, Isa, at, spread, store
+from spa_compiler.kernels.window import Window
+
+F32 = NDArray[np.float32]
+
+
+def rows_at_once(isa: Isa) -> int:
+    """Sums that run side by side: enough to hide the latency of a multiply-add, few enough to stay in registers."""
+    return 8 if isa.registers >= 32 else 4
+
+
+def buffer_reference(x: F32, window: Window, first: int, height: int, pitch: int) -> F32:
+    """`x` [H, W] -> what the outputs of rows first .. first + height read: [step, rows, pitch]."""
+    step, rows = window.stride[1], (height - 1) * window.stride[0] + (window.size[0] - 1) * window.dilation[0] + 1
+    buffer = np.zeros((step, rows, pitch), np.float32)
+    for phase in range(step):
+        columns = np.arange(pitch) * step + phase - window.pads[1]
+        inside = (columns >= 0) & (columns < x.shape[1])
+        for i in range(rows):
+            row = first * window.stride[0] - window.pads[0] + i
+            if 0 <= row < x.shape[0]:
+                buffer[phase, i, inside] = x[row, columns[inside]]
+    return buffer
+
+
+def reference(x: F32, weight: F32, bias: F32, window: Window) -> NDArray[np.float64]:
+    """The convolution of `x` [channels, H, W], weight [channels, height x width], in float64."""
+    top, left, bottom, right = window.pads
+    padded = np.pad(x.astype(np.float64), ((0, 0), (top, bottom), (left, right)))
+    height, width = window.outputs(*x.shape[1:])
+    y = np.repeat(bias.astype(np.float64), height * width).reshape(-1, height, width)
+    for i, (tap_y, tap_x) in enumerate(np.ndindex(*window.size)):
+        seen = padded[:, tap_y * window.dilation[0] :, tap_x * window.dilation[1] :]
+        seen = seen[:, :: window.stride[0], :: window.stride[1]][:, :height, :width]
+        y += weight[:, i, None, None].astype(np.float64) * seen
+    return y
+
+
+def name(window: Window, act: str) -> str:
+    """One kernel for each form of a window: sizes and steps are constants in it, images and padding are not."""
+    sizes = "_".join("x".join(map(str, pair)) for pair in (window.size, window.stride, window.dilation))
+    return f"spa_depthwise_{sizes}_{act}"
+
+
+def parse(name: str) -> tuple[Window, str]:
+    """The window, without channels and padding, and the activation of a name."""
+    size, stride, dilation, act = name.removeprefix("spa_depthwise_").split("_", 3)
+    pairs = [tuple(int(part) for part in text.split("x")) for text in (size, stride, dilation)]
+    return Window(1, *((a, b) for a, b in pairs)), act
+
+
+def _block(buffer, weight, regs, origin, plane, pitch, window, rows, width):
+    """Adds all taps to `rows` sums; `origin` is the place of the first output's first tap in phase 0."""
+    size, stride, dilation = window.size, window.stride, window.dilation
+    for row in range((rows - 1) * stride[0] + (size[0] - 1) * dilation[0] + 1):
+        uses = [
+            (t, (row - t * stride[0]) // dilation[0])
+            for t in range(rows)
+            if 0 <= row - t * stride[0] <= (size[0] - 1) * dilation[0] and (row - t * stride[0]) % dilation[0] == 0
+        ]
+        for x in range(size[1] if uses else 0):
+            phase, column = x * dilation[1] % stride[1], x * dilation[1] // stride[1]
+            seen = T.bind(buffer[at(origin + phase * plane + row * pitch + column, width)])
+            for t, y in uses:
+                tap = spread(weight[y * size[1] + x], width)
+                store(regs, regs[at(t * width, width)] + tap * seen, t * width, width)
+
+
+def kernel(window: Window, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
+    """void spa_depthwise_<size>_<stride>_<dilation>_<act>(buffer, weight, bias, out, height, width, plane, pitch,
+    out_pitch, low, high)
+
+    A band of `height` rows of `width` outputs of one channel, `out_pitch` floats from row to row. Vectors are whole:
+    where `width` is no multiple of a register the last one of a row begins early, and where a row is shorter than a
+    register it writes past the row's end, which the next row mends; behind the last row up to a register less one
+    float is written. The buffer must hold what is read for that, and the rows of a whole block of `rows_at_once`.
+    """
+    width, rows = isa.width, rows_at_once(isa)
+    step = window.stride[0]
+
+    @T.prim_func(s_tir=True)
+    def depthwise(
+        buffer_: T.handle("float32"),
+        weight_: T.handle("float32"),
+        bias_: T.handle("float32"),
+        out_: T.handle("float32"),
+        height: T.int32,
+        columns: T.int32,
+        plane: T.int32,
+        pitch: T.int32,
+        out_pitch: T.int32,
+        low: T.float32,
+        high: T.float32,
+    ):
+        T.func_attr({"global_symbol": name(window, act), "tirx.noalias": True})
+        buffer = T.decl_buffer((ANY,), "float32", data=buffer_)
+        weight = T.decl_buffer((ANY,), "float32", data=weight_)
+        bias = T.decl_buffer((ANY,), "float32", data=bias_)
+        out = T.decl_buffer((ANY,), "float32", data=out_)
+        for block in T.serial(T.truncdiv(height + rows - 1, rows)):
+            for strip in T.serial(T.truncdiv(columns + width - 1, width)):
+                first: T.let[T.int32] = T.max(T.min(strip * width, columns - width), 0)
+                regs = T.alloc_buffer((rows * width,), "float32", scope="local")
+                for t in T.unroll(rows):
+                    store(regs, spread(bias[0], width), t * width, width)
+                _block(buffer, weight, regs, block * (rows * step) * pitch + first, plane, pitch, window, rows, width)
+                for t in T.unroll(rows):
+                    if block * rows + t < height:
+                        store(
+                            out,
+                            activation.emit(regs[at(t * width, width)], act, low, high, width, isa),
+                            (block * rows + t) * out_pitch + first,
+                            width,
+                        )
+
+    return depthwise
