@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from spa_compiler.errors import SpaError, VerificationError
+from spa_compiler.graph.difference import difference, relative
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.report.report import Check, shape_text
 
@@ -91,47 +92,17 @@ def compare(
     return checks
 
 
-def difference(want: np.ndarray, got: np.ndarray, steady: np.ndarray | None = None) -> float | None:
-    """max|got - want| relative to max|want|; 0 or 1 for integers, booleans and strings, which must be equal.
-
-    Args:
-        steady: for those, where the reference agrees with itself at two optimization levels; only there can equality
-            be asked for (an ArgMax between two values that differ in the last bit).
-
-    Returns:
-        None when shape, type, or the places of NaN or Inf differ. The largest magnitude is taken over finite values,
-        and is 1 when all are zero.
-    """
-    if want.shape != got.shape or want.dtype != got.dtype:
-        return None
-    if want.dtype.kind not in "fc":
-        wrong = want != got
-        return float(np.any(wrong if steady is None else wrong & steady))
-    finite = np.isfinite(want)
-    if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(want[~finite], got[~finite], equal_nan=True):
-        return None
-    return _relative(want[finite], got[finite])
-
-
 def noise(want: np.ndarray, other: np.ndarray) -> float:
     """The error between two runs of one model, over the places where both are finite; 0 for integers."""
     if want.shape != other.shape or want.dtype.kind not in "fc":
         return 0.0
     both = np.isfinite(want) & np.isfinite(other)
-    return _relative(want[both], other[both])
+    return relative(want[both], other[both])
 
 
 def same(want: np.ndarray, other: np.ndarray) -> np.ndarray | None:
     """Where two outputs are equal, `[shape]` of bool; None when they cannot be compared."""
     return np.asarray(want == other) if want.shape == other.shape else None
-
-
-def _relative(want: np.ndarray, got: np.ndarray) -> float:
-    if want.size == 0:
-        return 0.0
-    wide = np.complex128 if want.dtype.kind == "c" else np.float64
-    a, b = want.astype(wide), got.astype(wide)
-    return float(np.abs(a - b).max() / (np.abs(a).max() or 1.0))
 
 
 def _tolerance(want: np.ndarray, least: float, own: float) -> float:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from spa_compiler.bench.engines import ARTIFACT, ENGINES, Engine, prepare
-from spa_compiler.bench.race import Contender, Times, race
+from spa_compiler.bench.race import Absent, Contender, Times, race
 from spa_compiler.calibration.examples import example_feeds
 from spa_compiler.calibration.shapes import default_shapes, parse_shapes
 from spa_compiler.errors import EnvironmentFault, ModelError, UsageError
@@ -38,6 +38,17 @@ class Row(msgspec.Struct, frozen=True):
     median_ms: float
     p10_ms: float
     p90_ms: float
+    version: str  # of the runtime
+    error: float | None  # of its outputs, against what it is compared with in ONNX Runtime; null: not comparable
+
+
+class Skip(msgspec.Struct, frozen=True):
+    """A model in a runtime that did not run it."""
+
+    model: str
+    runtime: str
+    shape: str
+    reason: str
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -48,6 +59,7 @@ class Result(msgspec.Struct, frozen=True):
     runs: int
     rows: list[Row]
     ratios: list[Ratio]  # above 1: `model` is the faster
+    skipped: list[Skip]
 
 
 @dataclass(frozen=True)
@@ -122,20 +134,30 @@ def compare(
     wanted = [_shapes(shapes, model) for model in loaded]
     rows: list[Row] = []
     ratios: list[Ratio] = []
+    skipped: list[Skip] = []
     for index in range(len(wanted[0])):
         contenders: list[Contender] = []
         for entry, model, own in zip(models, loaded, wanted, strict=True):
-            contenders += _contenders(entry, models, model, own[min(index, len(own) - 1)], engines, pythons)
-        times = race(contenders, threads=threads, runs=runs, progress=progress)
-        done = [(c, t) for c, t in zip(contenders, times, strict=True) if t]
-        rows += [_row(contender, taken) for contender, taken in done]
+            shapes_here = own[min(index, len(own) - 1)]
+            able, unable = _contenders(entry, models, model, shapes_here, engines, pythons)
+            contenders += able
+            skipped += unable
+        done: list[tuple[Contender, Times]] = []
+        for contender, times in zip(
+            contenders, race(contenders, threads=threads, runs=runs, progress=progress), strict=True
+        ):
+            if isinstance(times, Absent):
+                skipped.append(Skip(contender.model, contender.engine.name, _shape(contender), times.reason))
+            else:
+                done.append((contender, times))
+        rows += [_row(contender, times, _reference(contender, models, done)) for contender, times in done]
         ratios += _ratios(models, done)
     if not rows:
         raise EnvironmentFault(
             "no engine could run",
             fix="Install onnxruntime or openvino with pip, or name another one with --against",
         )
-    return Result(machine, threads, runs, rows, ratios)
+    return Result(machine, threads, runs, rows, ratios, skipped)
 
 
 def parse_pythons(options: Sequence[str]) -> dict[str, str]:
@@ -190,9 +212,11 @@ def _contenders(
     shapes: Shapes,
     engines: Sequence[Engine],
     pythons: Mapping[str, str],
-) -> list[Contender]:
+) -> tuple[list[Contender], list[Skip]]:
+    """An entry in every engine; and in which it cannot be."""
     feeds = _feeds(model, shapes)
     result: list[Contender] = []
+    skipped: list[Skip] = []
     chosen = list(engines)
     if entry.folder:
         python = pythons.get(ARTIFACT.name) or pythons.get("onnxruntime") or sys.executable
@@ -207,24 +231,46 @@ def _contenders(
         try:
             path = prepare(engine, entry.path, [_feeds(model, shapes, seed) for seed in range(_CALIBRATION_FEEDS)])
         except Exception as error:  # noqa: BLE001, a tool that fails on this model must not stop the others
-            _log.warning("left out: %s cannot be prepared for %s: %s", entry.name, engine.name, error)
+            reason = f"cannot be prepared: {type(error).__name__}: {error}"
+            skipped.append(Skip(_label(entry), engine.name, shape_text(_sizes(feeds)), reason))
+            _log.warning("left out: %s in %s %s", _label(entry), engine.name, reason)
             continue
         python = pythons.get(engine.name, sys.executable)
         result.append(Contender(_label(entry), engine, path, feeds, python=python, required=required))
-    return result
+    return result, skipped
 
 
 def _label(entry: Entry) -> str:
     return f"{entry.name}/portable.onnx" if entry.folder else entry.name
 
 
+def _sizes(feeds: Feeds) -> Shapes:
+    return {name: value.shape for name, value in feeds.items()}
+
+
 def _shape(contender: Contender) -> str:
-    return shape_text({name: value.shape for name, value in contender.feeds.items()})
+    return shape_text(_sizes(contender.feeds))
 
 
-def _row(contender: Contender, times: Times) -> Row:
-    numbers = (times.percentile(percent) for percent in (50, 10, 90))
-    return Row(contender.model, contender.engine.name, _shape(contender), *numbers)
+def _row(contender: Contender, times: Times, reference: Times | None) -> Row:
+    return Row(
+        model=contender.model,
+        runtime=contender.engine.name,
+        shape=_shape(contender),
+        median_ms=times.percentile(50),
+        p10_ms=times.percentile(10),
+        p90_ms=times.percentile(90),
+        version=times.version,
+        error=times.error(reference) if reference else None,
+    )
+
+
+def _reference(contender: Contender, models: Sequence[Entry], done: Sequence[tuple[Contender, Times]]) -> Times | None:
+    """What ONNX Runtime, with default options, makes of the model that a contender's is compared with."""
+    (entry,) = [entry for entry in models if contender.model in (entry.name, _label(entry))]
+    base = _label(_base(entry, models) if entry.folder else entry)
+    found = [times for other, times in done if (other.model, other.engine.name) == (base, "onnxruntime")]
+    return found[0] if found else None
 
 
 def _ratios(models: Sequence[Entry], done: Sequence[tuple[Contender, Times]]) -> list[Ratio]:

@@ -6,6 +6,10 @@
 | onnxruntime-best | the fastest documented settings for float32: Attention and BiasGelu fused offline where the model is an encoder, SkipLayerNormFusion off (the fused op is slower than its parts), denormals as zero |
 | onnxruntime-int8 | dense int8: static QDQ, calibrated on drawn inputs, for models with convolutions; dynamic for all others (static int8 encoders are slower than float32 in ONNX Runtime) |
 | openvino | float32, one stream, fixed shapes |
+| openvino-bf16 | the same, allowed to compute in bfloat16 |
+| openvino-int8 | the same on a static QDQ model, whatever its operators |
+| openvino-int8-vnni | the same without AMX: where a virtual machine shows AMX, OpenVINO's int8 convolutions were seen to run in float32 |
+| deepsparse | DeepSparse, which was given up: its last engine wants an interpreter with numpy below 2, `--python deepsparse=PATH`. Its licence allows evaluation in development and testing alone |
 """  # noqa: E501, a table row is one line
 
 from __future__ import annotations
@@ -35,10 +39,11 @@ class Engine:
     """A runtime and how to set it up."""
 
     name: str
-    loader: str  # a function of bench/worker.py
-    form: str = ""  # of the model file: as it is, "fused" or "int8"
+    loader: str  # one of bench/worker.py's
+    form: str = ""  # of the model file: as it is, "fused", "int8" or "int8-static"
     disabled: tuple[str, ...] = ()  # ONNX Runtime's graph optimizers that stay off
-    config: dict[str, str] = field(default_factory=dict)  # ONNX Runtime's session configuration entries
+    config: dict[str, str] = field(default_factory=dict)  # ONNX Runtime's session entries, OpenVINO's properties
+    env: dict[str, str] = field(default_factory=dict)  # of its process, besides ours
 
 
 _BEST = {"session.set_denormal_as_zero": "1"}
@@ -48,7 +53,17 @@ ENGINES = {
         Engine("onnxruntime", "onnxruntime"),
         Engine("onnxruntime-best", "onnxruntime", "fused", ("SkipLayerNormFusion",), _BEST),
         Engine("onnxruntime-int8", "onnxruntime", "int8"),
-        Engine("openvino", "openvino"),
+        Engine("openvino", "openvino", config={"INFERENCE_PRECISION_HINT": "f32"}),
+        Engine("openvino-bf16", "openvino", config={"INFERENCE_PRECISION_HINT": "bf16"}),
+        Engine("openvino-int8", "openvino", "int8-static", config={"INFERENCE_PRECISION_HINT": "f32"}),
+        Engine(
+            "openvino-int8-vnni",
+            "openvino",
+            "int8-static",
+            config={"INFERENCE_PRECISION_HINT": "f32"},
+            env={"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"},
+        ),
+        Engine("deepsparse", "deepsparse"),
     )
 }
 #: the artifact itself: stock ONNX Runtime, default options, its kernels registered
@@ -87,7 +102,7 @@ def prepare(engine: Engine, model: Path, calibration: Sequence[Feeds]) -> Path:
         if "Softmax" not in operators or operators & _CONVOLUTIONS:
             return model
         return _cached(model, "fused", lambda target: _fuse(model, target))
-    if operators & _CONVOLUTIONS:
+    if engine.form == "int8-static" or operators & _CONVOLUTIONS:
         return _cached(model, "int8-static", lambda target: _quantize_static(model, target, calibration))
     return _cached(model, "int8-dynamic", lambda target: _quantize_dynamic(model, target))
 

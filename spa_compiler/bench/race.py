@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import numpy as np
 
 from spa_compiler.bench.engines import Engine
 from spa_compiler.errors import EnvironmentFault, ModelError
+from spa_compiler.graph.difference import difference
 from spa_compiler.graph.session import Feeds
 from spa_compiler.targets.machine import timing_lock
 
@@ -57,6 +59,7 @@ class Times:
 
     bursts: tuple[tuple[float, ...], ...]
     version: str  # of the engine
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)  # numeric ones by their place among all
 
     def percentile(self, percent: float) -> float:
         """Over all calls, in ms."""
@@ -67,6 +70,23 @@ class Times:
         pairs = zip(over.bursts, self.bursts, strict=True)
         return float(np.median([np.median(theirs) / np.median(ours) for theirs, ours in pairs]))
 
+    def error(self, reference: Times) -> float | None:
+        """The largest `difference` of any output; None if one is missing or cannot be compared, or if there is none."""
+        worst: list[float] = []
+        for place, want in reference.outputs.items():
+            apart = difference(want, self.outputs[place]) if place in self.outputs else None
+            if apart is None:
+                return None
+            worst.append(apart)
+        return max(worst, default=None)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A contender that did not run, and why."""
+
+    reason: str
+
 
 def race(
     contenders: Sequence[Contender],
@@ -74,8 +94,8 @@ def race(
     threads: int,
     runs: int,
     progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> list[Times | None]:
-    """Times every contender, in the order given; None for one that is not required and does not run.
+) -> list[Times | Absent]:
+    """Times every contender, in the order given; `Absent` for one that is not required and does not run.
 
     Args:
         threads: of each engine.
@@ -88,12 +108,13 @@ def race(
     """
     with ExitStack() as stack, timing_lock():
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spa-bench-")))
-        workers: list[_Worker | None] = []
+        workers: list[_Worker] = []
         for index, contender in enumerate(contenders):
             progress("loading", index, len(contenders))
             worker = stack.enter_context(_Worker(contender, folder / str(index), threads))
-            workers.append(worker if worker.start() else None)
-        running = [worker for worker in workers if worker]
+            worker.start()
+            workers.append(worker)
+        running = [worker for worker in workers if not worker.absent]
         bursts = _split(runs, min(_ROUNDS, runs))
         for turn, calls in enumerate(bursts):
             progress("timing", turn, len(bursts))
@@ -101,7 +122,7 @@ def race(
             for worker in running[shift:] + running[:shift]:
                 worker.burst(calls)
                 time.sleep(_PAUSE)
-        return [Times(tuple(w.bursts), w.version) if w else None for w in workers]
+        return [worker.result() for worker in workers]
 
 
 def _split(total: int, parts: int) -> list[int]:
@@ -117,6 +138,7 @@ class _Worker:
     folder: Path
     threads: int
     version: str = ""
+    absent: str = ""
     bursts: list[tuple[float, ...]] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
 
@@ -133,8 +155,8 @@ class _Worker:
     def name(self) -> str:
         return f"{self.contender.model} in {self.contender.engine.name}"
 
-    def start(self) -> bool:
-        """Loads the model. False: it does not run, and need not."""
+    def start(self) -> None:
+        """Loads the model; `absent` says why it does not run, if it need not."""
         contender, engine = self.contender, self.contender.engine
         feeds = self.folder / "feeds.npz"
         np.savez(feeds, **cast("dict[str, Any]", contender.feeds))
@@ -143,15 +165,16 @@ class _Worker:
             "model": str(contender.path.resolve()),
             "library": str(contender.library.resolve()) if contender.library else "",
             "feeds": str(feeds),
+            "outputs": str(self._outputs),
             "threads": self.threads,
             "disabled": engine.disabled,
             "config": engine.config,
         }
         command = [contender.python, str(_WORKER), json.dumps(job)]
-        pipe = subprocess.PIPE
+        pipe, env = subprocess.PIPE, {**os.environ, **engine.env}
         try:
             with (self.folder / "log").open("w") as log:
-                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env)
         except OSError as error:
             raise EnvironmentFault(
                 f"the interpreter for {engine.name} cannot be started ({error.strerror})",
@@ -161,11 +184,23 @@ class _Worker:
         answer = self._answer()
         if "error" not in answer:
             self.version = answer["version"]
-            return True
-        if contender.required:
+        elif contender.required:
             raise ModelError(f"does not run: {answer['error']}", where=self.name)
-        _log.warning("left out: %s does not run: %s", self.name, answer["error"])
-        return False
+        else:
+            self.absent = f"does not run: {answer['error']}"
+            _log.warning("left out: %s %s", self.name, self.absent)
+
+    def result(self) -> Times | Absent:
+        """What became of it."""
+        if self.absent:
+            return Absent(self.absent)
+        with np.load(self._outputs, allow_pickle=False) as archive:
+            outputs = {place: archive[place] for place in archive.files}
+        return Times(tuple(self.bursts), self.version, outputs)
+
+    @property
+    def _outputs(self) -> Path:
+        return self.folder / "outputs.npz"
 
     def burst(self, calls: int) -> None:
         """Times `calls` calls."""

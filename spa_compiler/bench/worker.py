@@ -1,8 +1,9 @@
 """One engine in one process of its own: a script that needs numpy and the engine, nothing of spa_compiler.
 
 So `spa-bench --python ENGINE=PATH` can run it in an interpreter with other versions. It is told what to do by a JSON
-object in its only argument (`Job`'s fields), answers one JSON line when it is ready, and then, for every line with a
-number N, one JSON line with the milliseconds of N calls. The end of its input is the end of it.
+object in its only argument, writes what its first call computes to the file that `outputs` names, answers one JSON line
+when it is ready, and then, for every line with a number N, one JSON line with the milliseconds of N calls. The end of
+its input is the end of it.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-Call = Callable[[], object]
+Call = Callable[[], "list[Any]"]
 
 #: calls before the first that counts: allocations, prepacking, page faults
 _WARM_UP = 3
+#: kinds of arrays that are kept to compare: all but strings, and what numpy has no type for
+_NUMBERS = "biufc"
 
 
 def onnxruntime(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
@@ -42,14 +47,43 @@ def onnxruntime(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call
 
 
 def openvino(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
-    """OpenVINO in float32, at fixed shapes and set for latency."""
+    """OpenVINO at fixed shapes, set for latency and to the precision that the job asks for."""
     ov = importlib.import_module("openvino")  # untyped, and installed by few
     core = ov.Core()
     model = core.read_model(job["model"])
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
-    config = {"INFERENCE_NUM_THREADS": job["threads"], "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    request = core.compile_model(model, "CPU", config).create_infer_request()
-    return lambda: request.infer(feeds, share_inputs=True, share_outputs=True), ov.__version__.split("-")[0]
+    config = {"INFERENCE_NUM_THREADS": job["threads"], "NUM_STREAMS": 1, **job["config"]}
+    compiled = core.compile_model(model, "CPU", config)
+    request = compiled.create_infer_request()
+
+    def call() -> list[Any]:
+        results = request.infer(feeds, share_inputs=True, share_outputs=True)
+        return [results[output] for output in compiled.outputs]
+
+    return call, ov.__version__.split("-")[0]
+
+
+def deepsparse(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
+    """DeepSparse at fixed shapes. It writes these into the file that it is given, so it is given a copy."""
+    os.environ.setdefault("NM_DISABLE_ANALYTICS", "1")  # it tells its makers where it runs otherwise
+    engines = importlib.import_module("deepsparse")
+    shapes = [list(value.shape) for value in feeds.values()]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copy(job["model"], folder)
+        batch = shapes[0][0]
+        engine = engines.Engine(copy, batch_size=batch, num_cores=job["threads"], input_shapes=shapes)
+    values = list(feeds.values())
+    return lambda: engine.run(values, val_inp=False), engines.__version__
+
+
+LOADERS = {"onnxruntime": onnxruntime, "openvino": openvino, "deepsparse": deepsparse}
+
+
+def keep(path: str, outputs: list[Any]) -> None:
+    """Writes numeric outputs, each under its place among all."""
+    arrays = {str(i): value for i, value in enumerate(outputs) if isinstance(value, np.ndarray)}
+    numeric: dict[str, Any] = {place: value for place, value in arrays.items() if value.dtype.kind in _NUMBERS}
+    np.savez(path, **numeric)
 
 
 def main() -> None:
@@ -60,8 +94,9 @@ def main() -> None:
     try:
         with np.load(job["feeds"], allow_pickle=False) as archive:
             feeds = {name: archive[name] for name in archive.files}
-        call, version = {"onnxruntime": onnxruntime, "openvino": openvino}[job["loader"]](job, feeds)
-        for _ in range(_WARM_UP):
+        call, version = LOADERS[job["loader"]](job, feeds)
+        keep(job["outputs"], call())
+        for _ in range(_WARM_UP - 1):
             call()
     except Exception as error:  # noqa: BLE001, the other side decides what a failure of this engine means
         answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")

@@ -29,7 +29,8 @@ Examples:
     default="onnxruntime",
     show_default=True,
     metavar="ENGINES",
-    help="Runtimes, separated by commas: onnxruntime, onnxruntime-best, onnxruntime-int8, openvino.",
+    help="Runtimes, separated by commas: onnxruntime, onnxruntime-best, onnxruntime-int8, openvino, openvino-bf16, "
+    "openvino-int8, openvino-int8-vnni, deepsparse.",
 )
 @click.option("--python", "pythons", multiple=True, metavar="ENGINE=PATH", help="The interpreter an engine runs in.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of each engine.  [default: the physical cores]")
@@ -98,12 +99,16 @@ def _show(result: Result) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("model", "runtime", "shape"):
         table.add_column(name, overflow="fold")
-    for name in ("median ms", "p10", "p90"):
+    for name in ("median ms", "p10", "p90", "error"):
         table.add_column(name, justify="right")
     for row in result.rows:
         times = (f"{value:.3f}" for value in (row.median_ms, row.p10_ms, row.p90_ms))
-        table.add_row(*map(Text, (row.model, row.runtime, row.shape, *times)))
+        error = "-" if row.error is None else f"{row.error:.0e}"
+        table.add_row(*map(Text, (row.model, row.runtime, row.shape, *times, error)))
     console.print(table)
+    for skip in result.skipped:
+        line = f"left out: {skip.model} in {skip.runtime} at {skip.shape}: {skip.reason}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for ratio in result.ratios:
         line = f"{ratio.model}: {ratio.ratio:.2f}x as fast as {ratio.over} at {ratio.shape}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

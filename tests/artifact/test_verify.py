@@ -5,7 +5,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from spa_compiler.artifact.verify import Mismatch, compare, difference, flatten, noise
+from spa_compiler.artifact.verify import Mismatch, compare, flatten, noise
 from spa_compiler.errors import VerificationError
 
 F = np.float32
@@ -76,42 +76,6 @@ def test_nans_at_the_same_places_are_equal(tmp_path: Path) -> None:
     (feed,) = feeds(1)
     feed["x"][0, :2] = (-1, 0)
     assert all(c.error == 0 for c in compare(log, log, None, [feed]))
-
-
-class TestDifference:
-    def test_it_is_relative_to_the_largest(self) -> None:
-        assert difference(np.array([1, 100], F), np.array([2, 100], F)) == pytest.approx(0.01)
-
-    def test_zeros_are_compared_absolutely(self) -> None:
-        assert difference(np.zeros(3, F), np.full(3, 1e-7, F)) == pytest.approx(1e-7)
-        assert difference(np.zeros((0, 3), F), np.zeros((0, 3), F)) == 0
-
-    @pytest.mark.parametrize(
-        "want, got",
-        [
-            (np.zeros(2, F), np.zeros(3, F)),
-            (np.zeros(2, F), np.zeros(2)),
-            (np.array([1, np.nan], F), np.array([np.nan, 1], F)),
-            (np.array([1, np.nan], F), np.array([1, np.inf], F)),
-            (np.array([1, np.inf], F), np.array([1, -np.inf], F)),
-            (np.array([1, 2], F), np.array([1, np.nan], F)),
-        ],
-    )
-    def test_what_cannot_be_compared(self, want: np.ndarray, got: np.ndarray) -> None:
-        assert difference(want, got) is None
-
-    def test_integers_strings_and_booleans(self) -> None:
-        for a, b in ((1, 2), ("a", "b"), (True, False)):
-            want, got = np.array([a, a]), np.array([a, b])
-            assert difference(want, want) == 0
-            assert difference(want, got) == 1
-            assert difference(want, got, np.array([True, False])) == 0
-
-    def test_the_largest_integers_do_not_wrap(self) -> None:
-        assert difference(np.array([2**63 - 1]), np.array([-(2**63)])) == 1
-
-    def test_complex(self) -> None:
-        assert difference(np.array([2j]), np.array([2j + 1])) == pytest.approx(0.5)
 
 
 def test_noise_skips_what_is_not_finite() -> None:

@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from spa_compiler.bench.compare import Result, compare, entries, parse_pythons
-from spa_compiler.bench.engines import parse
+from spa_compiler.bench.engines import ENGINES, Engine, parse
 from spa_compiler.cli.bench import main
 from spa_compiler.errors import ModelError, UsageError
 
-ROW = {"model", "runtime", "shape", "median_ms", "p10_ms", "p90_ms"}
+ROW = {"model", "runtime", "shape", "median_ms", "p10_ms", "p90_ms", "version", "error"}
 
 
 @pytest.fixture
@@ -86,6 +86,44 @@ def test_an_engine_that_is_not_there_is_left_out(source: Path, caplog: pytest.Lo
     result = compare(entries([source]), engines, machine="m", threads=1, runs=1, pythons=false)
     assert pairs(result) == [("source.onnx", "onnxruntime")]
     assert "left out: source.onnx in openvino" in caplog.text
+    (skip,) = result.skipped
+    assert (skip.model, skip.runtime, skip.shape) == ("source.onnx", "openvino", "1x64")
+    assert "status 1" in skip.reason
+
+
+def test_an_engine_whose_file_cannot_be_made_is_left_out(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(engine: Engine, *_: object) -> Path:
+        if engine.form:
+            raise RuntimeError("no such operator")
+        return source
+
+    monkeypatch.setattr("spa_compiler.bench.compare.prepare", fail)
+    result = bench([source], "onnxruntime,onnxruntime-int8")
+    (skip,) = result.skipped
+    assert skip.reason == "cannot be prepared: RuntimeError: no such operator"
+    assert f"left out: source.onnx in onnxruntime-int8 {skip.reason}" in caplog.text
+
+
+def test_errors_are_against_onnxruntime_on_what_is_compared_with(
+    source: Path, folder: Path, linear: Callable[..., Path]
+) -> None:
+    """The fixture's artifact computes something else than its source; its portable.onnx is the source."""
+    for name in ("source.onnx", "source-spa/portable.onnx"):
+        linear(name, 5)  # 500 layers overflow
+    other = linear("other.onnx", 3)
+    result = bench([source, other, folder], "onnxruntime,onnxruntime-int8", "x=4,64")
+    errors = {(row.model, row.runtime): row.error for row in result.rows}
+    assert errors["source.onnx", "onnxruntime"] == errors["other.onnx", "onnxruntime"] == 0
+    assert errors["source-spa/portable.onnx", "onnxruntime"] == 0
+    assert (errors["source-spa", "spa"] or 0) > 1e-3
+    assert (errors["other.onnx", "onnxruntime-int8"] or 0) > 0
+
+
+def test_an_error_without_a_reference_is_none(source: Path) -> None:
+    (row,) = bench([source], "onnxruntime-int8").rows
+    assert row.error is None
 
 
 def test_equal_names_keep_their_paths(folder: Path, linear: Callable[..., Path]) -> None:
@@ -119,7 +157,7 @@ class TestCommand:
             "onnxruntime,onnxruntime-int8",
         ]
         content = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        assert list(content) == ["machine", "threads", "runs", "rows", "ratios"]
+        assert list(content) == ["machine", "threads", "runs", "rows", "ratios", "skipped"]
         assert (content["threads"], content["runs"]) == (1, 2)
         assert set(content["rows"][0]) == ROW
         assert set(content["ratios"][0]) == {"model", "over", "shape", "ratio"}
@@ -130,6 +168,12 @@ class TestCommand:
         for word in ("1 thread, 2 runs", "source-spa/portable.onnx", "median ms", "x as fast as onnxruntime at 1x64"):
             assert word in answer.stdout
 
+    def test_what_was_left_out_is_below_the_table(self, source: Path) -> None:
+        options = ["--against", "onnxruntime,deepsparse", "--python", "deepsparse=/bin/false", "--runs", "1"]
+        answer = CliRunner().invoke(main, [str(source), *options])
+        assert answer.exit_code == 0, answer.output
+        assert "left out: source.onnx in deepsparse at 1x64: does not run: its process ended" in answer.stdout
+
     @pytest.mark.parametrize(
         "arguments, code",
         [([], 2), (["--runs", "0"], 2), (["--against", "tensorrt"], 2), (["--shape", "x=1,3"], 2), (["no.onnx"], 3)],
@@ -138,6 +182,11 @@ class TestCommand:
         answer = CliRunner().invoke(main, [*([str(source)] if arguments else []), *arguments])
         assert answer.exit_code == code
         assert "Traceback" not in answer.output
+
+    def test_help_names_every_engine(self) -> None:
+        (option,) = [parameter for parameter in main.params if parameter.name == "against"]
+        named = option.help.removeprefix("Runtimes, separated by commas: ").removesuffix(".")  # type: ignore[attr-defined]
+        assert named.split(", ") == list(ENGINES)
 
     def test_an_interruption(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*_: object, **__: object) -> None:

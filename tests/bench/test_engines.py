@@ -26,7 +26,7 @@ def test_unknown_names_list_what_exists(text: str) -> None:
 
 
 def test_most_engines_load_the_file_itself(conv: Path) -> None:
-    for name in ("onnxruntime", "openvino", "onnxruntime-best"):
+    for name in ("onnxruntime", "openvino", "openvino-bf16", "deepsparse", "onnxruntime-best"):
         assert prepare(ENGINES[name], conv, FEEDS) == conv
 
 
@@ -36,6 +36,14 @@ def test_int8_of_linear_layers_is_dynamic(linear: Callable[..., Path]) -> None:
 
 def test_int8_of_convolutions_is_static(conv: Path) -> None:
     assert {"QuantizeLinear", "DequantizeLinear", "Conv"} <= kinds(prepare(ENGINES["onnxruntime-int8"], conv, FEEDS))
+
+
+def test_int8_of_openvino_is_static_whatever_the_model(linear: Callable[..., Path], conv: Path) -> None:
+    feeds = [{"x": np.ones((1, 64), np.float32)}]
+    operators = kinds(prepare(ENGINES["openvino-int8"], linear(), feeds))
+    assert {"QuantizeLinear", "DequantizeLinear", "MatMul"} <= operators
+    assert "MatMulInteger" not in operators
+    assert prepare(ENGINES["openvino-int8"], conv, FEEDS) == prepare(ENGINES["onnxruntime-int8"], conv, FEEDS)
 
 
 def test_a_prepared_file_is_kept_and_made_anew_when_the_model_changes(

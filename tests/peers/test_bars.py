@@ -18,10 +18,11 @@ import spa_compiler
 from spa_compiler import targets
 from spa_compiler.artifact import verify
 from spa_compiler.bench import compare, engines
-from spa_compiler.bench.race import Contender, race
+from spa_compiler.bench.race import Contender, Times, race
 from spa_compiler.calibration.examples import example_feeds
 from spa_compiler.calibration.shapes import parse_shapes
 from spa_compiler.compiler import Result
+from spa_compiler.graph.difference import difference
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.passes.recipe import from_command_line
@@ -135,7 +136,7 @@ def test_minilm_in_python_threads_that_share_a_session(compiled: Compile) -> Non
 
 
 def worst_difference(wanted: Feeds, got: Feeds) -> float:
-    errors = [verify.difference(wanted[name], got[name]) for name in wanted]
+    errors = [difference(wanted[name], got[name]) for name in wanted]
     assert None not in errors
     return max(error for error in errors if error is not None)
 
@@ -167,7 +168,7 @@ def test_two_threads_are_faster_than_one(compiled: Compile) -> None:
         medians = []
         for threads in (1, 2):
             (times,) = race([contender], threads=threads, runs=RUNS)
-            assert times is not None
+            assert isinstance(times, Times)
             medians.append(times.percentile(50))
         quotients.append(medians[0] / medians[1])
     print(f"\nBERT-base 1x128 90 % 4x1, two threads over one: {[f'{q:.2f}' for q in quotients]}")
