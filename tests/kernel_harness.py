@@ -110,7 +110,7 @@ def run_rx1(
     blocks, entry = -(-packed.k // packed.k_block), 0
     name = rx1.name(packed.rows, lanes, act)
     x = guarded(tile, slack)
-    indptr, order, columns, values, bias = (guarded(a, slack) for a in packed.arrays)
+    indptr, order, columns, values, bias = (guarded(a, slack) for a in packed.arrays.values())
     base = None
     if residual is not None:
         padded = np.zeros((len(packed.bias), lanes), np.float32)

@@ -24,7 +24,6 @@ Evaluate = Callable[[Sequence[F64]], F64]  # inputs [tokens, features] -> [token
 
 MCPU = LEVELS[0]  # the best that this machine runs
 EPSILON = 1e-5
-ARRAY_NAMES = ("indptr", "order", "columns", "values", "bias")
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Recorder:
     rng: np.random.Generator
     builder: RegionBuilder = field(init=False)
     linears: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    weights: int = 0
     norms: list[tuple[str, np.ndarray]] = field(default_factory=list)
     outputs: list[Evaluate] = field(default_factory=list)
 
@@ -58,8 +58,8 @@ class Recorder:
         weight = sparse(self.rng, n, k, rows, options.pop("density", 0.3)) / np.float32(k**0.5)
         bias = self.rng.standard_normal(n).astype(np.float32)
         packed = rx1.pack(weight, bias, rows, **options)
-        number = len(self.linears) // len(ARRAY_NAMES)
-        self.linears += [(f"{a}{number}", v) for a, v in zip(ARRAY_NAMES, packed.arrays, strict=True)]
+        number, self.weights = self.weights, self.weights + 1
+        self.linears += [(f"{a}{number}", v) for a, v in packed.arrays.items()]
         return packed, lambda inputs: source.evaluate(inputs) @ weight.T.astype(np.float64)
 
     def _weight(
@@ -69,10 +69,10 @@ class Recorder:
         second: tuple[Value, int, float] | None = options.pop("term", None)  # what it reads, R, density
         packed, product = self._product(source, n, rows, options)
         parts, term = [product], None
-        spec = LinearSpec(n, packed.k, rows, packed.chunk, packed.k_block, "none" if second else act, *bounds)
+        spec = LinearSpec(n, packed.k, packed.form, "none" if second else act, *bounds)
         if second:
             other, also = self._product(second[0], n, second[1], {"density": second[2], "chunk": packed.chunk})
-            term = Term(second[0].panel, LinearSpec(n, other.k, other.rows, other.chunk, other.k_block, act, *bounds))
+            term = Term(second[0].panel, LinearSpec(n, other.k, other.form, act, *bounds))
             parts.append(also)
 
         def evaluate(inputs: Sequence[F64]) -> F64:

@@ -265,7 +265,7 @@ def test_a_dry_run_writes_and_times_nothing(here: Path, monkeypatch: pytest.Monk
     assert result.ratio is None
     assert names(here) == set()
     assert [p.node for p in result.report.placements]
-    assert all("would be timed dense and as block:1x1" in p.reason for p in result.report.placements)
+    assert all("would be timed dense and as unstructured" in p.reason for p in result.report.placements)
 
 
 def test_a_dry_run_knows_low_rank_layers(here: Path) -> None:

@@ -13,7 +13,7 @@ from spa_compiler.kernels import activation, rx1
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.region import LinearSpec, RegionBuilder, RegionSpec
 from tests.kernel_harness import sparse
-from tests.region_harness import ARRAY_NAMES, run
+from tests.region_harness import run
 
 LOW, HIGH = -0.5, 0.75
 
@@ -44,14 +44,16 @@ class Convolution:
     @property
     def region(self) -> RegionSpec:
         builder, p = RegionBuilder("planes"), self.packed
-        builder.convolution(self.window, LinearSpec(p.n, p.k, p.rows, p.chunk, p.k_block, self.act, LOW, HIGH))
+        builder.convolution(self.window, LinearSpec(p.n, p.k, p.form, self.act, LOW, HIGH))
         return builder.finish()
 
     def model(self, shape: list[int | str] | None = None) -> bytes:
         """The node alone; `shape` of the input, unknown sizes by default."""
         shape = shape or ["n", self.window.channels, *("h", "w")[2 - self.window.axes :]]
-        node = helper.make_node(self.region.op_type, ["x", *ARRAY_NAMES], ["y"], domain="ai.spa", site="features/conv")
-        arrays = [numpy_helper.from_array(a, n) for n, a in zip(ARRAY_NAMES, self.packed.arrays, strict=True)]
+        node = helper.make_node(
+            self.region.op_type, ["x", *self.packed.arrays], ["y"], domain="ai.spa", site="features/conv"
+        )
+        arrays = [numpy_helper.from_array(a, n) for n, a in self.packed.arrays.items()]
         return _model(node, shape, arrays)
 
     def dense(self) -> bytes:

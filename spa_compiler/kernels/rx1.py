@@ -22,6 +22,7 @@ arXiv 2306.16601.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, prefet
 F32 = NDArray[np.float32]
 
 BLOCK_ROWS = (1, 4, 8)
+ARRAYS = ("indptr", "order", "columns", "values", "bias")
 MAX_CHUNK = 256  # rows; with 64 lanes its accumulators are 64 KiB, the most a pool thread's stack is asked for
 AHEAD = 2048  # floats of values to prefetch ahead, 8 KiB: 4 to 16 KiB measured alike, 1 KiB is too little
 
@@ -45,6 +47,34 @@ FULL = 0.9  # of the blocks stored
 
 # how a group's accumulators begin
 ACCUMULATE, BIAS, RESIDUAL = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The form: R x 1 blocks in tiles of `chunk` x `k_block`, where None is what `default_blocking` says."""
+
+    rows: int  # R
+    chunk: int | None = None
+    k_block: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`block:4x1`, `unstructured`; `block:4x1 in 128x768` with the tile."""
+        tile = f"{self.chunk or ''}x{self.k_block or ''}"
+        return self.pattern if tile == "x" else f"{self.pattern} in {tile}"
+
+    @property
+    def pattern(self) -> str:
+        """`block:Rx1`, for R = 1 `unstructured`."""
+        return "unstructured" if self.rows == 1 else f"block:{self.rows}x1"
+
+    def stored(self, weight: F32) -> int:
+        """Floats that `pack` would store."""
+        return stored_entries(weight, self.rows)
+
+    def pack(self, weight: F32) -> Packed:
+        """`weight` [n, k], without a bias."""
+        return pack(weight, None, self.rows, self.chunk, self.k_block)
 
 
 @dataclass(frozen=True)
@@ -63,9 +93,18 @@ class Packed:
     bias: F32
 
     @property
-    def arrays(self) -> tuple[NDArray[np.generic], ...]:
+    def form(self) -> Blocks:
+        """With its tile sizes."""
+        return Blocks(self.rows, self.chunk, self.k_block)
+
+    @property
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
         """In the order in which a node takes them."""
-        return self.indptr, self.order, self.columns, self.values, self.bias
+        return {what: getattr(self, what) for what in ARRAYS}
+
+    def with_bias(self, bias: F32 | None) -> Packed:
+        """The same weight with `bias` [n]; None: zeros."""
+        return dataclasses.replace(self, bias=pad_bias(bias, self.n, self.rows))
 
     @property
     def fill(self) -> float:

@@ -6,31 +6,27 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spa_compiler.kernels import rx1
+from spa_compiler.kernels.form import Form
+from spa_compiler.kernels.forms import FULL, forms_of
 from spa_compiler.kernels.window import Window
 from spa_compiler.placement.chains import Chain
 from spa_compiler.placement.sites import Site
 
 DENSE = "dense"
 LOW_RANK = "low rank"
-FACTOR_ROWS = 4  # R of a weight without zeros in a panel: with 4, the kernel runs at the peak of dense products
 WORTH_TIMING = 0.95  # of the weight's elements stored: above that a sparse kernel does all of the dense work
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The weight as R x 1 blocks: share of its elements that would be stored."""
+    """A form of the weight, and the share of its elements that would be stored."""
 
-    rows: int
+    form: Form
     share: float
 
     @property
     def name(self) -> str:
-        return candidate_name(self.rows)
-
-
-def candidate_name(rows: int) -> str:
-    return f"block:{rows}x1"
+        return self.form.name
 
 
 @dataclass(eq=False)
@@ -57,10 +53,9 @@ class SiteClass:
         }
 
 
-def forms(site: Site) -> tuple[Stored, ...]:
-    """The block heights that leave something out, each with what it stores."""
-    total = site.n * site.k
-    shares = [Stored(rows, rx1.stored_entries(site.weight, rows) / total) for rows in rx1.BLOCK_ROWS if rows <= site.n]
+def stored_forms(site: Site) -> tuple[Stored, ...]:
+    """The forms that leave something out, each with what it stores."""
+    shares = [Stored(form, form.stored(site.weight) / site.weight.size) for form in forms_of(site.weight)]
     return tuple(s for s in shares if s.share <= WORTH_TIMING)
 
 
@@ -69,22 +64,22 @@ def classes(sites: Sequence[Site], shapes: Sequence[dict[str, tuple[int, ...]]])
     found: dict[object, SiteClass] = {}
     for site in sites:
         own = tuple(known[site.source.name] for known in shapes)
-        stored = forms(site)
-        key = (*_size(site), site.bias is not None, own, tuple((s.rows, round(s.share, 2)) for s in stored))
+        stored = stored_forms(site)
+        key = (*_size(site), site.bias is not None, own, tuple((s.form, round(s.share, 2)) for s in stored))
         found.setdefault(key, SiteClass([], own, stored)).sites.append(site)
     return list(found.values())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to run a low-rank layer as one node: R of each of its products."""
+    """One way to run a low-rank layer as one node: the form of each of its products."""
 
     name: str
-    rows: tuple[int, ...]
+    forms: tuple[Form, ...]
 
-    def of(self, chain: Chain) -> dict[str, int]:
-        """R by the names of the sites."""
-        return {site.name: rows for site, rows in zip(chain.products, self.rows, strict=True)}
+    def of(self, chain: Chain) -> dict[str, Form]:
+        """The forms by the names of the sites."""
+        return {site.name: form for site, form in zip(chain.products, self.forms, strict=True)}
 
 
 @dataclass(eq=False)
@@ -98,41 +93,43 @@ class ChainClass:
 
     def question(self, shape: Sequence[int], threads: int) -> dict[str, object]:
         """The key of a record."""
-        return {"chain": self.key, "shape": list(shape), "threads": threads, "forms": [f.rows for f in self.layouts]}
+        forms = [[form.name for form in way.forms] for way in self.layouts]
+        return {"chain": self.key, "shape": list(shape), "threads": threads, "forms": forms}
 
 
-def layouts(chain: Chain, rows: Mapping[str, int]) -> tuple[Layout, ...]:
-    """The candidates of a low-rank layer: a sparse weight beside it may have any height that leaves something out.
+def layouts(chain: Chain, own: Mapping[str, Form]) -> tuple[Layout, ...]:
+    """The candidates of a low-rank layer: a sparse weight beside it may have any form that leaves something out.
 
     Args:
-        rows: R of sites that gain from a kernel by themselves, by name: factors with zeros of their own keep it.
+        own: forms of sites that gain from a kernel by themselves, by name: factors with zeros of their own keep it.
     """
     sparse = {s.name for s in chain.sparse}
-    heights = [{f.rows for f in forms(s)} for s in chain.sparse]
+    found = [[f.form for f in stored_forms(s)] for s in chain.sparse]
+    shared = [form for form in found[0] if all(form in other for other in found)] if found else [None]
     return tuple(
         Layout(
-            f"{candidate_name(height)} + {LOW_RANK}" if height else LOW_RANK,
-            tuple(height if s.name in sparse else rows.get(s.name, FACTOR_ROWS) for s in chain.products),
+            f"{form.name} + {LOW_RANK}" if form else LOW_RANK,
+            tuple(form if form and s.name in sparse else own.get(s.name, FULL) for s in chain.products),
         )
-        for height in (sorted(set.intersection(*heights)) if heights else (0,))
+        for form in shared
     )
 
 
 def chain_classes(
-    chains: Sequence[Chain], rows: Mapping[str, int], shapes: Sequence[dict[str, tuple[int, ...]]]
+    chains: Sequence[Chain], own: Mapping[str, Form], shapes: Sequence[dict[str, tuple[int, ...]]]
 ) -> list[ChainClass]:
     """Low-rank layers grouped by what their time depends on, in order of first appearance."""
     found: dict[object, ChainClass] = {}
     for chain in chains:
-        own = tuple(known[chain.down.source.name] for known in shapes)
-        ways = layouts(chain, rows)
+        seen = tuple(known[chain.down.source.name] for known in shapes)
+        ways = layouts(chain, own)
         parts = [
-            (*_size(s), s.bias is not None, s.term is not None, [round(f.share, 2) for f in forms(s)])
+            (*_size(s), s.bias is not None, s.term is not None, [round(f.share, 2) for f in stored_forms(s)])
             for s in chain.products
         ]
         if ways:
-            key = repr((parts, own, ways))
-            found.setdefault(key, ChainClass([], own, ways, tuple(parts))).chains.append(chain)
+            key = repr((parts, seen, ways))
+            found.setdefault(key, ChainClass([], seen, ways, tuple(parts))).chains.append(chain)
     return list(found.values())
 
 

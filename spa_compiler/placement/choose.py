@@ -7,14 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from spa_compiler.kernels.form import Form
+from spa_compiler.kernels.forms import FULL
 from spa_compiler.placement.candidates import (
     DENSE,
-    FACTOR_ROWS,
     LOW_RANK,
     ChainClass,
     Layout,
     SiteClass,
-    candidate_name,
+    Stored,
 )
 from spa_compiler.placement.chains import Chain
 from spa_compiler.placement.contests import Contest, Referee
@@ -26,30 +27,30 @@ from spa_compiler.placement.sites import Site
 #: into panels and back, and lets others save theirs. MiniLM with half of its parameters left: layers at 0.72 of dense
 #: speed by themselves (8 x 128 tokens), the model as one region 1.17x as fast as dense.
 WORTH_JOINING = 0.6
-#: What a weight reaches as FACTOR_ROWS x 1 blocks with nothing left out: 0.95 to 1.03 at 384 to 1536 features and 128
+#: What a weight reaches in the form FULL, with nothing left out: 0.95 to 1.03 at 384 to 1536 features and 128
 #: tokens, by itself. Zeros that make a kernel slower than that are no use between kernels either.
 _NOTHING_LEFT_OUT = 0.95
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What one site got. `rows` is R, None for dense; `timings` per candidate and shape are of one site, or of all of
-    the low-rank layer that it is a part of. `candidate` is the name of its form among them. `joined` is R where it
-    is no gain by itself, but stands between kernels."""
+    """What one site got. `form` is None for dense; `timings` per candidate and shape are of one site, or of all of
+    the low-rank layer that it is a part of. `candidate` is the name of its form among them. `joined` is the form where
+    it is no gain by itself, but stands between kernels."""
 
     site: Site
-    rows: int | None
+    form: Form | None
     reason: str
     would_help: str = ""
     timings: tuple[dict[str, Timing], ...] = ()
     tokens: tuple[int, ...] = field(default=())
     candidate: str = DENSE
-    joined: int = FACTOR_ROWS
+    joined: Form = FULL
 
     @property
-    def form(self) -> str:
+    def kind(self) -> str:
         """dense, sparse, low rank, sparse + low rank."""
-        if self.rows is None:
+        if self.form is None:
             return DENSE
         if LOW_RANK not in self.candidate:
             return "sparse"
@@ -58,7 +59,7 @@ class Choice:
     @property
     def gain(self) -> float:
         """Speed over dense of the form that was chosen, geometric mean over shapes; 1 for dense."""
-        return 1.0 if self.rows is None else _mean_ratio(self.timings, self.candidate)
+        return 1.0 if self.form is None else _mean_ratio(self.timings, self.candidate)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class ChainChoice:
         return self.gain >= 1 + CLOSE
 
     @property
-    def rows(self) -> dict[str, int]:
+    def forms(self) -> dict[str, Form]:
         return self.layout.of(self.chain)
 
 
@@ -92,7 +93,7 @@ def choose(classes: Sequence[SiteClass], referee: Referee) -> list[Choice]:
         Contest(
             single(c.sites),
             c.shapes,
-            {s.name: {site.name: s.rows for site in c.sites} for s in c.stored},
+            {s.name: {site.name: s.form for site in c.sites} for s in c.stored},
             [c.question(shape, referee.threads) for shape in c.shapes],
         )
         for c in classes
@@ -102,11 +103,11 @@ def choose(classes: Sequence[SiteClass], referee: Referee) -> list[Choice]:
     choices: list[Choice] = []
     for each in classes:
         timings = next(found) if each.stored else []
-        rows, reason, would_help = _decide(each, timings)
+        form, reason, would_help = _decide(each, timings)
         tokens = tuple(each.sites[0].pixels(s) for s in each.shapes)
-        name = DENSE if rows is None else candidate_name(rows)
+        name = DENSE if form is None else form.name
         joined = _joined(each, timings)
-        choices += [Choice(site, rows, reason, would_help, tuple(timings), tokens, name, joined) for site in each.sites]
+        choices += [Choice(site, form, reason, would_help, tuple(timings), tokens, name, joined) for site in each.sites]
     return choices
 
 
@@ -116,7 +117,7 @@ def choose_chains(classes: Sequence[ChainClass], referee: Referee) -> list[Chain
         Contest(
             [chain.group for chain in c.chains],
             c.shapes,
-            {way.name: {n: r for chain in c.chains for n, r in way.of(chain).items()} for way in c.layouts},
+            {way.name: {n: form for chain in c.chains for n, form in way.of(chain).items()} for way in c.layouts},
             [c.question(shape, referee.threads) for shape in c.shapes],
         )
         for c in classes
@@ -130,11 +131,11 @@ def choose_chains(classes: Sequence[ChainClass], referee: Referee) -> list[Chain
     return choices
 
 
-def explain(choices: Sequence[Choice], chains: Sequence[ChainChoice], used: Mapping[str, int]) -> list[Choice]:
+def explain(choices: Sequence[Choice], chains: Sequence[ChainChoice], used: Mapping[str, Form]) -> list[Choice]:
     """The choices of all sites, those of low-rank layers among them.
 
     Args:
-        used: R of every site that became a kernel in the plan that won, by name.
+        used: the form of every site that became a kernel in the plan that won, by name.
     """
     of_chain = {site.name: c for c in chains for site in c.chain.products}
     out = []
@@ -144,21 +145,20 @@ def explain(choices: Sequence[Choice], chains: Sequence[ChainChoice], used: Mapp
             joined = all(site.name in used for site in chain.chain.products)
             if joined or chain.wins or not choice.timings:
                 choice = _as_chain(choice, chain, joined)
-        elif choice.rows is None and name in used:
+        elif choice.form is None and name in used:
             choice = _as_neighbour(choice, used[name])
         out.append(choice)
     return out
 
 
-def _as_neighbour(choice: Choice, rows: int) -> Choice:
-    name = candidate_name(rows)
-    timed = any(name in t for t in choice.timings)  # else all of the weight is in the kernel, which is still dense
+def _as_neighbour(choice: Choice, form: Form) -> Choice:
+    timed = any(form.name in t for t in choice.timings)  # else all of the weight is in the kernel, which is still dense
     return dataclasses.replace(
         choice,
-        rows=rows if timed else None,
+        form=form if timed else None,
         reason=f"{choice.reason}; between its neighbours in one region the model gains",
         would_help="",
-        candidate=name if timed else DENSE,
+        candidate=form.name if timed else DENSE,
     )
 
 
@@ -174,7 +174,7 @@ def _as_chain(choice: Choice, found: ChainChoice, joined: bool) -> Choice:
     kernel = found.wins or joined
     return dataclasses.replace(
         choice,
-        rows=found.rows[choice.site.name] if kernel else None,
+        form=found.forms[choice.site.name] if kernel else None,
         reason=reason,
         would_help="" if kernel else choice.would_help,
         timings=found.timings,
@@ -188,30 +188,32 @@ def nothing_to_leave_out(site: Site) -> str:
     return "it has no zeros" if site.density == 1 else f"its zeros ({1 - site.density:.0%}) leave no block out"
 
 
-def _decide(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> tuple[int | None, str, str]:
-    """(R or None, reason, what would help)."""
+def _decide(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> tuple[Form | None, str, str]:
+    """(the form or None, reason, what would help)."""
     site = each.sites[0]
     if not each.stored:
         recipe = f"sparsify{{sparsity=0.8,pattern=block:4x1,targets={site.name}}}"
         return None, nothing_to_leave_out(site), f'zeros, for instance --passes "{recipe}"'
-    means = {s.rows: _mean_ratio(timings, s.name) for s in each.stored}
-    rows = max(means, key=lambda r: means[r])
-    if means[rows] > 1 + CLOSE:
-        return rows, f"{means[rows]:.2f}x over dense as block:{rows}x1", ""
-    share = next(s.share for s in each.stored if s.rows == rows)
-    need = max(0.05, share * means[rows] / 1.2)
+    best, gain = _best(each, timings)
+    if gain > 1 + CLOSE:
+        return best.form, f"{gain:.2f}x over dense as {best.name}", ""
+    need = max(0.05, best.share * gain / 1.2)
     return (
         None,
-        f"dense is faster or as fast: block:{rows}x1 reaches {means[rows]:.2f}x",
+        f"dense is faster or as fast: {best.name} reaches {gain:.2f}x",
         f"about {1 - need:.0%} zeros in 4x1 blocks would gain at this size, or more tokens at once",
     )
 
 
-def _joined(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> int:
-    """R for the neighbours' sake: the fastest that leaves something out, unless all of the weight is faster still."""
-    means = {s.rows: _mean_ratio(timings, s.name) for s in each.stored}
-    rows = max(means, key=lambda r: means[r], default=FACTOR_ROWS)
-    return rows if means.get(rows, 0) >= _NOTHING_LEFT_OUT else FACTOR_ROWS
+def _joined(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> Form:
+    """For the neighbours' sake: the fastest that leaves something out, unless all of the weight is faster still."""
+    best, gain = _best(each, timings) if each.stored else (None, 0.0)
+    return best.form if best and gain >= _NOTHING_LEFT_OUT else FULL
+
+
+def _best(each: SiteClass, timings: Sequence[dict[str, Timing]]) -> tuple[Stored, float]:
+    """The fastest form, and its speed over dense."""
+    return max(((s, _mean_ratio(timings, s.name)) for s in each.stored), key=lambda found: found[1])
 
 
 def _mean_ratio(timings: Sequence[dict[str, Timing]], name: str) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from spa_compiler.calibration.progress import Progress
+from spa_compiler.kernels.form import Form
 from spa_compiler.placement.candidates import DENSE
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.nodes import Packer
@@ -28,13 +29,13 @@ class Contest:
     """Like groups of sites, timed together in every form.
 
     Attributes:
-        forms: the form's name -> R of each site by name.
+        forms: the candidate's name -> the form of each site by name.
         questions: what the records call it, one for each of `shapes`.
     """
 
     groups: list[Group]
     shapes: tuple[tuple[int, ...], ...]
-    forms: dict[str, dict[str, int]]
+    forms: dict[str, dict[str, Form]]
     questions: list[dict[str, object]]
 
 
@@ -81,8 +82,8 @@ class Referee:
 
     def _regions(self, contest: Contest) -> list[RegionSpec]:
         return [
-            region_of(group, rows, self.packer).spec
-            for rows in contest.forms.values()
+            region_of(group, forms, self.packer).spec
+            for forms in contest.forms.values()
             for group in pick(contest.groups)
         ]
 
@@ -90,7 +91,7 @@ class Referee:
         groups = pick(contest.groups)
         feeds = {"x": self.rng.standard_normal(tuple(shape), np.float32)}
         models = {DENSE: dense_model(groups, shape)}
-        models |= {name: sparse_model(groups, shape, rows, self.packer) for name, rows in contest.forms.items()}
+        models |= {name: sparse_model(groups, shape, forms, self.packer) for name, forms in contest.forms.items()}
         contenders = {name: Contender(model, library) for name, model in models.items()}
         count = len(groups)
         return {

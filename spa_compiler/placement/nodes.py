@@ -11,7 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from spa_compiler.graph.model import Model
-from spa_compiler.kernels import rx1
+from spa_compiler.kernels.form import Form, Packed
 from spa_compiler.placement.attention import AttentionSite
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.regions import Group, inputs_of
@@ -20,26 +20,25 @@ from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Pan
 
 DOMAIN = "ai.spa"
 DOMAIN_VERSION = 1
-ARRAYS = ("indptr", "order", "columns", "values", "bias")
 
 
 class Packer:
-    """Packs weights, each once for every R; plans and trials share the arrays."""
+    """Packs weights, each once for every form; plans and trials share the arrays."""
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[str, int], rx1.Packed] = {}
+        self._packed: dict[tuple[str, Form], Packed] = {}
 
-    def __call__(self, site: Site, rows: int) -> rx1.Packed:
+    def __call__(self, site: Site, form: Form) -> Packed:
         """The site's weight with its bias, which may differ from plan to plan: a sum takes over that of its term."""
-        key = (site.name, rows)
+        key = (site.name, form)
         if key not in self._packed:
-            self._packed[key] = rx1.pack(site.weight, None, rows)
-        return dataclasses.replace(self._packed[key], bias=rx1.pad_bias(site.bias, site.n, rows))
+            self._packed[key] = form.pack(site.weight)
+        return self._packed[key].with_bias(site.bias)
 
 
-def _spec(packed: rx1.Packed, act: str, low: float, high: float) -> LinearSpec:
+def _spec(packed: Packed, act: str, low: float, high: float) -> LinearSpec:
     """What the C side must know of a packed weight."""
-    return LinearSpec(packed.n, packed.k, packed.rows, packed.chunk, packed.k_block, act, low, high)
+    return LinearSpec(packed.n, packed.k, packed.form, act, low, high)
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,17 @@ class Assembled:
     outputs: list[gs.Variable]
 
 
-def insert(model: Model, groups: Sequence[Group], rows: Mapping[str, int], packer: Packer) -> list[RegionSpec]:
+def insert(model: Model, groups: Sequence[Group], forms: Mapping[str, Form], packer: Packer) -> list[RegionSpec]:
     """Replaces every group's nodes by one node, in place.
 
     Args:
         groups: found in this very model; disjoint.
-        rows: R of every site, by name.
+        forms: of every site, by name.
 
     Returns:
         The region of each group.
     """
-    specs = [_insert(model, group, rows, packer) for group in groups]
+    specs = [_insert(model, group, forms, packer) for group in groups]
     if specs:
         domains = [d for d in model.graph.import_domains or [] if d.domain != DOMAIN]
         model.graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
@@ -70,12 +69,12 @@ def insert(model: Model, groups: Sequence[Group], rows: Mapping[str, int], packe
     return specs
 
 
-def assemble(group: Group, results: Sequence[gs.Variable], rows: Mapping[str, int], packer: Packer) -> Assembled:
+def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, Form], packer: Packer) -> Assembled:
     """The region that computes a group.
 
     Args:
         results: what of it is read outside.
-        rows: R of every site, by name.
+        forms: of every site, by name.
     """
     inside = {id(t) for e in group.elements for t in inputs_of(e)}
     builder = RegionBuilder(group.layout)
@@ -93,9 +92,9 @@ def assemble(group: Group, results: Sequence[gs.Variable], rows: Mapping[str, in
             inputs.append(tensor)
         return panels[id(tensor)]
 
-    def packed(site: Site, prefix: str) -> rx1.Packed:
-        found = packer(site, rows[site.name])
-        arrays.extend(gs.Constant(f"{prefix}.{what}", a) for what, a in zip(ARRAYS, found.arrays, strict=True))
+    def packed(site: Site, prefix: str) -> Packed:
+        found = packer(site, forms[site.name])
+        arrays.extend(gs.Constant(f"{prefix}.{what}", a) for what, a in found.arrays.items())
         return found
 
     for element in group.elements:
@@ -141,9 +140,9 @@ def assemble(group: Group, results: Sequence[gs.Variable], rows: Mapping[str, in
     return Assembled(builder.finish(), [*inputs, *masks], [*arrays, *norm_arrays], order)
 
 
-def _insert(model: Model, group: Group, rows: Mapping[str, int], packer: Packer) -> RegionSpec:
+def _insert(model: Model, group: Group, forms: Mapping[str, Form], packer: Packer) -> RegionSpec:
     graph = model.graph
-    made = assemble(group, group.results(held(graph)), rows, packer)
+    made = assemble(group, group.results(held(graph)), forms, packer)
     for node in group.nodes:
         node.outputs.clear()
         node.inputs.clear()
@@ -163,7 +162,7 @@ def _insert(model: Model, group: Group, rows: Mapping[str, int], packer: Packer)
         node,
         {
             "spa.source": ",".join(names),
-            "spa.form": ",".join(f"block:{rows[s.name]}x1" for s in group.products),
+            "spa.form": ",".join(forms[s.name].name for s in group.products),
             "spa.density": ",".join(f"{s.density:.4f}" for s in group.products),
         },
     )

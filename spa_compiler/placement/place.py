@@ -16,9 +16,10 @@ from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds
+from spa_compiler.kernels.form import Form
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.placement.attention import Shapes, find_attention
-from spa_compiler.placement.candidates import chain_classes, classes, forms
+from spa_compiler.placement.candidates import chain_classes, classes, stored_forms
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
@@ -52,7 +53,7 @@ class Plan:
     name: str
     folder: Path
     regions: list[RegionSpec]
-    rows: dict[str, int] = field(default_factory=dict)  # R of the sites that are kernels, by name
+    forms: dict[str, Form] = field(default_factory=dict)  # of the sites that are kernels, by name
 
     @property
     def file(self) -> Path:
@@ -77,7 +78,7 @@ class Placed:
     @property
     def gaining(self) -> list[str]:
         """Names of the sites that became kernels for their own sake, and not for that of their neighbours."""
-        return [c.site.name for c in self.choices if c.site.name in self.plan.rows and c.gain > 1]
+        return [c.site.name for c in self.choices if c.site.name in self.plan.forms and c.gain > 1]
 
 
 def no_kernels(target: Target) -> str:
@@ -137,10 +138,10 @@ def place(
         measured = known[: len(feeds)]
         referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng, timer)
         placed.choices = choose(classes(sites, measured), referee)
-        alone = {c.site.name: c.rows for c in placed.choices if c.rows is not None}
+        alone = {c.site.name: c.form for c in placed.choices if c.form is not None}
         chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), referee)
-        for name, rows in _worth_a_race(model, placed.choices, chains, known).items():
-            plans.append(_sparse_plan(name, model, rows, known, packer, target, workspace))
+        for name, chosen in _worth_a_race(model, placed.choices, chains, known).items():
+            plans.append(_sparse_plan(name, model, chosen, known, packer, target, workspace))
         if between := _between(model, placed.choices, chains, known):
             plans.append(_sparse_plan(EVERY, model, between, known, packer, target, workspace))
     if not target.host_runs:
@@ -157,7 +158,7 @@ def place(
         placed.race.append(timings)
         progress("racing whole models", index + 1, len(feeds))
     placed.plan, placed.reason = _winner(plans, placed.race, reason)
-    placed.choices = explain(placed.choices, chains, placed.plan.rows)
+    placed.choices = explain(placed.choices, chains, placed.plan.forms)
     if placed.plan is portable and original is not None and _worse_than_source(placed.race):
         placed.plan = _write(Plan(SOURCE, workspace / "as-given", []), original, target)
         placed.reason = "the model as it was given: rewriting it made it no faster"
@@ -169,52 +170,52 @@ def place(
 
 def _worth_a_race(
     model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoice], known: Shapes
-) -> dict[str, dict[str, int]]:
-    """The plans by name, each with R of the sites that become kernels."""
-    rows, strong = _rows_of(choices, chains, 0, 1 + CLOSE), _rows_of(choices, chains, STRONG_GAIN, STRONG_GAIN)
-    every = _rows_of(choices, chains, 0, WORTH_JOINING)
-    plans: dict[str, dict[str, int]] = {}
-    if rows:
-        plans |= {SINGLE: rows, REGIONS: rows}
+) -> dict[str, dict[str, Form]]:
+    """The plans by name, each with the forms of the sites that become kernels."""
+    chosen, strong = _chosen(choices, chains, 0, 1 + CLOSE), _chosen(choices, chains, STRONG_GAIN, STRONG_GAIN)
+    every = _chosen(choices, chains, 0, WORTH_JOINING)
+    plans: dict[str, dict[str, Form]] = {}
+    if chosen:
+        plans |= {SINGLE: chosen, REGIONS: chosen}
         if find_attention(model, known):
-            plans[WHOLE] = rows
-    if 0 < len(strong) < len(rows) and any(c.site.layout == "planes" for c in choices):
+            plans[WHOLE] = chosen
+    if 0 < len(strong) < len(chosen) and any(c.site.layout == "planes" for c in choices):
         plans[STRONG] = strong
-    if len(every) > len(rows):
+    if len(every) > len(chosen):
         plans[FACTORS] = every
     return plans
 
 
-def _rows_of(
+def _chosen(
     choices: Sequence[Choice], chains: Sequence[ChainChoice], least: float, least_of_chains: float
-) -> dict[str, int]:
-    rows = {c.site.name: c.rows for c in choices if c.rows is not None and c.gain >= least}
-    return rows | {n: r for c in chains if c.gain >= least_of_chains for n, r in c.rows.items()}
+) -> dict[str, Form]:
+    alone = {c.site.name: c.form for c in choices if c.form is not None and c.gain >= least}
+    return alone | {n: form for c in chains if c.gain >= least_of_chains for n, form in c.forms.items()}
 
 
-def _between(model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoice], known: Shapes) -> dict[str, int]:
-    """R of all layers that share regions with what becomes kernels anyway; empty if those are the same.
+def _between(model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoice], known: Shapes) -> dict[str, Form]:
+    """The forms of all layers that share regions with what becomes kernels anyway; empty if those are the same.
 
     A layer without zeros that stays ONNX Runtime's cuts a region in two, and every panel around it goes out and comes
     back; as a kernel of full blocks it is next to as fast. Layers that stand alone are left as they are.
     """
-    own = _rows_of(choices, chains, 0, WORTH_JOINING)
+    own = _chosen(choices, chains, 0, WORTH_JOINING)
     others = {c.site.name: c.joined for c in choices if c.site.layout == "rows"}
-    rows = others | _rows_of(choices, chains, 0, 0)
-    if not own or len(rows) == len(own):
+    forms = others | _chosen(choices, chains, 0, 0)
+    if not own or len(forms) == len(own):
         return {}
-    kept: dict[str, int] = {}
-    for group in _joined(model, rows, known, attention=True)[1]:
+    kept: dict[str, Form] = {}
+    for group in _joined(model, forms, known, attention=True)[1]:
         names = [site.name for site in group.products]
         if not own.keys().isdisjoint(names):
-            kept |= {name: rows[name] for name in names}
+            kept |= {name: forms[name] for name in names}
     return kept if len(kept) > len(own) else {}
 
 
-def _joined(model: Model, rows: Mapping[str, int], known: Shapes, attention: bool) -> tuple[Model, list[Group]]:
-    """A copy of the model, and the sites of `rows` in it joined with their neighbours."""
+def _joined(model: Model, forms: Mapping[str, Form], known: Shapes, attention: bool) -> tuple[Model, list[Group]]:
+    """A copy of the model, and the sites of `forms` in it joined with their neighbours."""
     twin = model.copy()
-    sites = [s for s in find_sites(twin)[0] if s.name in rows]
+    sites = [s for s in find_sites(twin)[0] if s.name in forms]
     attentions = find_attention(twin, known) if attention else []
     return twin, join(twin, sites, find_norms(twin), attentions, known)
 
@@ -222,30 +223,30 @@ def _joined(model: Model, rows: Mapping[str, int], known: Shapes, attention: boo
 def _sparse_plan(
     name: str,
     model: Model,
-    rows: dict[str, int],
+    forms: dict[str, Form],
     known: Shapes,
     packer: Packer,
     target: Target,
     workspace: Path,
 ) -> Plan:
-    """The sites of `rows` as kernels: each, and each low-rank layer, by itself, or joined with their neighbours,
+    """The sites of `forms` as kernels: each, and each low-rank layer, by itself, or joined with their neighbours,
     attention cores among them."""
     if name == SINGLE:
         twin = model.copy()
-        sites = [s for s in find_sites(twin)[0] if s.name in rows]
-        chains = [c for c in chains_of(twin, known) if all(s.name in rows for s in c.products)]
+        sites = [s for s in find_sites(twin)[0] if s.name in forms]
+        chains = [c for c in chains_of(twin, known) if all(s.name in forms for s in c.products)]
         joined = {s.name for c in chains for s in c.products}
         groups = [*single([s for s in sites if s.name not in joined]), *(c.group for c in chains)]
     else:
-        twin, groups = _joined(model, rows, known, attention=name in (WHOLE, FACTORS, EVERY))
-    regions = insert(twin, groups, rows, packer)
-    return _write(Plan(name, workspace / name.replace(" ", "-"), regions, rows), twin, target)
+        twin, groups = _joined(model, forms, known, attention=name in (WHOLE, FACTORS, EVERY))
+    regions = insert(twin, groups, forms, packer)
+    return _write(Plan(name, workspace / name.replace(" ", "-"), regions, forms), twin, target)
 
 
 def chains_of(model: Model, known: Shapes) -> list[Chain]:
     """The low-rank layers of a model, of sites of their own."""
     sites = find_sites(model)[0]
-    return find_chains(sites, {s.name for s in sites if forms(s)}, held(model.graph), known)
+    return find_chains(sites, {s.name for s in sites if stored_forms(s)}, held(model.graph), known)
 
 
 def _write(plan: Plan, model: Model, target: Target) -> Plan:

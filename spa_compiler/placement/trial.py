@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.graph.weights import array_of
+from spa_compiler.kernels.form import Form
 from spa_compiler.kernels.window import Window
 from spa_compiler.placement.nodes import DOMAIN, DOMAIN_VERSION, Assembled, Packer, assemble
 from spa_compiler.placement.regions import Group, inputs_of
@@ -31,16 +32,16 @@ def pick(groups: Sequence[Group]) -> list[Group]:
     return list(groups[: max(1, min(MOST_GROUPS, MOST_BYTES // max(each, 1)))])
 
 
-def region_of(group: Group, rows: Mapping[str, int], packer: Packer) -> Assembled:
-    """The region of a group by itself; `rows` has R of every site by name."""
-    return assemble(group, _results(group), rows, packer)
+def region_of(group: Group, forms: Mapping[str, Form], packer: Packer) -> Assembled:
+    """The region of a group by itself; `forms` has that of every site by name."""
+    return assemble(group, _results(group), forms, packer)
 
 
-def sparse_model(groups: Sequence[Group], shape: Sequence[int], rows: Mapping[str, int], packer: Packer) -> bytes:
+def sparse_model(groups: Sequence[Group], shape: Sequence[int], forms: Mapping[str, Form], packer: Packer) -> bytes:
     """Every group as a node of its own, all reading one input of `shape`."""
     nodes, constants, outputs = [], [], []
     for i, group in enumerate(groups):
-        made = region_of(group, rows, packer)
+        made = region_of(group, forms, packer)
         names = [f"{i}.{j}" for j in range(len(made.arrays))]
         constants += [numpy_helper.from_array(array_of(a), n) for a, n in zip(made.arrays, names, strict=True)]
         results = [f"y{i}.{j}" for j in range(len(made.outputs))]

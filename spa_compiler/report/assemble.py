@@ -14,8 +14,9 @@ import msgspec
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds, onnxruntime_version, runtime
+from spa_compiler.kernels.form import Form
 from spa_compiler.passes.pass_ import Change
-from spa_compiler.placement.candidates import DENSE, forms, layouts
+from spa_compiler.placement.candidates import DENSE, layouts, stored_forms
 from spa_compiler.placement.choose import Choice, nothing_to_leave_out
 from spa_compiler.placement.place import SOURCE, Placed, chains_of, no_kernels
 from spa_compiler.placement.sites import find_sites
@@ -162,7 +163,7 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
     hindrance = no_kernels(target)
     layers = {s.name: layouts(c, {}) for c in chains_of(model, [shapes]) for s in c.products}
     for site in sites:
-        stored = forms(site)
+        stored = stored_forms(site)
         names = ", ".join(
             [*(f"{s.name} ({s.share:.0%} stored)" for s in stored), *(way.name for way in layers.get(site.name, ()))]
         )
@@ -171,7 +172,7 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
         else:
             reason = f"would be timed dense and as {names}"
         # the tallest blocks that store next to nothing in vain
-        tallest = max((s.rows for s in stored if s.share <= _SNUG * stored[0].share), default=None)
+        tallest = next((s.form for s in reversed(stored) if s.share <= _SNUG * stored[0].share), None)
         known = shapes.get(site.source.name)
         tokens = 0 if known is None else site.pixels(known)
         row = _row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason)
@@ -184,7 +185,7 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
 def placed(report: Report, result: Placed) -> None:
     """Placements, the race and its ratios."""
     for choice in result.choices:
-        report.placements += _placements(choice, choice.site.name in result.plan.rows, result.reason)
+        report.placements += _placements(choice, choice.site.name in result.plan.forms, result.reason)
     for refusal in result.refusals:
         op = refusal.op
         report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, refusal.reason))
@@ -240,7 +241,7 @@ def hints(report: Report, result: Placed, asked: bool) -> None:
 def _placements(choice: Choice, used: bool, plan_reason: str) -> list[Placement]:
     """`used`: the site is a kernel in what came out."""
     site = choice.site
-    reason = choice.reason if used or choice.rows is None else f"{choice.reason}; but {plan_reason}"
+    reason = choice.reason if used or choice.form is None else f"{choice.reason}; but {plan_reason}"
     if not choice.timings:
         tokens = choice.tokens[0] if choice.tokens else 0
         return [_row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason, choice.would_help)]
@@ -258,8 +259,8 @@ def _placements(choice: Choice, used: bool, plan_reason: str) -> list[Placement]
                 n=site.n,
                 k=site.k,
                 tokens=tokens,
-                form=choice.form if used else DENSE,
-                pattern=_pattern(site.density, choice.rows),
+                form=choice.kind if used else DENSE,
+                pattern=_pattern(site.density, choice.form),
                 density=site.density,
                 candidates=candidates,
                 reason=reason,
@@ -287,7 +288,7 @@ def _row(
     )
 
 
-def _pattern(density: float, rows: int | None) -> str:
+def _pattern(density: float, form: Form | None) -> str:
     if density < 0 or density == 1:
         return DENSE
-    return "unstructured" if rows in (None, 1) else f"block:{rows}x1"
+    return "unstructured" if form is None else form.pattern

@@ -31,7 +31,7 @@ _C_TYPES = {
 
 def _array_of(linear: LinearSpec, region: RegionSpec) -> str:
     """The C array of its kernels."""
-    return f"rx1{'w' if region.window else ''}_{linear.rows}_{linear.act}"
+    return f"rx1{'w' if region.window else ''}_{linear.form.rows}_{linear.act}"
 
 
 def kernels_of(regions: Sequence[RegionSpec]) -> dict[str, tuple[str, ...]]:
@@ -42,14 +42,14 @@ def kernels_of(regions: Sequence[RegionSpec]) -> dict[str, tuple[str, ...]]:
             arrays |= {"shift": (window.SHIFT,), "crop": (window.CROP,)}
             for linear in region.linears:
                 arrays[_array_of(linear, region)] = tuple(
-                    rx1.name(linear.rows, lanes, linear.act, window=True) for lanes in WINDOW_LANES
+                    rx1.name(linear.form.rows, lanes, linear.act, window=True) for lanes in WINDOW_LANES
                 )
             continue
         for way in ("pack", "unpack"):
             arrays[f"{way}_{region.layout}"] = tuple(f"spa_{way}_{region.layout}_{n}" for n in panel.LANE_COUNTS)
         for linear in region.linears:
             arrays[_array_of(linear, region)] = tuple(
-                rx1.name(linear.rows, lanes, linear.act) for lanes in panel.LANE_COUNTS
+                rx1.name(linear.form.rows, lanes, linear.act) for lanes in panel.LANE_COUNTS
             )
         if region.attentions:
             arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
@@ -111,7 +111,7 @@ def _data(region: RegionSpec, level: str) -> list[str]:
         return [f"static const {kind} {name}[] = {{\n  {lines}}};"] if items else []
 
     linears = [
-        f"{{.n = {s.n}, .k = {s.k}, .rows = {s.rows}, .chunk = {s.chunk}, .k_block = {s.k_block}, "
+        f"{{.n = {s.n}, .k = {s.k}, .rows = {s.form.rows}, .chunk = {s.form.chunk}, .k_block = {s.form.k_block}, "
         f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = {symbol(_array_of(s, region), level)}}}"
         for s in region.linears
     ]

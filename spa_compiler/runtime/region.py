@@ -17,6 +17,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from spa_compiler.kernels import rx1
+from spa_compiler.kernels.form import Form
 from spa_compiler.kernels.window import Window
 
 MAX_INPUTS = 8  # of the C side: region.h
@@ -26,21 +27,24 @@ MAX_MASKS = 4
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """y = act(W x + b): W [n, k] as R x 1 blocks (`kernels/rx1.py`)."""
+    """y = act(W x + b): W [n, k] in a form whose sizes are all decided, as `pack` gives it."""
 
     n: int
     k: int
-    rows: int
-    chunk: int
-    k_block: int
+    form: Form
     act: str = "none"
     low: float = 0.0
     high: float = 0.0
 
     def __post_init__(self) -> None:
         # steps.c keeps the accumulators of a chunk in an array of that many rows
-        if not 0 < self.chunk <= rx1.MAX_CHUNK or self.chunk % self.rows:
-            raise ValueError(f"a chunk of {self.chunk} rows: up to {rx1.MAX_CHUNK}, a multiple of {self.rows}")
+        if not 0 < self.chunk <= rx1.MAX_CHUNK or self.chunk % self.form.rows:
+            raise ValueError(f"a chunk of {self.chunk} rows: up to {rx1.MAX_CHUNK}, a multiple of {self.form.rows}")
+
+    @property
+    def chunk(self) -> int:
+        """Rows that are computed as one work item."""
+        return self.form.chunk or 0
 
     def same_chunks(self, other: LinearSpec) -> bool:
         """Whether both have the same rows in each chunk, so that two products can be added chunk by chunk."""

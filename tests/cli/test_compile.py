@@ -99,7 +99,7 @@ def test_quiet(here: Path) -> None:
 def test_a_dry_run_shows_the_plan(here: Path) -> None:
     result = invoke(main, "zeros.onnx", "--dry-run", "--explain")
     assert result.exit_code == 0
-    assert "would be timed dense and as block:1x1" in result.stdout
+    assert "would be timed dense and as unstructured" in result.stdout
     assert names(here) == {"net.onnx", "zeros.onnx"}
 
 

@@ -93,7 +93,7 @@ def test_unpack_undoes_pack(packed: rx1.Packed) -> None:
     dense = rx1.unpack(packed)
     again = rx1.pack(dense, packed.bias[: packed.n], packed.rows, packed.chunk, packed.k_block)
     assert dense.shape == (packed.n, packed.k)
-    for one, other in zip(packed.arrays, again.arrays, strict=True):
+    for one, other in zip(packed.arrays.values(), again.arrays.values(), strict=True):
         assert one.dtype == other.dtype
         assert (one == other).all()
 

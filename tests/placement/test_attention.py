@@ -14,6 +14,7 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import open_session, run
+from spa_compiler.kernels.rx1 import Blocks
 from spa_compiler.placement.attention import AttentionSite, find_attention
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.norms import find_norms
@@ -146,7 +147,7 @@ def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
     known = [shapes.fixed(model, feeds(model, *s)) for s in ((1, 16), (3, 5))]
     sites = find_sites(model)[0]
     groups = join(model, sites, [], find_attention(model, known), known)
-    link(insert(model, groups, {s.name: 4 for s in sites}, Packer()), (MCPU,), tmp_path / "kernels.so")
+    link(insert(model, groups, {s.name: Blocks(4) for s in sites}, Packer()), (MCPU,), tmp_path / "kernels.so")
     session = open_session(to_proto(model).SerializeToString(), library=tmp_path / "kernels.so")
     x = feeds(load(proto), 1, 16) | {"mask": np.zeros((1, 1, 1, 15), np.float32)}
     with pytest.raises(Exception, match=r"mask 0 must be \[1 or 1,3 or 1,16 or 1,16\], its shape is \[1,1,1,15\]"):
@@ -162,7 +163,7 @@ def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, ra
     known = [shapes.fixed(model, feeds(model, *s)) for s in ((1, 16), (3, 5))]
     sites = find_sites(model)[0]
     groups = join(model, sites, find_norms(model), find_attention(model, known), known)
-    regions = insert(model, groups, {s.name: 4 for s in sites}, Packer())
+    regions = insert(model, groups, {s.name: Blocks(4) for s in sites}, Packer())
     assert [n.domain for n in model.graph.nodes] == ["ai.spa"]
     calls = [line.split("(")[0] for line in regions[0].lines]
     thin = ["spa_linear", "spa_sum"] if rank else ["spa_linear"]

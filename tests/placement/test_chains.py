@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spa_compiler.graph import shapes as graph_shapes
-from spa_compiler.placement.candidates import LOW_RANK, chain_classes, forms, layouts
+from spa_compiler.kernels.rx1 import Blocks
+from spa_compiler.placement.candidates import LOW_RANK, chain_classes, layouts, stored_forms
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.sites import find_sites, held
 from tests.networks import F32, model_of, weight
@@ -36,7 +37,7 @@ def chains(text: str, tokens: int = 3, **weights: F32) -> list[Chain]:
     shape = next(tuple(t.shape) for t in model.graph.inputs)
     feed = {"x": np.zeros([s if isinstance(s, int) else tokens for s in shape], np.float32)}
     known = [graph_shapes.fixed(model, feed)]
-    return find_chains(sites, {s.name for s in sites if forms(s)}, held(model.graph), known)
+    return find_chains(sites, {s.name for s in sites if stored_forms(s)}, held(model.graph), known)
 
 
 def names(chain: Chain) -> list[str]:
@@ -49,7 +50,7 @@ def test_two_products_with_bias_and_activation() -> None:
     assert chain.sparse == ()
     assert [e.output.name for e in chain.group.elements] == ["z", "y"]
     assert [w.name for w in layouts(chain, {})] == [LOW_RANK]
-    assert layouts(chain, {})[0].of(chain) == {"z": 4, "m": 4}
+    assert layouts(chain, {})[0].of(chain) == {"z": Blocks(4), "m": Blocks(4)}
 
 
 @pytest.mark.parametrize("operands", ["s, m", "m, s"])
@@ -58,8 +59,8 @@ def test_a_sparse_weight_beside(operands: str) -> None:
     assert names(chain) == ["z", "s", "m"]
     assert [s.name for s in chain.sparse] == ["s"]
     ways = layouts(chain, {})
-    assert [w.name for w in ways] == [f"block:{r}x1 + low rank" for r in (1, 4, 8)]
-    assert ways[2].of(chain) == {"z": 4, "s": 8, "m": 4}
+    assert [w.name for w in ways] == [f"{Blocks(r).name} + low rank" for r in (1, 4, 8)]
+    assert ways[2].of(chain) == {"z": Blocks(4), "s": Blocks(8), "m": Blocks(4)}
 
 
 def test_a_dense_weight_beside_stays_outside() -> None:
@@ -142,12 +143,12 @@ def test_sparse_weights_beside_one_thin_tensor_have_one_height() -> None:
     scattered = weight(RNG, K, N, 0.8, rows=1)  # too dense in 4 x 1 blocks
     (chain,) = chains(text, f=scattered)
     assert names(chain) == ["z", "s", "p0", "t", "q0"]
-    assert [way.name for way in layouts(chain, {})] == ["block:1x1 + low rank"]
+    assert [way.name for way in layouts(chain, {})] == ["unstructured + low rank"]
 
 
 def test_factors_with_zeros_of_their_own_keep_their_height() -> None:
     (chain,) = chains(ONE + "{ z = MatMul(x, d) y = MatMul(z, u) }")
-    assert layouts(chain, {"y": 8})[0].of(chain) == {"z": 4, "y": 8}
+    assert layouts(chain, {"y": Blocks(8)})[0].of(chain) == {"z": Blocks(4), "y": Blocks(8)}
 
 
 def test_like_layers_are_one_class() -> None:

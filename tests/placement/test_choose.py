@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spa_compiler.kernels.rx1 import Blocks
 from spa_compiler.placement import contests, timer
-from spa_compiler.placement.candidates import DENSE, LOW_RANK, SiteClass, chain_classes, classes, forms
+from spa_compiler.placement.candidates import DENSE, LOW_RANK, SiteClass, chain_classes, classes, stored_forms
 from spa_compiler.placement.chains import find_chains
 from spa_compiler.placement.choose import ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
@@ -70,15 +71,15 @@ def decide(folder: Path, found: list[SiteClass], records: str = "records.sqlite"
 
 def test_forms_that_leave_nothing_out_are_none() -> None:
     dense, block, scattered = weight(RNG, 64, 64), weight(RNG, 64, 64, 0.2), weight(RNG, 64, 64, 0.2, rows=1)
-    assert forms(sites_of(dense)[0]) == ()
-    assert [s.rows for s in forms(sites_of(block)[0])] == [1, 4, 8]
-    assert forms(sites_of(block)[0])[1].share == pytest.approx(0.2, abs=0.05)
-    assert [round(s.share, 1) for s in forms(sites_of(scattered)[0])][:2] == [0.2, 0.6]
+    assert stored_forms(sites_of(dense)[0]) == ()
+    assert [s.form.rows for s in stored_forms(sites_of(block)[0])] == [1, 4, 8]
+    assert stored_forms(sites_of(block)[0])[1].share == pytest.approx(0.2, abs=0.05)
+    assert [round(s.share, 1) for s in stored_forms(sites_of(scattered)[0])][:2] == [0.2, 0.6]
 
 
 def test_a_block_is_no_higher_than_the_weight() -> None:
     model = model_of("g (float[N,64] x) => (float[N,2] y) { y = MatMul(x, w) }", w=weight(RNG, 64, 2, 0.2, rows=1))
-    assert [s.rows for s in forms(find_sites(model)[0][0])] == [1]
+    assert [s.form.rows for s in stored_forms(find_sites(model)[0][0])] == [1]
 
 
 def test_like_sites_are_one_class() -> None:
@@ -124,21 +125,21 @@ def test_a_trial_holds_a_few_sites_of_bounded_size(count: int, size: int, kept: 
 
 
 def test_the_fastest_form_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = Timed(monkeypatch, {"block:1x1": 1.5, "block:4x1": 4.0, "block:8x1": 2.0})
+    timed = Timed(monkeypatch, {"unstructured": 1.5, "block:4x1": 4.0, "block:8x1": 2.0})
     choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.2))))
-    assert [c.rows for c in choices] == [4, 4]
+    assert [c.form for c in choices] == [Blocks(4), Blocks(4)]
     assert choices[0].reason == "4.00x over dense as block:4x1"
     assert choices[0].tokens == (16,)
-    assert timed.asked[0] == {DENSE, "block:1x1", "block:4x1", "block:8x1"}
+    assert timed.asked[0] == {DENSE, "unstructured", "block:4x1", "block:8x1"}
     assert choices[0].timings[0][DENSE].median_us == pytest.approx(100)
 
 
-@pytest.mark.parametrize("ratio,rows", [(0.5, None), (1.0, None), (1.03, None), (1.05, 4)])
-def test_dense_wins_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, rows: int | None) -> None:
+@pytest.mark.parametrize("ratio,form", [(0.5, None), (1.0, None), (1.03, None), (1.05, Blocks(4))])
+def test_dense_wins_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio: float, form: Blocks | None) -> None:
     Timed(monkeypatch, {"block:4x1": ratio})
     choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.2))))
-    assert {c.rows for c in choices} == {rows}
-    if rows is None:
+    assert {c.form for c in choices} == {form}
+    if form is None:
         assert "dense is faster or as fast: block:4x1 reaches" in choices[0].reason
         assert "zeros in 4x1 blocks would gain" in choices[0].would_help
 
@@ -147,7 +148,7 @@ def test_shapes_are_weighed_by_their_geometric_mean(tmp_path: Path, monkeypatch:
     found = classes_of(sites_of(weight(RNG, 64, 64, 0.2)), 1, 64)
     Timed(monkeypatch, {"block:4x1": 0.5, "block:8x1": 1.2}, {"block:4x1": 8.0, "block:8x1": 1.2})
     choice = decide(tmp_path, found)[0]
-    assert (choice.rows, choice.reason) == (4, "2.00x over dense as block:4x1")
+    assert (choice.form, choice.reason) == (Blocks(4), "2.00x over dense as block:4x1")
     assert choice.tokens == (1, 64)
     assert len(choice.timings) == 2
 
@@ -156,14 +157,14 @@ def test_without_zeros_nothing_is_timed(tmp_path: Path, monkeypatch: pytest.Monk
     timed = Timed(monkeypatch, {})
     choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64))))
     assert timed.asked == []
-    assert {(c.rows, c.reason) for c in choices} == {(None, "it has no zeros")}
+    assert {(c.form, c.reason) for c in choices} == {(None, "it has no zeros")}
     assert "sparsity=0.8,pattern=block:4x1,targets=h" in choices[0].would_help
 
 
 def test_too_few_zeros_say_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Timed(monkeypatch, {})
     choices = decide(tmp_path, classes_of(sites_of(weight(RNG, 64, 64, 0.98, rows=1))))
-    assert choices[0].rows is None
+    assert choices[0].form is None
     assert "its zeros (2%) leave no block out" in choices[0].reason
 
 
@@ -175,7 +176,7 @@ def test_a_second_run_times_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(contests, "link", lambda *_: pytest.fail("there is nothing to link"))
     again = decide(tmp_path, found)
     assert len(timed.asked) == 2
-    assert [(c.rows, c.reason, c.timings) for c in again] == [(c.rows, c.reason, c.timings) for c in first]
+    assert [(c.form, c.reason, c.timings) for c in again] == [(c.form, c.reason, c.timings) for c in first]
 
 
 def test_real_times(tmp_path: Path) -> None:
@@ -198,11 +199,11 @@ def decide_layer(
     known = [{t: (n, f) for t, f in (("x", 64), ("z", 8), ("s", 48), ("m", 48))} for n in tokens or (16,)]
     alone = decide(folder, classes(find_sites(model)[0], known))
     sites = find_sites(model)[0]
-    chains = find_chains(sites, {s.name for s in sites if forms(s)}, held(model.graph), known)
+    chains = find_chains(sites, {s.name for s in sites if stored_forms(s)}, held(model.graph), known)
     work = folder / "work"
     book = Records(folder / "records.sqlite", {"cpu": "this one"})
-    rows = {c.site.name: c.rows for c in alone if c.rows is not None}
-    found = choose_chains(chain_classes(chains, rows, known), referee(book, work))
+    own = {c.site.name: c.form for c in alone if c.form is not None}
+    found = choose_chains(chain_classes(chains, own, known), referee(book, work))
     assert list(work.iterdir()) == []
     return alone, found
 
@@ -210,11 +211,11 @@ def decide_layer(
 def test_a_sparse_and_low_rank_layer_is_timed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = Timed(monkeypatch, {"block:4x1": 2.0}, {"block:4x1 + low rank": 1.5, "block:8x1 + low rank": 1.2})
     alone, (layer,) = decide_layer(tmp_path)
-    assert timed.asked[1] == {DENSE, *(f"block:{r}x1 + low rank" for r in (1, 4, 8))}
-    assert (layer.wins, layer.gain, layer.rows) == (True, pytest.approx(1.5), {"s": 4, "z": 4, "m": 4})
-    choices = {c.site.name: c for c in explain(alone, [layer], layer.rows)}
-    assert {n: (c.form, c.rows, c.candidate) for n, c in choices.items()} == dict.fromkeys(
-        ("s", "z", "m"), ("sparse + low rank", 4, "block:4x1 + low rank")
+    assert timed.asked[1] == {DENSE, *(f"{Blocks(r).name} + low rank" for r in (1, 4, 8))}
+    assert (layer.wins, layer.gain, layer.forms) == (True, pytest.approx(1.5), dict.fromkeys("szm", Blocks(4)))
+    choices = {c.site.name: c for c in explain(alone, [layer], layer.forms)}
+    assert {n: (c.kind, c.form, c.candidate) for n, c in choices.items()} == dict.fromkeys(
+        ("s", "z", "m"), ("sparse + low rank", Blocks(4), "block:4x1 + low rank")
     )
     assert choices["m"].reason == "1.50x over dense as block:4x1 + low rank, z, s, m together"
     assert choices["m"].timings[0].keys() == timed.asked[1]
@@ -226,8 +227,8 @@ def test_dense_factors_win_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     Timed(monkeypatch, {LOW_RANK: ratio})
     alone, (layer,) = decide_layer(tmp_path, False)
     assert layer.wins == wins
-    choices = explain(alone, [layer], layer.rows if wins else {})
-    assert {(c.form, c.rows) for c in choices} == {(LOW_RANK, 4) if wins else (DENSE, None)}
+    choices = explain(alone, [layer], layer.forms if wins else {})
+    assert {(c.kind, c.form) for c in choices} == {(LOW_RANK, Blocks(4)) if wins else (DENSE, None)}
     if not wins:
         assert {c.reason for c in choices} == {
             f"dense is faster or as fast: z, m together as low rank reach {ratio:.2f}x"
@@ -237,8 +238,8 @@ def test_dense_factors_win_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_layer_that_gains_with_its_neighbours_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Timed(monkeypatch, {LOW_RANK: 0.9})
     alone, (layer,) = decide_layer(tmp_path, False)
-    choices = explain(alone, [layer], layer.rows)
-    assert {(c.form, c.rows) for c in choices} == {(LOW_RANK, 4)}
+    choices = explain(alone, [layer], layer.forms)
+    assert {(c.kind, c.form) for c in choices} == {(LOW_RANK, Blocks(4))}
     assert all("0.90x over dense" in c.reason and "with its neighbours" in c.reason for c in choices)
 
 
@@ -247,9 +248,9 @@ def test_a_sparse_weight_keeps_its_own_form_where_the_layer_loses(
 ) -> None:
     Timed(monkeypatch, {"block:8x1": 2.0}, {"block:4x1 + low rank": 0.9})
     alone, chains = decide_layer(tmp_path)
-    choices = {c.site.name: c for c in explain(alone, chains, {"s": 8})}
-    assert (choices["s"].form, choices["s"].rows, choices["s"].candidate) == ("sparse", 8, "block:8x1")
-    assert (choices["z"].form, choices["z"].rows) == (DENSE, None)
+    choices = {c.site.name: c for c in explain(alone, chains, {"s": Blocks(8)})}
+    assert (choices["s"].kind, choices["s"].form, choices["s"].candidate) == ("sparse", Blocks(8), "block:8x1")
+    assert (choices["z"].kind, choices["z"].form) == (DENSE, None)
     assert "z, s, m together as block:4x1 + low rank reach 0.90x" in choices["z"].reason
 
 
@@ -257,10 +258,10 @@ def test_factors_that_gain_by_themselves_are_no_layer(tmp_path: Path, monkeypatc
     """`down` has zeros and is a kernel by itself; the layer as one node loses, and is not in the plan that won."""
     Timed(monkeypatch, {"block:4x1": 2.0}, {LOW_RANK: 0.9})
     alone, chains = decide_layer(tmp_path, False, d=weight(RNG, 64, 8, 0.2))
-    choices = {c.site.name: c for c in explain(alone, chains, {"z": 4})}
-    assert (choices["z"].form, choices["z"].rows, choices["z"].candidate) == ("sparse", 4, "block:4x1")
+    choices = {c.site.name: c for c in explain(alone, chains, {"z": Blocks(4)})}
+    assert (choices["z"].kind, choices["z"].form, choices["z"].candidate) == ("sparse", Blocks(4), "block:4x1")
     assert choices["z"].reason == "2.00x over dense as block:4x1"
-    assert (choices["m"].form, choices["m"].rows) == (DENSE, None)
+    assert (choices["m"].kind, choices["m"].form) == (DENSE, None)
 
 
 def test_layers_are_timed_once_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

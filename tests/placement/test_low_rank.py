@@ -16,7 +16,7 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import open_session, run
-from spa_compiler.placement.candidates import forms, layouts
+from spa_compiler.placement.candidates import layouts, stored_forms
 from spa_compiler.placement.chains import find_chains
 from spa_compiler.placement.nodes import DOMAIN, Packer, insert
 from spa_compiler.placement.norms import find_norms
@@ -103,13 +103,13 @@ class Layer:
         graph_shapes.infer(model)
         known = [graph_shapes.fixed(model, self.feeds(t)) for t in (5, 33)]
         sites = find_sites(model)[0]
-        (chain,) = find_chains(sites, {s.name for s in sites if forms(s)}, held(model.graph), known)
+        (chain,) = find_chains(sites, {s.name for s in sites if stored_forms(s)}, held(model.graph), known)
         assert len(chain.sparse) == (self.heads if self.rows else 0)
         ways = layouts(chain, {})
-        rows = ways[self.choice % len(ways)].of(chain)
-        fresh = [s for s in find_sites(model)[0] if s.name in rows]
+        forms = ways[self.choice % len(ways)].of(chain)
+        fresh = [s for s in find_sites(model)[0] if s.name in forms]
         groups = join(model, fresh, find_norms(model), [], known) if joined else [chain.group]
-        return model, insert(model, groups, rows, Packer())
+        return model, insert(model, groups, forms, Packer())
 
 
 @st.composite
@@ -162,7 +162,7 @@ def test_the_thin_tensor_stays_in_its_panel_and_the_sum_is_one_step() -> None:
     layer = Layer(40, 64, 8, 1, 4, False, (False, False, False, True), True, False, False, 1, 0)
     (spec,) = layer.rewritten(True)[1]
     assert spec.lines == ("spa_pack(r, 0, 0)", "spa_linear(r, 0, 0, -1, 40)", "spa_sum_out(r, 1, 0, 2, 40, -1, 0)")
-    assert [(s.n, s.k, s.rows, s.act) for s in spec.linears] == [
+    assert [(s.n, s.k, s.form.rows, s.act) for s in spec.linears] == [
         (8, 40, 4, "none"),
         (64, 40, 4, "none"),
         (64, 8, 4, "relu"),
@@ -171,4 +171,4 @@ def test_the_thin_tensor_stays_in_its_panel_and_the_sum_is_one_step() -> None:
 
 def test_full_weights_are_cut_into_blocks_that_stay_in_l1() -> None:
     spec = Layer(300, 700, 60, 1, 0, False, (False,) * 4, False, False, False, 0, 0).rewritten(False)[1][0]
-    assert [s.k_block for s in spec.linears] == [128, 60]
+    assert [s.form.k_block for s in spec.linears] == [128, 60]

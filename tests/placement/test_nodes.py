@@ -214,7 +214,7 @@ def rewrite(proto: onnx.ModelProto, joins: bool, rows: int | None = None) -> Rew
     model = load(proto)
     graph_shapes.infer(model)
     sites = find_sites(model)[0]
-    chosen = {s.name: rows or rx1.BLOCK_ROWS[i % len(rx1.BLOCK_ROWS)] for i, s in enumerate(sites)}
+    chosen = {s.name: rx1.Blocks(rows or rx1.BLOCK_ROWS[i % len(rx1.BLOCK_ROWS)]) for i, s in enumerate(sites)}
     if joins:
         known = [graph_shapes.fixed(model, feeds_of(model, i)) for i in range(4)]
         groups = join(model, sites, find_norms(model), find_attention(model, known), known)
@@ -278,7 +278,7 @@ def test_nodes_say_where_they_come_from(name: str) -> None:
         assert set(facts) == {"spa.source", "spa.form", "spa.density"}
         forms, densities = facts["spa.form"].split(","), facts["spa.density"].split(",")
         assert len(forms) == len(densities)
-        assert set(forms) <= {"block:1x1", "block:4x1", "block:8x1"}
+        assert set(forms) <= {"unstructured", "block:4x1", "block:8x1"}
         assert all(0 <= float(d) <= 1 for d in densities)
         names = facts["spa.source"].split(",")
         assert set(names) <= {n.name for n in each.original.graph.node}
@@ -340,11 +340,11 @@ def test_what_is_no_site_stays_as_text() -> None:
 def test_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     pack = rx1.pack
-    monkeypatch.setattr(rx1, "pack", lambda w, b, rows: calls.append(rows) or pack(w, b, rows))
+    monkeypatch.setattr(rx1, "pack", lambda w, b, rows, *tile: calls.append(rows) or pack(w, b, rows, *tile))
     packer = Packer()
     for _ in range(2):
         model = load(CASES["siblings"])
         graph_shapes.infer(model)
         sites = find_sites(model)[0]
-        insert(model, single(sites), dict.fromkeys((s.name for s in sites), 4), packer)
+        insert(model, single(sites), dict.fromkeys((s.name for s in sites), rx1.Blocks(4)), packer)
     assert calls == [4, 4, 4]

@@ -14,6 +14,7 @@ from spa_compiler.errors import ModelError
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import open_session, run
+from spa_compiler.kernels.rx1 import Blocks
 from spa_compiler.placement import contests, timer
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
@@ -112,7 +113,7 @@ def test_the_fastest_plan_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Stopwatch(monkeypatch, 5.0, {SINGLE: 50, REGIONS: 25}, real=True)
     result = placed(tmp_path)
     assert result.plan.name == REGIONS
-    assert result.gaining == list(result.plan.rows)
+    assert result.gaining == list(result.plan.forms)
     assert result.reason.startswith("regions: 4.00x over ")
     assert len(result.plan.regions) == 1
     assert folders(result) == {"portable", "regions"}
@@ -188,8 +189,8 @@ def test_low_rank_layers_by_themselves_and_joined(
     assert result.plan.name == winner
     assert (FACTORS in result.race[0]) == (site < 1)
     assert len(result.plan.regions) == nodes
-    assert {c.site.name: c.form for c in result.choices if c.site.name in forms} == forms
-    assert set(result.plan.rows) == ({"z", "a", "t", "c", "s"} if nodes else set())
+    assert {c.site.name: c.kind for c in result.choices if c.site.name in forms} == forms
+    assert set(result.plan.forms) == ({"z", "a", "t", "c", "s"} if nodes else set())
     session = open_session(result.plan.file, library=result.plan.library)
     feeds = {"x": np.random.default_rng(0).standard_normal((2, 5, WIDTH)).astype(np.float32)}
     want = run(open_session(tmp_path / "source.onnx"), feeds)["y"]
@@ -224,22 +225,26 @@ def time_sites(gains: Mapping[int, float]) -> Callable[[Mapping[str, Callable[[]
     return interleave
 
 
-@pytest.mark.parametrize(("slow", "last"), [(2.0, ("sparse", 1)), (0.9, ("dense", None))])
+@pytest.mark.parametrize(("slow", "last"), [(2.0, ("sparse", Blocks(1))), (0.9, ("dense", None))])
 def test_layers_between_kernels_become_kernels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, last: tuple[str, int | None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, last: tuple[str, Blocks | None]
 ) -> None:
     """With the kernel that was timed, unless it is so slow that all of the weight as 4 x 1 blocks must be better."""
     watch = Stopwatch(monkeypatch, 5.0, {EVERY: 50}, real=True)
     watch.time_sites = time_sites({0: 5.0, 1: slow})
     result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert result.plan.name == EVERY
-    assert result.plan.rows == {"a": 4, "b": 4, "y": last[1] or 4}
+    assert result.plan.forms == {"a": Blocks(4), "b": Blocks(4), "y": last[1] or Blocks(4)}
     assert result.gaining == ["a"]
     assert len(result.plan.regions) == 1
     choices = {c.site.name: c for c in result.choices}
-    assert {n: (c.form, c.rows) for n, c in choices.items()} == {"a": ("sparse", 4), "b": ("dense", None), "y": last}
+    assert {n: (c.kind, c.form) for n, c in choices.items()} == {
+        "a": ("sparse", Blocks(4)),
+        "b": ("dense", None),
+        "y": last,
+    }
     assert choices["b"].reason == "it has no zeros; between its neighbours in one region the model gains"
-    assert choices["y"].reason.startswith("dense is faster or as fast: block:1x1 reaches")
+    assert choices["y"].reason.startswith("dense is faster or as fast: unstructured reaches")
     assert {c.would_help for c in result.choices} == {""}
     session = open_session(result.plan.file, library=result.plan.library)
     feeds = {"x": np.random.default_rng(0).standard_normal((2, WIDTH, WIDTH)).astype(np.float32)}
@@ -252,8 +257,8 @@ def test_layers_between_kernels_stay_dense_where_that_loses(tmp_path: Path, monk
     watch.time_sites = time_sites({0: 5.0, 1: 0.9})
     result = placed(tmp_path, proto=in_between(False), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert result.plan.name == REGIONS
-    assert {c.site.name: (c.form, c.rows) for c in result.choices} == {
-        "a": ("sparse", 4),
+    assert {c.site.name: (c.kind, c.form) for c in result.choices} == {
+        "a": ("sparse", Blocks(4)),
         "b": ("dense", None),
         "y": ("dense", None),
     }
@@ -303,7 +308,7 @@ def test_a_model_without_zeros(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = placed(tmp_path, density=1.0)
     assert (watch.sites, watch.races) == (0, 1)
     assert result.plan.name == PORTABLE
-    assert {c.rows for c in result.choices} == {None}
+    assert {c.form for c in result.choices} == {None}
 
 
 def test_the_model_as_given_when_rewriting_made_it_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +356,7 @@ def test_other_targets_stay_dense_and_say_so(
     assert watch.sites == 0
     assert result.plan.name == PORTABLE
     assert words in result.reason
-    assert {c.rows for c in result.choices} == {None}
+    assert {c.form for c in result.choices} == {None}
     assert all(words in c.reason for c in result.choices)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spa_compiler.graph.session import open_session
+from spa_compiler.kernels.rx1 import Blocks
 from spa_compiler.placement.candidates import classes
 from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.regions import single
@@ -46,16 +47,16 @@ SITES = {
 def test_dense_and_sparse_are_the_same(name: str, tmp_path: Path) -> None:
     text, shape = SITES[name]
     (site,), _ = find_sites(model_of(f"g {text}", w=weight(*shape), b=weight(16)))
-    groups, packer, rows = single([site]), Packer(), {site.name: 4}
+    groups, packer, forms = single([site]), Packer(), {site.name: Blocks(4)}
     size = tuple(int(d) for d in site.source.shape or ())
-    link([region_of(groups[0], rows, packer).spec], (MCPU,), tmp_path / "kernels.so")
+    link([region_of(groups[0], forms, packer).spec], (MCPU,), tmp_path / "kernels.so")
     x = RNG.standard_normal(size).astype(np.float32)
 
     def outputs(model: bytes) -> Sequence[np.ndarray]:
         return open_session(model, threads=1, library=tmp_path / "kernels.so").run(None, {"x": x})
 
     want = [y.astype(np.float64) for y in outputs(dense_model(groups, size))]
-    assert_parity(outputs(sparse_model(groups, size, rows, packer)), want)
+    assert_parity(outputs(sparse_model(groups, size, forms, packer)), want)
     assert site.pixels(size) == want[0].size // 16
 
 

@@ -29,7 +29,7 @@ from tests.window_harness import CONVOLUTIONS
 
 
 def linear(n: int, k: int, rows: int = 4, act: str = "none") -> LinearSpec:
-    return LinearSpec(n, k, rows, *rx1.default_blocking(n, k, rows), act)
+    return LinearSpec(n, k, rx1.Blocks(rows, *rx1.default_blocking(n, k, rows)), act)
 
 
 def chain(*features: int) -> tuple[RegionSpec, list[Panel]]:
@@ -78,7 +78,7 @@ def test_products_with_other_chunks_cannot_be_added() -> None:
     b = RegionBuilder("rows")
     x = b.pack(40)
     with pytest.raises(ValueError, match="cut differently"):
-        b.linear(x, linear(300, 40), term=Term(x, LinearSpec(300, 40, 4, 64, 40)))
+        b.linear(x, linear(300, 40), term=Term(x, LinearSpec(300, 40, rx1.Blocks(4, 64, 40))))
     with pytest.raises(ValueError, match="cut differently"):
         b.linear(x, linear(24, 40), term=Term(x, linear(20, 40)))
     b.linear_out(x, linear(20, 40, rows=1), term=Term(x, linear(20, 40, rows=8)))  # one chunk, of 20 and of 24 rows

@@ -150,7 +150,7 @@ def test_the_wrong_number_of_axes_is_refused() -> None:
 def test_a_region_holds_one_convolution_and_nothing_else() -> None:
     c = CONVOLUTIONS["valid"]
     p = c.packed
-    spec = LinearSpec(p.n, p.k, p.rows, p.chunk, p.k_block)
+    spec = LinearSpec(p.n, p.k, p.form)
     builder = RegionBuilder("planes")
     builder.convolution(c.window, spec)
     with pytest.raises(ValueError, match="region of its own"):
@@ -158,4 +158,4 @@ def test_a_region_holds_one_convolution_and_nothing_else() -> None:
     with pytest.raises(ValueError, match="region of its own"):
         RegionBuilder("rows").convolution(c.window, spec)
     with pytest.raises(ValueError, match="54 columns"):
-        RegionBuilder("planes").convolution(c.window, LinearSpec(p.n, 53, p.rows, p.chunk, p.k_block))
+        RegionBuilder("planes").convolution(c.window, LinearSpec(p.n, 53, p.form))
