@@ -130,8 +130,8 @@ def compare(
     pythons = pythons or {}
     loaded = [load(entry.path) for entry in models]
     # Models with the same inputs get the very same arrays.
-    loaded = [loaded[0] if _inputs(model) == _inputs(loaded[0]) else model for model in loaded]
-    wanted = [_shapes(shapes, model) for model in loaded]
+    loaded = [loaded[0] if inputs_of(model) == inputs_of(loaded[0]) else model for model in loaded]
+    wanted = [shapes_of(shapes, model) for model in loaded]
     rows: list[Row] = []
     ratios: list[Ratio] = []
     skipped: list[Skip] = []
@@ -186,15 +186,24 @@ def _source_name(manifest: Path) -> str:
         return ""
 
 
-def _shapes(options: Sequence[str], model: Model) -> list[Shapes]:
+def python_of(entry: Entry, pythons: Mapping[str, str]) -> str:
+    """The interpreter that a model runs in, in ONNX Runtime as it is."""
+    own = pythons.get(ARTIFACT.name) if entry.folder else None
+    return own or pythons.get("onnxruntime") or sys.executable
+
+
+def shapes_of(options: Sequence[str], model: Model) -> list[Shapes]:
+    """The sets of shapes to measure at: what `--shape` says, else what the signature allows."""
     return parse_shapes(options, model) if options else [default_shapes(model)]
 
 
-def _inputs(model: Model) -> list[tuple[str, str]]:
+def inputs_of(model: Model) -> list[tuple[str, str]]:
+    """Names and types: models that agree in them take the same feeds."""
     return [(value.name, str(value.dtype)) for value in model.signature.inputs]
 
 
-def _feeds(model: Model, shapes: Shapes, seed: int = _SEED) -> Feeds:
+def drawn(model: Model, shapes: Shapes, seed: int = _SEED) -> Feeds:
+    """Inputs for all contenders of a race."""
     return example_feeds(model, shapes, np.random.default_rng(seed))
 
 
@@ -214,12 +223,12 @@ def _contenders(
     pythons: Mapping[str, str],
 ) -> tuple[list[Contender], list[Skip]]:
     """An entry in every engine; and in which it cannot be."""
-    feeds = _feeds(model, shapes)
+    feeds = drawn(model, shapes)
     result: list[Contender] = []
     skipped: list[Skip] = []
     chosen = list(engines)
     if entry.folder:
-        python = pythons.get(ARTIFACT.name) or pythons.get("onnxruntime") or sys.executable
+        python = python_of(entry, pythons)
         result.append(
             Contender(entry.name, ARTIFACT, entry.folder / "model.onnx", feeds, library=entry.library, python=python)
         )
@@ -229,7 +238,7 @@ def _contenders(
     for engine in chosen:
         required = engine.form == "" and engine.loader == "onnxruntime"
         try:
-            path = prepare(engine, entry.path, [_feeds(model, shapes, seed) for seed in range(_CALIBRATION_FEEDS)])
+            path = prepare(engine, entry.path, [drawn(model, shapes, seed) for seed in range(_CALIBRATION_FEEDS)])
         except Exception as error:  # noqa: BLE001, a tool that fails on this model must not stop the others
             reason = f"cannot be prepared: {type(error).__name__}: {error}"
             skipped.append(Skip(_label(entry), engine.name, shape_text(_sizes(feeds)), reason))

@@ -51,6 +51,7 @@ class Contender:
     library: Path | None = None
     python: str = sys.executable
     required: bool = True  # else it is left out, with a warning, when it does not run
+    profile: Path | None = None  # a folder that ONNX Runtime's profile goes to, which makes it a little slower
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Times:
     bursts: tuple[tuple[float, ...], ...]
     version: str  # of the engine
     outputs: dict[str, np.ndarray] = field(default_factory=dict)  # numeric ones by their place among all
+    trace: Path | None = None  # of a contender that is profiled, in its folder; the optimized model is beside it
+    counted: tuple[bool, ...] = ()  # for each run in the trace, whether it is a timed call
 
     def percentile(self, percent: float) -> float:
         """Over all calls, in ms."""
@@ -169,6 +172,7 @@ class _Worker:
             "threads": self.threads,
             "disabled": engine.disabled,
             "config": engine.config,
+            "profile": str(contender.profile.resolve()) if contender.profile else "",
         }
         command = [contender.python, str(_WORKER), json.dumps(job)]
         pipe, env = subprocess.PIPE, {**os.environ, **engine.env}
@@ -196,7 +200,11 @@ class _Worker:
             return Absent(self.absent)
         with np.load(self._outputs, allow_pickle=False) as archive:
             outputs = {place: archive[place] for place in archive.files}
-        return Times(tuple(self.bursts), self.version, outputs)
+        trace, counted = None, ()
+        if self.contender.profile:
+            answer = self._ask("profile")
+            trace, counted = Path(answer["trace"]), tuple(answer["counted"])
+        return Times(tuple(self.bursts), self.version, outputs, trace, counted)
 
     @property
     def _outputs(self) -> Path:
@@ -204,17 +212,20 @@ class _Worker:
 
     def burst(self, calls: int) -> None:
         """Times `calls` calls."""
+        self.bursts.append(tuple(self._ask(str(calls))))
+
+    def _ask(self, line: str) -> Any:
         if self.process is None or self.process.stdin is None:
-            raise RuntimeError("a burst before start()")
+            raise RuntimeError("a question before start()")
         try:
-            self.process.stdin.write(f"{calls}\n")
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # the answer says more
         answer = self._answer()
-        if isinstance(answer, dict):
+        if isinstance(answer, dict) and "error" in answer:
             raise ModelError(f"stopped while it was timed: {answer['error']}", where=self.name)
-        self.bursts.append(tuple(answer))
+        return answer
 
     def _answer(self) -> Any:
         """The next line the worker writes; its last words on stderr if it has died."""

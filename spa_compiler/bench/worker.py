@@ -2,8 +2,9 @@
 
 So `spa-bench --python ENGINE=PATH` can run it in an interpreter with other versions. It is told what to do by a JSON
 object in its only argument, writes what its first call computes to the file that `outputs` names, answers one JSON line
-when it is ready, and then, for every line with a number N, one JSON line with the milliseconds of N calls. The end of
-its input is the end of it.
+when it is ready, and then, for every line with a number N, one JSON line with the milliseconds of N calls. Where a
+profile is asked for, a line "profile" ends it, and the answer says where it lies and which of the calls so far count.
+The end of its input is the end of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 
 Call = Callable[[], "list[Any]"]
+End = Callable[[], str]
+"""Ends the profile and returns the path of its trace."""
 
 #: calls before the first that counts: allocations, prepacking, page faults
 _WARM_UP = 3
@@ -28,7 +31,7 @@ _WARM_UP = 3
 _NUMBERS = "biufc"
 
 
-def onnxruntime(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
+def onnxruntime(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str, End]:
     """ONNX Runtime with its default options but for what the job asks."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # newer wheels send some unless told otherwise
     import onnxruntime as ort
@@ -40,10 +43,17 @@ def onnxruntime(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call
         options.register_custom_ops_library(job["library"])
     for key, value in job["config"].items():
         options.add_session_config_entry(key, value)
+    if job["profile"]:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.path.join(job["profile"], "trace")  # noqa: PTH118, ORT takes strings
+        options.optimized_model_filepath = os.path.join(job["profile"], "optimized.onnx")  # noqa: PTH118
+        external = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{external}_file_name", "optimized.data")
+        options.add_session_config_entry(f"{external}_min_size_in_bytes", "1024")
     session = ort.InferenceSession(
         job["model"], options, providers=["CPUExecutionProvider"], disabled_optimizers=job["disabled"]
     )
-    return lambda: session.run(None, feeds), ort.__version__
+    return lambda: session.run(None, feeds), ort.__version__, session.end_profiling
 
 
 def openvino(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call, str]:
@@ -76,7 +86,7 @@ def deepsparse(job: dict[str, Any], feeds: dict[str, np.ndarray]) -> tuple[Call,
     return lambda: engine.run(values, val_inp=False), engines.__version__
 
 
-LOADERS = {"onnxruntime": onnxruntime, "openvino": openvino, "deepsparse": deepsparse}
+LOADERS: dict[str, Callable[..., Any]] = {"onnxruntime": onnxruntime, "openvino": openvino, "deepsparse": deepsparse}
 
 
 def keep(path: str, outputs: list[Any]) -> None:
@@ -94,7 +104,7 @@ def main() -> None:
     try:
         with np.load(job["feeds"], allow_pickle=False) as archive:
             feeds = {name: archive[name] for name in archive.files}
-        call, version = LOADERS[job["loader"]](job, feeds)
+        call, version, *end = LOADERS[job["loader"]](job, feeds)
         keep(job["outputs"], call())
         for _ in range(_WARM_UP - 1):
             call()
@@ -102,13 +112,18 @@ def main() -> None:
         answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
         return
     answers.write(json.dumps({"version": version}) + "\n")
+    counted = [False] * _WARM_UP
     for line in sys.stdin:
+        if line.strip() == "profile":
+            answers.write(json.dumps({"trace": end[0](), "counted": counted}) + "\n")
+            continue
         call()  # not counted: the caches are still the engine's before
         times = []
         for _ in range(int(line)):
             begin = time.perf_counter_ns()
             call()
             times.append((time.perf_counter_ns() - begin) / 1e6)
+        counted += [False, *[True] * len(times)]
         answers.write(json.dumps(times) + "\n")
 
 

@@ -12,6 +12,7 @@ import click
 from spa_compiler import __version__
 from spa_compiler.cli.errors import exit_codes, logging_to
 from spa_compiler.cli.progress import bars
+from spa_compiler.cli.screen import screen
 
 if TYPE_CHECKING:
     from spa_compiler.report.report import Report
@@ -41,9 +42,6 @@ def _size(text: str) -> int:
     if found is None:
         raise click.BadParameter(f"{text!r} is no size: write 500MB, 1.5GB or 300MiB")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2] or " "))
-
-
-_WIDTH = 200  # of tables where stdout is no terminal
 
 
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -141,7 +139,7 @@ def main(
     from spa_compiler.report import console as draw
 
     stderr = Console(stderr=True, quiet=quiet)
-    stdout = Console() if sys.stdout.isatty() else Console(width=_WIDTH)  # a log has no edge to fold at
+    stdout = screen()
     recipe = from_command_line(
         sparsity=sparsity,
         pattern=pattern,
