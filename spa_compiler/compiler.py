@@ -35,11 +35,13 @@ from spa_compiler.passes.recipe import Recipe
 from spa_compiler.passes.restore import restore
 from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
+from spa_compiler.placement.remote import RemoteTimer
+from spa_compiler.placement.timer import Contender, LocalTimer, Timer
 from spa_compiler.report import assemble, console
 from spa_compiler.report.report import Report
 from spa_compiler.report.report import read as read_report
 from spa_compiler.runtime.link import link
-from spa_compiler.targets.machine import cache_dir, timing_lock
+from spa_compiler.targets.machine import cache_dir
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -76,6 +78,7 @@ def compile(
     seed: int = 0,
     restore_unused: bool = False,
     records: str | Path | None = None,
+    tune_rpc: str | None = None,
     max_size: int | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -95,6 +98,7 @@ def compile(
         threads: intra-op threads to measure with; default: physical cores.
         restore_unused: give sites whose sparse form is not faster their dense weights back.
         records: SQLite file of earlier measurements, whole-model races included, to replay and to extend.
+        tune_rpc: `HOST:PORT,KEY` of an RPC tracker and of a `spa-tune-server` there, whose machine takes all times.
         max_size: the most bytes that model.onnx and kernels.so may take.
         force: replace a folder that this tool did not write.
         dry_run: stop before anything is timed, linked or written.
@@ -104,17 +108,20 @@ def compile(
     Raises:
         UsageError, ModelError, VerificationError, BudgetError, EnvironmentFault: see `errors`.
     """
-    goal, recipe = targets.parse(target), recipe or Recipe()
+    recipe = recipe or Recipe()
+    timer: Timer = RemoteTimer(tune_rpc) if tune_rpc else LocalTimer()
+    goal = _goal(target, timer, tune_rpc)
     origin = _Origin.of(model, recipe, output)
     write.check_target(origin.output, force, origin.files)  # before any work: `staging` asks again
-    cores = targets.host().cores_physical
+    cores = timer.machine.cores
     if origin.before is not None:  # an artifact is measured as it was, where nothing else is asked for
         shapes = shapes or origin.before.asked.options.get("shapes", ())
         threads = threads or min(origin.before.machine.threads, cores)
     threads = threads or cores
     request = Request(recipe, goal, shapes, samples, calib, threads, seed, progress, started)
     told = msgspec.to_builtins(recipe) if origin.before is None else origin.before.asked.recipe
-    report = new_report(request, origin.name, told, {"restore_unused": restore_unused, "max_size": max_size})
+    options: dict[str, object] = {"restore_unused": restore_unused, "max_size": max_size, "tune_rpc": tune_rpc}
+    report = new_report(request, origin.name, told, options, timer.machine)
     stages = Stages(report, progress)
     with nullcontext() if dry_run else _report_of_failure(report, origin.output):
         done = run_passes(origin.model, request, report, stages)
@@ -129,7 +136,7 @@ def compile(
         write.staging(origin.output, force, inputs=origin.files) as folder,
         _scratch(folder) as workspace,
     ):
-        with stages("place"), timing_lock():
+        with stages("place"), timer.held():
             source = origin.path or save(loaded, workspace / "source.onnx")[0]
             book = Records(Path(records) if records else cache_dir() / "records.sqlite", assemble.machine_key(report))
 
@@ -148,6 +155,7 @@ def compile(
                     odd=odd,
                     replay=records is not None,
                     original=None if passes else loaded,
+                    timer=timer,
                 )
 
             plans = workspace / "plans"
@@ -167,7 +175,7 @@ def compile(
                 link([], (goal.mcpu,), folder / "kernels.so")
             (folder / "recipe.yaml").write_text((_CALIBRATED if calib is not None and passes else "") + origin.recipe)
         with stages("verify"):
-            _verify(report, folder, source, [*feeds, *odd], exact=not passes, runs=goal.kind == "cpu")
+            _verify(report, folder, source, [*feeds, *odd], exact=not passes, goal=goal, timer=timer)
         assemble.sizes(report, origin.bytes or loaded.source.bytes, folder)
         if max_size is not None and (report.sizes.model + report.sizes.kernels) > max_size:  # type: ignore[union-attr]
             raise BudgetError(
@@ -320,13 +328,44 @@ def _rename(portable: Path, folder: Path) -> None:
     shutil.move(portable / "model.onnx.data", folder / "portable.onnx.data")
 
 
-def _verify(report: Report, folder: Path, source: Path, feeds: Sequence[Feeds], *, exact: bool, runs: bool) -> None:
+def _goal(target: str, timer: Timer, tune_rpc: str | None) -> targets.Target:
+    """What to compile for, which the machine that takes the times has to run."""
+    goal = targets.parse(target, timer.machine.isa)
+    if tune_rpc and not (goal.kind == "cpu" and goal.host_runs):
+        raise UsageError(
+            f"the machine that is to take the times does not run {goal}, it is an {timer.machine.isa}",
+            where=f"--tune-rpc {tune_rpc}",
+            fix="Leave --target out to compile for that machine",
+        )
+    return goal
+
+
+def _verify(
+    report: Report,
+    folder: Path,
+    source: Path,
+    feeds: Sequence[Feeds],
+    *,
+    exact: bool,
+    goal: targets.Target,
+    timer: Timer,
+) -> None:
     """The artifact against portable.onnx; that against the source when nothing lossy was asked for."""
+
+    def there(model: Path, library: Path | None, feed: Feeds, threads: int) -> Feeds:
+        return timer.run(Contender(model, library), feed, threads)
+
+    here = targets.host().runs(goal.mcpu) or not goal.host_runs
     try:
-        if runs:
-            report.checks += verify.compare(
-                folder / "portable.onnx", folder / "model.onnx", folder / "kernels.so", feeds
-            )
+        if goal.kind == "cpu":
+            with nullcontext() if here else timer.held():
+                report.checks += verify.compare(
+                    folder / "portable.onnx",
+                    folder / "model.onnx",
+                    folder / "kernels.so",
+                    feeds,
+                    elsewhere=None if here else there,
+                )
         if exact:
             verify.compare(source, folder / "portable.onnx", None, feeds, threads=(1,))
     except VerificationError as error:

@@ -29,6 +29,7 @@ from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import Feeds
 from spa_compiler.passes.pass_ import Context
 from spa_compiler.passes.recipe import Recipe
+from spa_compiler.placement.timer import Machine, this_machine
 from spa_compiler.report import assemble
 from spa_compiler.report.console import plural
 from spa_compiler.report.removed import InSource
@@ -121,8 +122,10 @@ def compress(
     return run_passes(model, request, report, Stages(report, progress))
 
 
-def new_report(request: Request, source: str, recipe: object, options: dict[str, object]) -> Report:
-    """A report with what is known before any work."""
+def new_report(
+    request: Request, source: str, recipe: object, options: dict[str, object], machine: Machine | None = None
+) -> Report:
+    """A report with what is known before any work; `machine` takes the times, None: this one."""
     return assemble.new(
         __version__,
         source=source,
@@ -137,6 +140,7 @@ def new_report(request: Request, source: str, recipe: object, options: dict[str,
             **options,
         },
         isa=request.target.arch,
+        machine=machine or this_machine(),
     )
 
 

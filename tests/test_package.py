@@ -37,7 +37,7 @@ def test_the_wheel_has_every_tracked_file(tmp_path: Path) -> None:
 
 def test_help_pulls_in_nothing_heavy() -> None:
     code = (
-        "import sys, spa_compiler.cli.compile, spa_compiler.cli.analyze, spa_compiler.cli.bench;"
+        "import sys, spa_compiler.cli.compile, spa_compiler.cli.analyze, spa_compiler.cli.bench, spa_compiler.cli.tune_server;"
         "print([m for m in ('tvm', 'onnx', 'onnxruntime', 'numpy', 'scipy', 'rich') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -13,11 +13,11 @@ import numpy as np
 
 from spa_compiler.analysis import Analysis
 from spa_compiler.analysis.mask import mask
-from spa_compiler.artifact.verify import flatten, noise, same
+from spa_compiler.artifact.verify import noise, same
 from spa_compiler.errors import SpaError, VerificationError
 from spa_compiler.graph.difference import difference
 from spa_compiler.graph.model import Model
-from spa_compiler.graph.session import Feeds, open_model, run
+from spa_compiler.graph.session import Feeds, flatten, open_model, run
 from spa_compiler.passes.pass_ import Change
 
 _log = logging.getLogger(__name__)

@@ -7,15 +7,14 @@ portable graph at two of ONNX Runtime's optimization levels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from spa_compiler.errors import SpaError, VerificationError
 from spa_compiler.graph.difference import difference, relative
-from spa_compiler.graph.session import Feeds, open_session, run
+from spa_compiler.graph.session import Feeds, flatten, open_session, run
 from spa_compiler.report.report import Check, shape_text
 
 #: relative to an output's largest magnitude
@@ -26,6 +25,8 @@ NOISE_FACTOR = 4
 EPS_FACTOR = 2
 
 Outputs = dict[str, np.ndarray]
+Elsewhere = Callable[[Path, Path | None, Feeds, int], Feeds]
+"""(model, library, feeds, threads) -> outputs, on another machine."""
 
 
 class Mismatch(VerificationError):
@@ -44,6 +45,7 @@ def compare(
     threads: Sequence[int] = (1, 2),
     *,
     tolerance: float = TOLERANCE,
+    elsewhere: Elsewhere | None = None,
 ) -> list[Check]:
     """Runs both models on every feed and compares every output, at each number of threads.
 
@@ -53,6 +55,7 @@ def compare(
         library: its kernels.so.
         feeds: one entry for each shape.
         tolerance: the least error that is not allowed, before the model's own noise.
+        elsewhere: runs the artifact, if this machine does not.
 
     Returns:
         One check for each output, feed and number of threads.
@@ -69,7 +72,10 @@ def compare(
     ]
     checks: list[Check] = []
     for count in threads:
-        got = _outputs(model, library, feeds, threads=count, optimize="all")
+        if elsewhere is None:
+            got = _outputs(model, library, feeds, threads=count, optimize="all")
+        else:
+            got = [elsewhere(model, library, feed, count) for feed in feeds]
         for index, feed in enumerate(feeds):
             shape = shape_text({name: value.shape for name, value in feed.items()})
             for name, want in expected[index].items():
@@ -127,14 +133,3 @@ def _outputs(
     except Exception as error:  # ONNX Runtime's errors have no common class of their own
         raise VerificationError(f"the model does not run at {shape}: {error}", where=str(path)) from error
     return results
-
-
-def flatten(outputs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Outputs as arrays: the elements of sequences and maps become outputs of their own, `name[i]`, `name[key]`."""
-    for name, value in outputs.items():
-        if isinstance(value, list):
-            yield from flatten({f"{name}[{i}]": element for i, element in enumerate(value)})
-        elif isinstance(value, Mapping):
-            yield from flatten({f"{name}[{key}]": element for key, element in value.items()})
-        else:
-            yield name, np.asarray(value)

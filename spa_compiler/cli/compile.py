@@ -27,6 +27,7 @@ Examples:
   spa-compile model.onnx --shape ids=1,128 --threads 1         time at this shape, with one thread
   spa-compile model.onnx --recipe recipe.yaml -o out           passes from a file
   spa-compile out                                              place an artifact anew on this machine
+  spa-compile model.onnx --tune-rpc 10.0.0.5:9190,zen5         times are taken on another machine
   spa-compile model.onnx --dry-run --explain                   what would be done, and why
 
 \b
@@ -70,6 +71,7 @@ def _size(text: str) -> int:
 @click.option("--restore-unused", is_flag=True, help="Dense weights back where zeros make no layer faster")
 @click.option("--max-size", type=_size, metavar="SIZE", help="Fail (exit 5) when the result is larger, e.g. 50MB")
 @click.option("--records", metavar="FILE", type=click.Path(), help="Replay the measurements of this file, add new ones")
+@click.option("--tune-rpc", metavar="HOST:PORT,KEY", help="Take times on a machine that runs spa-tune-server")
 @click.option("--dry-run", is_flag=True, help="Analysis and plan only; nothing is timed or written")
 @click.option("--explain", is_flag=True, help="Show what passes did to each layer, what was timed, and why")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout, nothing else there")
@@ -98,6 +100,7 @@ def main(
     restore_unused: bool,
     max_size: int | None,
     records: str | None,
+    tune_rpc: str | None,
     dry_run: bool,
     explain: bool,
     as_json: bool,
@@ -165,6 +168,7 @@ def main(
             seed=seed,
             restore_unused=restore_unused,
             records=records,
+            tune_rpc=tune_rpc,
             max_size=max_size,
             force=force,
             dry_run=dry_run,

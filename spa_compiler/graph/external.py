@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -118,6 +118,20 @@ def check(tensors: Iterable[TensorProto], folder: Path | None) -> int:
         place = locate(tensor, folder)
         files[place.path] = place.path.stat().st_size
     return sum(files.values())
+
+
+def files(proto: onnx.ModelProto) -> list[str]:
+    """The locations that tensors of the model name, subgraphs' too, each once. They are not checked."""
+
+    def tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+        yield from graph.initializer
+        for attribute in (a for node in graph.node for a in node.attribute):
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from tensors(inner)
+
+    found = (t for t in tensors(proto.graph) if t.data_location == TensorProto.EXTERNAL)
+    return list(dict.fromkeys(e.value for t in found for e in t.external_data if e.key == "location"))
 
 
 def _inside(location: str, folder: Path, where: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -120,6 +120,17 @@ def run(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
     """Output name -> value, for all outputs."""
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def flatten(outputs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Outputs as arrays: the elements of sequences and maps become outputs of their own, `name[i]`, `name[key]`."""
+    for name, value in outputs.items():
+        if isinstance(value, list):
+            yield from flatten({f"{name}[{i}]": element for i, element in enumerate(value)})
+        elif isinstance(value, Mapping):
+            yield from flatten({f"{name}[{key}]": element for key, element in value.items()})
+        else:
+            yield name, np.asarray(value)
 
 
 def _version(distribution: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from spa_compiler.graph.session import Feeds, onnxruntime_version, open_session, runtime
+from spa_compiler.graph.session import Feeds, flatten, onnxruntime_version, open_session, run, runtime
 from spa_compiler.placement.measure import LEAST_ROUNDS, Timing, interleave
 from spa_compiler.targets import host
 from spa_compiler.targets.machine import timing_lock
@@ -74,6 +74,9 @@ class Timer(Protocol):
             EnvironmentFault: the machine cannot be used.
         """
 
+    def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
+        """Output name -> value of one run there; for outputs that are no arrays, see `graph.session.flatten`."""
+
 
 class LocalTimer:
     """Takes times in this process."""
@@ -96,3 +99,6 @@ class LocalTimer:
         sessions = {n: open_session(c.model, threads=threads, library=c.library) for n, c in contenders.items()}
         calls: dict[str, Callable[[], object]] = {n: partial(s.run, None, feeds) for n, s in sessions.items()}
         return interleave(calls, budget_s, least_rounds)
+
+    def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
+        return dict(flatten(run(open_session(contender.model, threads=threads, library=contender.library), feeds)))

@@ -13,9 +13,10 @@ import msgspec
 
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
-from spa_compiler.graph.session import Feeds, onnxruntime_version, runtime
+from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.form import Form
 from spa_compiler.passes.pass_ import Change
+from spa_compiler.placement import timer
 from spa_compiler.placement.candidates import DENSE, layouts, stored_forms
 from spa_compiler.placement.choose import Choice, nothing_to_leave_out
 from spa_compiler.placement.place import SOURCE, Placed, chains_of, no_kernels
@@ -38,7 +39,7 @@ from spa_compiler.report.report import (
     Versions,
     shape_text,
 )
-from spa_compiler.targets import Target, host
+from spa_compiler.targets import Target
 
 BASELINE = "onnxruntime"
 _SNUG = 1.02  # stored elements over those of the smallest form
@@ -54,9 +55,9 @@ def new(
     recipe: Any,
     options: Mapping[str, Any],
     isa: str,
+    machine: timer.Machine,
 ) -> Report:
     """A report with what is known before any work."""
-    cpu = host()
     return Report(
         spa_compiler=version,
         asked=Asked(
@@ -70,17 +71,17 @@ def new(
             spa_compiler=version,
             python=platform.python_version(),
             onnx=importlib.metadata.version("onnx"),
-            onnxruntime=onnxruntime_version(),
+            onnxruntime=machine.onnxruntime,
             tvm=importlib.metadata.version("apache-tvm"),
             numpy=importlib.metadata.version("numpy"),
         ),
         machine=Machine(
-            cpu=f"{cpu.model} ({cpu.name})" if cpu.model else cpu.name,
-            isa=cpu.level,
-            cores=cpu.cores_physical,
+            cpu=machine.cpu,
+            isa=machine.isa,
+            cores=machine.cores,
             threads=threads,
-            platform=platform.platform(),
-            providers=tuple(runtime().get_available_providers()),
+            platform=machine.platform,
+            providers=machine.providers,
         ),
         isa=isa,
     )

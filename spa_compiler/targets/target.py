@@ -29,10 +29,10 @@ class Target:
     arch: str
     """`x86-64-v4`, or a list `x86-64-v4,x86-64-v3`; for CUDA `sm_90`, a list, or `native` (the GPU at hand)."""
     mcpu: str
-    """LLVM's name of the CPU that host code is generated for: the level, of several the highest that this machine runs;
-    the host's level for CUDA."""
+    """LLVM's name of the CPU that host code is generated for: the level, of several the highest that the machine runs
+    which takes the times; the host's level for CUDA."""
     host_runs: bool
-    """Whether this machine runs the result, so that it can be measured and verified here."""
+    """Whether that machine, this one or a remote one, runs the result, so that it can be measured and verified."""
 
     @property
     def archs(self) -> tuple[str, ...]:
@@ -44,9 +44,12 @@ class Target:
         return self.kind if self.arch == NATIVE else f"{self.kind}:{self.arch}"
 
 
-def parse(text: str) -> Target:
+def parse(text: str, level: str | None = None) -> Target:
     """The target that `text` names: `cpu` is what this machine has, `cpu:avx512` is `cpu:x86-64-v4`, and
     `cpu:avx512,avx2` has kernels for both.
+
+    Args:
+        level: the highest that the machine runs which takes the times, if that is not this machine.
 
     Raises:
         UsageError: there is no such target.
@@ -56,7 +59,8 @@ def parse(text: str) -> Target:
     kind, colon, arch = text.strip().lower().partition(":")
     asked = [part.strip() for part in arch.split(",")]
     if kind == "cpu" and (not colon or all(part in _CPU_SPELLINGS for part in asked)):
-        return _of_levels({_CPU_SPELLINGS[part] for part in asked} if colon else {host().level})
+        level = level or host().level
+        return _of_levels({_CPU_SPELLINGS[part] for part in asked} if colon else {level}, level)
     if kind == "cuda":
         return Target("cuda", parse_architectures(arch) if colon else NATIVE, host().level, driver_present())
     close = difflib.get_close_matches(text.lower(), SPELLINGS, n=1)
@@ -64,7 +68,7 @@ def parse(text: str) -> Target:
     raise UsageError(f"there is no target {text!r}", fix=f"{meant}There are: {', '.join(SPELLINGS)}")
 
 
-def _of_levels(wanted: set[str]) -> Target:
+def _of_levels(wanted: set[str], highest: str) -> Target:
     levels = sorted(wanted, key=LEVELS.index, reverse=True)
-    running = [level for level in levels if host().runs(level)]
+    running = [level for level in levels if LEVELS.index(level) <= LEVELS.index(highest)]
     return Target("cpu", ",".join(levels), (running or levels)[0], bool(running))

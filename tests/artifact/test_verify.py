@@ -5,8 +5,9 @@ import onnx
 import onnx.parser
 import pytest
 
-from spa_compiler.artifact.verify import Mismatch, compare, flatten, noise
+from spa_compiler.artifact.verify import Mismatch, compare, noise
 from spa_compiler.errors import VerificationError
+from spa_compiler.graph.session import flatten
 
 F = np.float32
 
