@@ -25,7 +25,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEPLOY = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 COMMANDS = {
-    name: f"spa_compiler.cli.{name.removeprefix('spa-')}" for name in ("spa-compile", "spa-analyze", "spa-bench")
+    name: f"spa_compiler.cli.{name.removeprefix('spa-').replace('-', '_')}"
+    for name in ("spa-compile", "spa-analyze", "spa-bench", "spa-tune-server")
 }
 #: who an error's text comes from, as the "Said by:" line begins, if it is ours
 OURS = ("spa-compile", "kernels.so", "`spa_compiler.load`")

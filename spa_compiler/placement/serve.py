@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import tvm_ffi
+import tvm
 
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.graph.session import Feeds
@@ -187,7 +187,7 @@ def _ask(tracker: tuple[str, int]) -> None:
 
 def _register() -> None:
     def root() -> Path:
-        return Path(tvm_ffi.get_global_func("tvm.rpc.server.workpath")("."))
+        return Path(tvm.get_global_func("tvm.rpc.server.workpath")("."))
 
     functions: dict[str, Callable[..., Any]] = {
         "describe": lambda: msgspec.json.encode(this_machine()).decode(),
@@ -197,4 +197,4 @@ def _register() -> None:
         "run": lambda question: run(root(), str(question)),
     }
     for name, function in functions.items():
-        tvm_ffi.register_global_func(PREFIX + name, function)
+        tvm.register_global_func(PREFIX + name, function)
