@@ -113,7 +113,12 @@ def test_zeros_become_time(sparse: tuple[Path, Result]) -> None:
     folder, result = sparse
     assert result.folder == folder / "out"
     assert {p.form for p in result.report.placements} == {"sparse"}
-    assert [n.domain for n in onnx.load(folder / "out" / "model.onnx").graph.node] == ["ai.spa"]
+    nodes = onnx.load(folder / "out" / "model.onnx").graph.node
+    assert [n.domain for n in nodes] == ["ai.spa"]
+    assert {p.region for p in result.report.placements} == {n.name for n in nodes}
+    plans = {r.runtime: r.plan for r in result.report.race}
+    assert (plans["onnxruntime"], plans["portable"]) == ("source", "portable")
+    assert f"placement: {plans['spa']}: " in " ".join(result.report.notes)
     assert result.ratio is not None
     assert result.ratio > 1
 
@@ -140,7 +145,7 @@ def test_without_zeros_nothing_is_lost_and_a_hint_is_given(dense: tuple[Path, Re
     assert {p.form for p in result.report.placements} == {"dense"}
     assert {n.domain for n in onnx.load(folder / "out" / "model.onnx").graph.node} == {""}
     assert any("--sparsity 0.8 --pattern block:4x1" in hint for hint in result.report.hints)
-    assert all("it has no zeros" in p.reason for p in result.report.placements)
+    assert all("it has no zeros" in p.reason and p.region == "" for p in result.report.placements)
     assert (folder / "out" / "model.onnx").read_bytes() == (folder / "out" / "portable.onnx").read_bytes()
 
 

@@ -140,6 +140,15 @@ def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, F
     return Assembled(builder.finish(), [*inputs, *masks], [*arrays, *norm_arrays], order)
 
 
+def node_name(group: Group) -> str:
+    """Of the node that a group becomes."""
+    return f"{DOMAIN}/{_members(group)[0]}"
+
+
+def _members(group: Group) -> list[str]:
+    return [p.name for e in group.elements for p in (e.products if isinstance(e, Site) else (e,))]
+
+
 def _insert(model: Model, group: Group, forms: Mapping[str, Form], packer: Packer) -> RegionSpec:
     graph = model.graph
     made = assemble(group, group.results(held(graph)), forms, packer)
@@ -148,10 +157,10 @@ def _insert(model: Model, group: Group, forms: Mapping[str, Form], packer: Packe
         node.inputs.clear()
     dead = {id(n) for n in group.nodes}
     graph.nodes = [n for n in graph.nodes if id(n) not in dead]
-    names = [p.name for e in group.elements for p in (e.products if isinstance(e, Site) else (e,))]
+    names = _members(group)
     node = gs.Node(
         made.spec.op_type,
-        name=f"ai.spa/{names[0]}",
+        name=node_name(group),
         attrs={"site": "+".join(names).encode()[:200].decode(errors="ignore")},
         inputs=[*made.inputs, *made.arrays],
         outputs=made.outputs,

@@ -24,7 +24,7 @@ from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
 from spa_compiler.placement.measure import CLOSE, Timing
-from spa_compiler.placement.nodes import Packer, insert
+from spa_compiler.placement.nodes import Packer, insert, node_name
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import Group, join, single
@@ -54,6 +54,7 @@ class Plan:
     folder: Path
     regions: list[RegionSpec]
     forms: dict[str, Form] = field(default_factory=dict)  # of the sites that are kernels, by name
+    nodes: dict[str, str] = field(default_factory=dict)  # and the name of the node that has them
 
     @property
     def file(self) -> Path:
@@ -239,8 +240,9 @@ def _sparse_plan(
         groups = [*single([s for s in sites if s.name not in joined]), *(c.group for c in chains)]
     else:
         twin, groups = _joined(model, forms, known, attention=name in (WHOLE, FACTORS, EVERY))
+    nodes = {site.name: node_name(group) for group in groups for site in group.products}
     regions = insert(twin, groups, forms, packer)
-    return _write(Plan(name, workspace / name.replace(" ", "-"), regions, forms), twin, target)
+    return _write(Plan(name, workspace / name.replace(" ", "-"), regions, forms, nodes), twin, target)
 
 
 def chains_of(model: Model, known: Shapes) -> list[Chain]:

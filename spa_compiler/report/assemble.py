@@ -186,7 +186,8 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
 def placed(report: Report, result: Placed) -> None:
     """Placements, the race and its ratios."""
     for choice in result.choices:
-        report.placements += _placements(choice, choice.site.name in result.plan.forms, result.reason)
+        region = result.plan.nodes.get(choice.site.name, "")
+        report.placements += _placements(choice, region, result.reason)
     for refusal in result.refusals:
         op = refusal.op
         report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, refusal.reason))
@@ -200,6 +201,7 @@ def placed(report: Report, result: Placed) -> None:
                 RaceRow(
                     model=name,
                     runtime=each,
+                    plan=runtime_name,
                     shape=shape,
                     median_ms=timing.median_us / 1e3,
                     p10_ms=timing.p10_us / 1e3,
@@ -239,13 +241,14 @@ def hints(report: Report, result: Placed, asked: bool) -> None:
     report.hints += sorted({c.would_help for c in helpful if c.timings})[:2]
 
 
-def _placements(choice: Choice, used: bool, plan_reason: str) -> list[Placement]:
-    """`used`: the site is a kernel in what came out."""
-    site = choice.site
+def _placements(choice: Choice, region: str, plan_reason: str) -> list[Placement]:
+    """`region`: the node that has the site as a kernel in what came out."""
+    site, used = choice.site, bool(region)
     reason = choice.reason if used or choice.form is None else f"{choice.reason}; but {plan_reason}"
     if not choice.timings:
         tokens = choice.tokens[0] if choice.tokens else 0
-        return [_row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason, choice.would_help)]
+        row = _row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason, choice.would_help)
+        return [msgspec.structs.replace(row, region=region)]
     out = []
     for tokens, timings in zip(choice.tokens, choice.timings, strict=True):
         chosen = choice.candidate if used else DENSE
@@ -266,6 +269,7 @@ def _placements(choice: Choice, used: bool, plan_reason: str) -> list[Placement]
                 candidates=candidates,
                 reason=reason,
                 would_help=choice.would_help,
+                region=region,
             )
         )
     return out

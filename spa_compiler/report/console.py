@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 #: p90 - p10 over the median. Races on a virtual machine that shares its processor (docs/measured.json) reach a half.
 _BUSY = 0.55
+#: of sites that are one line
+_MOST_NAMES = 3
+#: contenders of the whole-model race that have no kernels
+_DENSE = ("source", "portable")
 
 
 def header(report: Report, console: Console) -> None:
@@ -62,7 +67,10 @@ def layers(report: Report, console: Console) -> None:
 
 
 def sites(report: Report, console: Console) -> None:
-    """The table of `--explain`: which form each site got, what was measured, and why."""
+    """The table of `--explain`: which form each site got, what was measured, and why.
+
+    Sites that differ in nothing but their names are one line; report.json has each.
+    """
     from rich.table import Table
 
     if not report.placements:
@@ -75,15 +83,20 @@ def sites(report: Report, console: Console) -> None:
     table.add_column("zeros", justify="right")
     for name in ("pattern", "measured, us (p10-p90)", "form", "why"):
         table.add_column(name, overflow="fold")
+    members: dict[str, set[str]] = {}
     for place in report.placements:
+        members.setdefault(place.region, set()).add(place.node)
+    for alike in _folded(report.placements, members):
+        place = alike[0]
         zeros = "" if math.isnan(place.density) else f"{1 - place.density:.0%}"
-        row = (place.node, place.op, f"{place.n} x {place.k}", str(place.tokens), zeros, place.pattern)
-        table.add_row(*map(_text, (*row, _candidates(place), place.form, _why(place))))
+        tokens = str(place.tokens) if place.tokens else ""
+        row = (_names(alike), place.op, f"{place.n} x {place.k}", tokens, zeros, place.pattern)
+        table.add_row(*map(_text, (*row, _candidates(place), _form(place, members), _why(place))))
     console.print(table)
 
 
 def race(report: Report, console: Console) -> None:
-    """The whole model in each runtime, at each shape."""
+    """The whole model at each shape: the source, the artifact, and every plan that lost to it."""
     from rich.table import Table
 
     if not report.race:
@@ -91,11 +104,14 @@ def race(report: Report, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("shape", "model", "runtime"):
         table.add_column(name, overflow="fold")
-    for name in ("median ms", "p10", "p90"):
+    for name in ("median ms", "p10", "p90", "over dense"):
         table.add_column(name, justify="right")
     for row in report.race:
         times = (f"{value:.3f}" for value in (row.median_ms, row.p10_ms, row.p90_ms))
-        table.add_row(_text(row.shape), _text(row.model), _text(row.runtime), *times)
+        dense = [r.median_ms for r in report.race if r.shape == row.shape and r.plan in _DENSE]
+        ratio = f"{min(dense) / row.median_ms:.2f}" if dense and row.plan not in _DENSE else ""
+        name = f"{row.runtime} ({row.plan})" if row.runtime == ARTIFACT_RUNTIME and row.plan else row.runtime
+        table.add_row(_text(row.shape), _text(row.model), _text(name), *times, ratio)
     console.print(table)
 
 
@@ -168,6 +184,31 @@ def _noise(report: Report) -> str:
         "of the median apart), so the speed is a rough figure. Run the same again when nothing else runs, with "
         "--records NEW_FILE, so that forms are chosen anew, too"
     )
+
+
+def _folded(places: Sequence[Placement], members: Mapping[str, set[str]]) -> list[list[Placement]]:
+    """The placements of sites that have been told the same, together; in order of first appearance."""
+    found: dict[object, list[Placement]] = {}
+    for place in places:
+        zeros = None if math.isnan(place.density) else round(place.density, 2)
+        told = (place.op, place.n, place.k, place.tokens, zeros, place.pattern, place.candidates, place.reason)
+        found.setdefault((*told, place.would_help, _form(place, members)), []).append(place)
+    return list(found.values())
+
+
+def _names(alike: Sequence[Placement]) -> str:
+    names = [place.node for place in alike]
+    if len(names) <= _MOST_NAMES + 1:
+        return "\n".join(names)
+    return "\n".join([*names[:_MOST_NAMES], f"and {len(names) - _MOST_NAMES} more like them"])
+
+
+def _form(place: Placement, members: Mapping[str, set[str]]) -> str:
+    if not place.region:
+        return place.form
+    count = len(members[place.region])
+    form = f"{place.form} as a kernel" if place.form == "dense" else place.form  # for its neighbours' sake
+    return f"{form}, a node of its own" if count == 1 else f"{form}, in a region of {count} sites"
 
 
 def _candidates(place: Placement) -> str:

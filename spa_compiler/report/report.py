@@ -139,6 +139,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     candidates: tuple[Candidate, ...]
     reason: str
     would_help: str = ""  # what one could ask for to make it faster
+    region: str = ""  # the node of model.onnx that it became, alone or with its neighbours; empty: it stayed as it was
 
 
 class RaceRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +151,7 @@ class RaceRow(msgspec.Struct, frozen=True, kw_only=True):
     p10_ms: float
     p90_ms: float
     model: str = ""
+    plan: str = ""  # "source", or one of the ways that the model could be placed, which took part in the race
 
     @property
     def spread(self) -> float:

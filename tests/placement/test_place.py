@@ -190,7 +190,9 @@ def test_low_rank_layers_by_themselves_and_joined(
     assert (FACTORS in result.race[0]) == (site < 1)
     assert len(result.plan.regions) == nodes
     assert {c.site.name: c.kind for c in result.choices if c.site.name in forms} == forms
-    assert set(result.plan.forms) == ({"z", "a", "t", "c", "s"} if nodes else set())
+    assert set(result.plan.forms) == ({"z", "a", "t", "c", "s"} if nodes else set()) == set(result.plan.nodes)
+    made = {n.name for n in onnx.load(result.plan.file).graph.node if n.domain == "ai.spa"}
+    assert set(result.plan.nodes.values()) == made
     session = open_session(result.plan.file, library=result.plan.library)
     feeds = {"x": np.random.default_rng(0).standard_normal((2, 5, WIDTH)).astype(np.float32)}
     want = run(open_session(tmp_path / "source.onnx"), feeds)["y"]

@@ -35,6 +35,69 @@ def test_the_table_shows_every_candidate_the_fastest_first(full: Report, screen:
     assert shown.index("* block:4x1 20.0 (19.0-22.5)") < shown.index("dense 100.0 (95.0-110.0)")
 
 
+def sites_shown(report: Report, screen: Console) -> list[str]:
+    draw.sites(report, screen)
+    return [" ".join(line.split()) for line in text(screen).splitlines()[1:]]
+
+
+def test_like_sites_are_one_line(full: Report, screen: Console) -> None:
+    (place,) = full.placements
+    full.placements = [msgspec.structs.replace(place, node=f"fc{i}", density=0.1 + i / 1000) for i in range(5)]
+    shown = sites_shown(full, screen)
+    assert [line.split()[0] for line in shown[:3]] == ["fc0", "fc1", "fc2"]
+    assert shown[3] == "and 2 more like them"
+    assert len(shown) == 4
+    assert sum("block:4x1 20.0" in line for line in shown) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"tokens": 16}, {"reason": "else"}, {"density": 0.2}, {"candidates": ()}, {"region": "ai.spa/a"}, {"n": 9}],
+)
+def test_unlike_sites_have_lines_of_their_own(full: Report, screen: Console, other: dict[str, object]) -> None:
+    full.placements *= 2
+    full.placements[1] = msgspec.structs.replace(full.placements[0], **other)
+    assert sum("[bold]layer/0[/x]" in line for line in sites_shown(full, screen)) == 2
+
+
+def test_the_form_says_what_became_of_the_site(full: Report, screen: Console) -> None:
+    (place,) = full.placements
+    kinds = [("sparse", "ai.spa/a"), ("sparse", "ai.spa/b"), ("dense", "ai.spa/b"), ("dense", "")]
+    full.placements = [
+        msgspec.structs.replace(place, node=f"fc{i}", form=form, region=region)
+        for i, (form, region) in enumerate(kinds)
+    ]
+    first = [line for line in sites_shown(full, screen) if line.startswith("fc")]
+    forms = [
+        "sparse, a node of its own",
+        "sparse, in a region of 2 sites",
+        "dense as a kernel, in a region of 2 sites",
+        "dense",
+    ]
+    assert all(f" {form} 5.0x" in line for form, line in zip(forms, first, strict=True))
+
+
+def test_sites_that_see_no_tokens_say_none(full: Report, screen: Console) -> None:
+    full.placements[0] = msgspec.structs.replace(full.placements[0], tokens=0, density=float("nan"), n=7, k=7)
+    assert "MatMul 7 x 7 block:4x1" in sites_shown(full, screen)[0]
+
+
+def test_every_plan_of_the_race_is_shown(full: Report, screen: Console) -> None:
+    def row(runtime: str, plan: str, ms: float) -> RaceRow:
+        return RaceRow(shape="1x128", runtime=runtime, plan=plan, median_ms=ms, p10_ms=ms, p90_ms=ms, model="m")
+
+    plans = [("onnxruntime", "source", 9.0), ("portable", "portable", 8.0), ("single sites", "single sites", 4.0)]
+    full.race = [row(*plan) for plan in plans] + [row("spa", "regions", 2.0)]
+    draw.race(full, screen)
+    lines = [" ".join(line.split()) for line in text(screen).splitlines()]
+    assert lines[1:] == [
+        "1x128 m onnxruntime 9.000 9.000 9.000",
+        "1x128 m portable 8.000 8.000 8.000",
+        "1x128 m single sites 4.000 4.000 4.000 2.00",
+        "1x128 m spa (regions) 2.000 2.000 2.000 4.00",
+    ]
+
+
 def test_a_shortfall_is_shown(full: Report, screen: Console) -> None:
     full.passes = [PassChange(name="prune-groups", summary="half [b]remains[/b]", warnings=("asked for [x] less",))]
     draw.changes(full, screen)
