@@ -1,15 +1,17 @@
 # Two commands set up everything on a bare Debian or Ubuntu with python3 >= 3.11 and python3-venv: make demo, make test.
 PYTHON ?= python3
 VENV ?= .venv
+# An environment of its own for a peer of `make bench`; DEEPSPARSE=none does without it.
+DEEPSPARSE ?= .venv-deepsparse
 BIN := $(VENV)/bin
 
-.PHONY: help venv demo test test-slow bench lint docs clean
+.PHONY: help venv demo test test-slow bench deepsparse lint docs clean
 
 help:
 	@echo "make demo       compile an example model and measure it"
 	@echo "make test       the test suite (minutes)"
 	@echo "make test-slow  sanitizers, large files, old ONNX Runtimes"
-	@echo "make bench      races against other engines, and README.md's tables"
+	@echo "make bench      races against other engines, README.md's tables and docs/peers.md; hours"
 	@echo "make lint       ruff, mypy, import-linter, deptry"
 
 venv: $(VENV)/ready
@@ -31,10 +33,22 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "slow and not peers"
 
-bench: $(VENV)/ready
+bench: $(VENV)/ready deepsparse
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pytest -q -m peers
 	$(BIN)/python tests/peers/tables.py
+	$(BIN)/python tests/peers/peers_race.py --python deepsparse=$(DEEPSPARSE)/bin/python
+
+# DeepSparse needs numpy below 2 and a Python below 3.12. Where it cannot be had, the race goes on without it, and says so.
+deepsparse:
+	@test "$(DEEPSPARSE)" = none || $(DEEPSPARSE)/bin/python -c 'import deepsparse' 2>/dev/null || { \
+	echo "DeepSparse's own licence: evaluation in development and testing only. DEEPSPARSE=none leaves it out."; \
+	for python in python3.11 python3.10 python3.9 $(PYTHON) none; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info >= (3, 12))' 2>/dev/null && break; done; \
+	$$python -m venv --clear $(DEEPSPARSE) \
+	&& $(DEEPSPARSE)/bin/python -m pip install -q --no-compile --disable-pip-version-check deepsparse==1.8.0 'numpy<2' \
+	&& $(DEEPSPARSE)/bin/python -c 'import deepsparse' \
+	|| echo "SKIPPED: DeepSparse cannot be installed here; it needs Python 3.9 to 3.11 with venv, and its wheels" >&2; }
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -47,4 +61,4 @@ docs: $(VENV)/ready
 	$(BIN)/python -m spa_compiler.passes.catalogue docs/recipes.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEEPSPARSE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

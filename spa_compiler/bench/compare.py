@@ -240,7 +240,7 @@ def _contenders(
         try:
             path = prepare(engine, entry.path, [drawn(model, shapes, seed) for seed in range(_CALIBRATION_FEEDS)])
         except Exception as error:  # noqa: BLE001, a tool that fails on this model must not stop the others
-            reason = f"cannot be prepared: {type(error).__name__}: {error}"
+            reason = " ".join(f"cannot be prepared: {type(error).__name__}: {error}".split())
             skipped.append(Skip(_label(entry), engine.name, shape_text(_sizes(feeds)), reason))
             _log.warning("left out: %s in %s %s", _label(entry), engine.name, reason)
             continue

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 #: operators of the models that dynamic quantization serves badly and static quantization well
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+#: the first opset with scales for each channel
+_PER_CHANNEL = 13
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,21 @@ def _quantize_static(model: Path, target: Path, calibration: Sequence[Feeds]) ->
 
 @contextlib.contextmanager
 def _clean(model: Path, target: Path) -> Iterator[Path]:
-    """The model after ONNX Runtime's own preparation for quantization, without which fused ops stay float32."""
+    """The model after ONNX Runtime's own preparation for quantization, without which fused ops stay float32.
+
+    Its opset becomes 13 if it is older: scales for each channel are not in operators before that, but the quantizer
+    writes them all the same.
+    """
+    import onnx
+    import onnx.version_converter
     from onnxruntime.quantization import quant_pre_process
 
     clean = target.with_suffix(".clean.onnx")
     try:
         quant_pre_process(str(model), str(clean), skip_symbolic_shape=True)
+        proto = onnx.load(str(clean))
+        if any(opset.domain in ("", "ai.onnx") and opset.version < _PER_CHANNEL for opset in proto.opset_import):
+            onnx.save(onnx.version_converter.convert_version(proto, _PER_CHANNEL), str(clean))
         yield clean
     finally:
         clean.unlink(missing_ok=True)

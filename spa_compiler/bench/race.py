@@ -191,7 +191,7 @@ class _Worker:
         elif contender.required:
             raise ModelError(f"does not run: {answer['error']}", where=self.name)
         else:
-            self.absent = f"does not run: {answer['error']}"
+            self.absent = " ".join(f"does not run: {answer['error']}".split())
             _log.warning("left out: %s %s", self.name, self.absent)
 
     def result(self) -> Times | Absent:

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 
 from spa_compiler.bench.engines import ENGINES, parse, prepare
 from spa_compiler.errors import UsageError
+from spa_compiler.graph.session import open_session, run
 
 FEEDS = [{"image": np.ones((1, 3, 8, 8), np.float32)}]
 
@@ -44,6 +46,20 @@ def test_int8_of_openvino_is_static_whatever_the_model(linear: Callable[..., Pat
     assert {"QuantizeLinear", "DequantizeLinear", "MatMul"} <= operators
     assert "MatMulInteger" not in operators
     assert prepare(ENGINES["openvino-int8"], conv, FEEDS) == prepare(ENGINES["onnxruntime-int8"], conv, FEEDS)
+
+
+def test_int8_of_a_model_with_old_operators_runs(conv: Path) -> None:
+    """Below opset 13 there is no DequantizeLinear with a scale for each channel."""
+    old = onnx.load(str(conv))
+    old.opset_import[0].version = 11
+    old.ir_version = 7
+    bias = onnx.numpy_helper.from_array(np.zeros(8, np.float32), "bias")
+    old.graph.initializer.append(bias)
+    old.graph.node[0].input.append(bias.name)
+    onnx.save(old, str(conv))
+    prepared = prepare(ENGINES["onnxruntime-int8"], conv, FEEDS)
+    assert onnx.load(str(prepared)).opset_import[0].version == 13
+    assert run(open_session(prepared), FEEDS[0])["y"].shape == (1, 8, 8, 8)
 
 
 def test_a_prepared_file_is_kept_and_made_anew_when_the_model_changes(

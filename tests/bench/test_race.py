@@ -73,6 +73,14 @@ def test_what_need_not_run_is_left_out(linear: Callable[..., Path], caplog: pyte
     assert "left out: a in onnxruntime" in caplog.text
 
 
+def test_why_it_was_left_out_is_one_line(linear: Callable[..., Path], tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"error": "RuntimeError: two\\\\nlines"}'\n""")
+    python.chmod(0o755)
+    (absent,) = race([Contender("a", ORT, linear(), FEEDS, python=str(python), required=False)], threads=1, runs=2)
+    assert absent == Absent("does not run: RuntimeError: two lines")
+
+
 def test_what_must_run_is_an_error_in_words(linear: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match=r"a in onnxruntime: does not run: .*z"):
         race([Contender("a", ORT, linear(), {"z": np.ones(1, np.float32)})], threads=1, runs=2)

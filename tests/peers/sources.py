@@ -18,6 +18,8 @@ import onnx
 import pytest
 
 from spa_compiler.targets.machine import cache_dir
+from tests.peers import llama
+from tests.peers import with_zeros as pruner
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
@@ -43,10 +45,10 @@ def bert_base(layers: int = 12) -> Path:
     return _built(name, lambda graphs: graphs.bert_base(layers=layers))
 
 
-def bert_base_with_zeros(sparsity: float, pattern: str) -> Path:
-    """The same model as it would come from a pruner: the zeros are in the file."""
-    name = f"bert_base_{round(sparsity * 100)}_{pattern.replace(':', '_')}"
-    return _built(name, lambda graphs: graphs.sparsify(graphs.bert_base(), sparsity, pattern))
+def with_zeros(source: Path, sparsity: float, pattern: str) -> Path:
+    """A model as it would come from a pruner: the zeros are in the file."""
+    name = f"{source.stem}_{round(sparsity * 100)}_{pattern.replace(':', '_')}"
+    return _kept(name, lambda path: pruner.with_zeros(source, path, sparsity, pattern))
 
 
 def mobilenet_v2() -> Path:
@@ -61,10 +63,17 @@ def resnet50() -> Path:
 
 def resnet18() -> Path:
     """torchvision's ResNet-18 with random weights, BatchNormalization as exported."""
-    path = _folder() / "resnet18.onnx"
-    if not path.exists():
-        onnx.save(_module(SHARED / "graphs" / "zoo.py").load("resnet18"), path)
-    return path
+    return _of_the_zoo("resnet18")
+
+
+def yolo_c2f() -> Path:
+    """A detector like YOLOv8 nano (C2f, SPPF, PAN neck, DFL head), random weights, BatchNormalization folded."""
+    return _of_the_zoo("yolo_c2f_bnfolded")
+
+
+def llama_block() -> Path:
+    """One block of the size of Llama 3.2 1B, with a cache of keys and values, random weights."""
+    return _kept("llama_block", lambda path: onnx.save(llama.llama_block(), str(path)))
 
 
 def digits() -> dict[str, dict[str, Any]]:
@@ -83,10 +92,18 @@ def _folder() -> Path:
 
 
 def _built(name: str, build: Callable[[ModuleType], onnx.ModelProto]) -> Path:
+    return _kept(name, lambda path: onnx.save(build(_module(SHARED / "bench" / "graphs.py")), str(path)))
+
+
+def _of_the_zoo(name: str) -> Path:
+    return _kept(name, lambda path: onnx.save(_module(SHARED / "graphs" / "zoo.py").load(name), str(path)))
+
+
+def _kept(name: str, make: Callable[[Path], None]) -> Path:
     target = _folder() / f"{name}.onnx"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.part")
-        onnx.save(build(_module(SHARED / "bench" / "graphs.py")), str(partial))
+        make(partial)
         partial.rename(target)
     return target
 

@@ -194,7 +194,7 @@ def test_a_model_without_zeros_comes_out_exact_and_not_slower(compiled: Compile)
 
 @pytest.mark.parametrize("pattern, bar", [("block:4x1", 5.7), ("unstructured", 4.1)])
 def test_zeros_that_are_there_become_time(compiled: Compile, pattern: str, bar: float) -> None:
-    source, shapes = sources.bert_base_with_zeros(0.9, pattern), tokens(1, 128)
+    source, shapes = sources.with_zeros(sources.bert_base(), 0.9, pattern), tokens(1, 128)
     result = compiled(source, shapes)
     assert not result.report.passes
     assert speed(source, result, shapes) >= bar
