@@ -18,13 +18,14 @@ from spa_compiler.kernels import panel, rx1
 from spa_compiler.kernels.lower import build_object
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.link import kernel, run_linker
-from spa_compiler.targets import host
+from spa_compiler.targets import AARCH64, host
 from spa_compiler.targets.machine import cache_dir
 
 F32 = NDArray[np.float32]
 A = TypeVar("A", bound=np.ndarray)
 
-LEVELS = tuple(level for level in ISAS if host().runs(level)) or (host().level,)
+X86 = tuple(level for level in ISAS if level != AARCH64)
+LEVELS = tuple(level for level in X86 if host().runs(level))
 _level = LEVELS[0]
 _libc = ctypes.CDLL(None, use_errno=True)
 _CANARY = np.float32(1234.5)

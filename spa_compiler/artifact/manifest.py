@@ -45,6 +45,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     min_onnxruntime: str
     source: Source
     files: dict[str, File]  # by path relative to the folder, with forward slashes
+    measured: bool = True  # whether the compiling machine runs the target, so that it timed and verified the kernels
 
 
 def digest(path: Path) -> str:
@@ -61,12 +62,14 @@ def seal(
     isa: str,
     source: Source,
     min_onnxruntime: str = MIN_ONNXRUNTIME,
+    measured: bool = True,
 ) -> Manifest:
     """Writes manifest.json for what lies in `folder` now.
 
     Args:
         version: of spa-compiler.
         isa: the instruction set level that kernels.so was built for.
+        measured: whether this machine runs it.
     """
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     names = {p.relative_to(folder).as_posix(): p for p in paths}
@@ -77,6 +80,7 @@ def seal(
         isa=isa,
         min_onnxruntime=min_onnxruntime,
         source=source,
+        measured=measured,
         files={n: File(digest(p), p.stat().st_size) for n, p in sorted(names.items()) if n not in _NOT_HASHED},
     )
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

@@ -11,9 +11,7 @@ import click
 from spa_compiler.errors import SpaError
 from spa_compiler.graph.session import onnxruntime_version, runtime
 from spa_compiler.runtime.link import link
-from spa_compiler.targets import host
-
-KERNEL_LEVEL = "x86-64-v3"
+from spa_compiler.targets import host, parse
 
 
 def show(as_json: bool) -> None:
@@ -23,15 +21,13 @@ def show(as_json: bool) -> None:
         "cpu": cpu.model or cpu.name,
         "isa": cpu.level,
         "physical cores": cpu.cores_physical,
-        "sparse kernels": "yes"
-        if cpu.runs(KERNEL_LEVEL)
-        else f"no: they need {KERNEL_LEVEL} (AVX2), every site would stay dense",
+        "sparse kernels": f"yes, made for {parse('cpu').arch}",
     }
     failure: SpaError | None = None
     try:
         facts["onnxruntime"] = f"{onnxruntime_version()} ({', '.join(runtime().get_available_providers())})"
         with tempfile.TemporaryDirectory() as folder:
-            link([], (cpu.level,), Path(folder) / "kernels.so")
+            link([], (parse("cpu").arch,), Path(folder) / "kernels.so")
         facts["linker"] = "works"
     except SpaError as error:
         failure = error

@@ -18,6 +18,8 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
+from spa_compiler.targets import AARCH64
+
 
 def lower(functions: Sequence[tirx.PrimFunc], target: Target) -> tvm.IRModule:
     """The passes of TVM's default pipeline that a hand-written kernel needs."""
@@ -38,9 +40,12 @@ def lower(functions: Sequence[tirx.PrimFunc], target: Target) -> tvm.IRModule:
     )(module)
 
 
-def llvm_target(mcpu: str) -> Target:
-    """An LLVM target; `mcpu` is LLVM's name of the instruction set, e.g. `x86-64-v4`."""
-    return Target({"kind": "llvm", "mcpu": mcpu, "opt-level": 3})
+def llvm_target(level: str) -> Target:
+    """An LLVM target; `level` is one of `vector.ISAS`, which LLVM calls by the same names."""
+    if level == AARCH64:
+        arm = {"mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon"]}
+        return Target({"kind": "llvm", "opt-level": 3, **arm})
+    return Target({"kind": "llvm", "mcpu": level, "opt-level": 3})
 
 
 def compile_module(functions: Sequence[tirx.PrimFunc], mcpu: str) -> tvm.runtime.Module:

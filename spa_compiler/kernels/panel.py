@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from spa_compiler.kernels.vector import ANY, ZMM, emit_transpose
+from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, emit_transpose
 
 LANE_COUNTS = (1, 4, 8, 16, 32, 48, 64)
 MAX_LANES = LANE_COUNTS[-1]
@@ -39,20 +39,20 @@ def pack_reference(x: F32, lanes: int) -> F32:
     return np.ascontiguousarray(x[last].T)
 
 
-def pack_kernel(layout: str, lanes: int) -> tirx.PrimFunc:
+def pack_kernel(layout: str, lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_pack_<layout>_<lanes>(x, panel, tokens, features, stride): one tile.
 
     `x` points at the tile's first token; `stride` is the distance of two tokens (rows) or two features (planes).
     """
-    return _PACK[layout](lanes)
+    return _pack_rows(lanes, isa) if layout == "rows" else _pack_planes(lanes)
 
 
-def unpack_kernel(layout: str, lanes: int) -> tirx.PrimFunc:
+def unpack_kernel(layout: str, lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_unpack_<layout>_<lanes>(panel, y, tokens, features, stride): the way back, valid tokens alone."""
-    return _UNPACK[layout](lanes)
+    return _unpack_rows(lanes, isa) if layout == "rows" else _unpack_planes(lanes)
 
 
-def _pack_rows(lanes):
+def _pack_rows(lanes, isa):
     if lanes < ZMM:
 
         @T.prim_func(s_tir=True)
@@ -80,6 +80,7 @@ def _pack_rows(lanes):
                     lambda i: T.min(b * 16 + i, tokens - 1) * stride + f * 16,
                     P,
                     lambda i: (f * 16 + i) * lanes + b * 16,
+                    isa,
                 )
         for f in T.serial(T.truncmod(features, 16)):
             for t in T.serial(lanes):
@@ -108,7 +109,7 @@ def _pack_planes(lanes):
     return pack
 
 
-def _unpack_rows(lanes):
+def _unpack_rows(lanes, isa):
     if lanes < ZMM:
 
         @T.prim_func(s_tir=True)
@@ -138,6 +139,7 @@ def _unpack_rows(lanes):
                         lambda i: (f * 16 + i) * lanes + b * 16,
                         Y,
                         lambda i: (b * 16 + i) * stride + f * 16,
+                        isa,
                     )
                 else:
                     for t in T.serial(T.min(tokens - b * 16, 16)):
@@ -165,7 +167,3 @@ def _unpack_planes(lanes):
                     Y[f * stride + t] = P[f * lanes + t]
 
     return unpack
-
-
-_PACK = {"rows": _pack_rows, "planes": _pack_planes}
-_UNPACK = {"rows": _unpack_rows, "planes": _unpack_planes}

@@ -32,25 +32,28 @@ class Isa:
         """(lanes of one register, registers) that hold `lanes` floats: full registers, or one narrower one."""
         return (self.width, lanes // self.width) if lanes >= self.width else (lanes, 1)
 
-    def passes(self, rows: int, lanes: int) -> tuple[int, int, int]:
+    def passes(self, rows: int, lanes: int, others: int | None = None) -> tuple[int, int, int]:
         """(lanes of one register, registers, passes): how `lanes` are cut so that accumulators stay in registers.
 
-        A pass keeps `rows` sums for each of its registers of lanes, all factors of the one kind and one of the other.
+        A pass keeps `rows` values for each of its registers of lanes, and `others`: in a product of `rows` outputs
+        those are all factors of the one kind and one of the other.
         """
         width, total = self.widths(lanes)
-        fits = (v for v in range(total, 0, -1) if total % v == 0 and rows * v + min(rows, v) + 1 < self.registers)
+        others_of = (lambda v: min(rows, v) + 1) if others is None else (lambda v: others)
+        fits = (v for v in range(total, 0, -1) if total % v == 0 and rows * v + others_of(v) < self.registers)
         each = next(fits, 1)
         return width, each, total // each
 
 
 AVX512 = Isa(ZMM, 32, estimates=True)
-ISAS = {"x86-64-v4": AVX512, "x86-64-v3": Isa(8, 16)}
-"""By LLVM's name of the level. On others kernels are right, and nobody has looked at how fast they are."""
+ISAS = {"x86-64-v4": AVX512, "x86-64-v3": Isa(8, 16), "x86-64": Isa(4, 16), "aarch64": Isa(4, 32)}
+"""By the name of the level, as `targets` has them. x86-64 is SSE2, where a product and a sum are two instructions;
+aarch64 is NEON."""
 
 
-def isa_of(mcpu: str) -> Isa:
-    """Of any level: what is not in ISAS has the four floats of SSE."""
-    return ISAS.get(mcpu, Isa(4, 16))
+def isa_of(level: str) -> Isa:
+    """What kernels for a level may use."""
+    return ISAS[level]
 
 
 def const(value, width):
@@ -79,17 +82,16 @@ def horner(x, coefficients, width):
 
 
 def exp2(x, width):
-    """2^x for |x| <= 126, relative error below 2e-7; the bounds' values beyond, NaN for NaN. (TVM's simplifier folds
-    the usual rounding by adding and subtracting a magic number, hence the floor.)"""
+    """2^x for |x| <= 126, relative error below 2e-7; the bounds' values beyond, NaN for NaN."""
     # max(a, b) is `a > b ? a : b`: the first two keep NaN, the third keeps it away from the cast to an integer
     x = T.bind(T.max(const(-126.0, width), T.min(const(126.0, width), x)))
-    whole = T.bind(T.floor(T.min(x + const(0.5, width), const(127.0, width))))
-    fraction = T.bind(x - whole)
+    # Of what is positive, a cast is the floor: SSE2 has no other, and TVM's simplifier folds the usual rounding by
+    # adding and subtracting a magic number.
     kind = "int32" if width == 1 else f"int32x{width}"
-    bias = T.int32(127) if width == 1 else T.Broadcast(T.int32(127), width)
-    mantissa = T.int32(23) if width == 1 else T.Broadcast(T.int32(23), width)
-    bits = T.shift_left(T.Cast(kind, whole) + bias, mantissa)
-    power = T.reinterpret("float32" if width == 1 else f"float32x{width}", bits)
+    biased = T.bind(T.Cast(kind, T.min(x + const(127.5, width), const(254.0, width))))
+    fraction = T.bind(x - T.Cast(kind.replace("int", "float"), biased - spread(T.int32(127), width)))
+    bits = T.shift_left(biased, spread(T.int32(23), width))
+    power = T.reinterpret(kind.replace("int", "float"), bits)
     return T.bind(horner(fraction, EXP2, width) * power)
 
 
@@ -112,24 +114,28 @@ def prefetch(buffer, index):
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[index]), 0, 3, 1))
 
 
-def transpose16(rows):
-    """16 vectors of 16 lanes, transposed in four butterfly steps; becomes shuffles of registers."""
-    step = 1
-    while step < ZMM:
-        low = [i if not i & step else ZMM + i - step for i in range(ZMM)]
-        high = [i + step if not i & step else ZMM + i for i in range(ZMM)]
+def transpose(rows):
+    """n vectors of n lanes, a power of two, transposed in butterfly steps; becomes shuffles of registers."""
+    n, step = len(rows), 1
+    while step < n:
+        low = [i if not i & step else n + i - step for i in range(n)]
+        high = [i + step if not i & step else n + i for i in range(n)]
         out = list(rows)
-        for i in range(ZMM):
+        for i in range(n):
             if not i & step:
                 pair = [rows[i], rows[i + step]]
                 for row, lanes in ((i, low), (i + step, high)):
-                    out[row] = T.bind(tirx.Shuffle(pair, [tirx.IntImm("int32", n) for n in lanes]))
+                    out[row] = T.bind(tirx.Shuffle(pair, [tirx.IntImm("int32", lane) for lane in lanes]))
         rows, step = out, step * 2
     return rows
 
 
-def emit_transpose(source, source_row, target, target_row):
-    """Transposes a 16 x 16 tile from memory to memory; the arguments map a row number to its first element."""
-    rows = [T.bind(source[T.Ramp(source_row(i), 1, ZMM)]) for i in range(ZMM)]
-    for i, row in enumerate(transpose16(rows)):
-        T.buffer_store(target, row, [T.Ramp(target_row(i), 1, ZMM)])
+def emit_transpose(source, source_row, target, target_row, isa):
+    """Transposes a 16 x 16 tile from memory to memory, in squares as wide as a register; the arguments map a row number
+    to its first element."""
+    n = isa.width
+    for down in range(0, ZMM, n):
+        for right in range(0, ZMM, n):
+            rows = [T.bind(source[at(source_row(down + i) + right, n)]) for i in range(n)]
+            for i, row in enumerate(transpose(rows)):
+                store(target, row, target_row(right + i) + down, n)

@@ -36,7 +36,7 @@ _NOTHING_LEFT_OUT = 0.95
 class Choice:
     """What one site got. `form` is None for dense; `timings` per candidate and shape are of one site, or of all of
     the low-rank layer that it is a part of. `candidate` is the name of its form among them. `joined` is the form where
-    it is no gain by itself, but stands between kernels."""
+    it is no gain by itself, but stands between kernels. `expected` is its speed over dense where nothing was timed."""
 
     site: Site
     form: Form | None
@@ -46,6 +46,7 @@ class Choice:
     tokens: tuple[int, ...] = field(default=())
     candidate: str = DENSE
     joined: Form = FULL
+    expected: float = 1.0
 
     @property
     def kind(self) -> str:
@@ -59,7 +60,9 @@ class Choice:
     @property
     def gain(self) -> float:
         """Speed over dense of the form that was chosen, geometric mean over shapes; 1 for dense."""
-        return 1.0 if self.form is None else _mean_ratio(self.timings, self.candidate)
+        if self.form is None or not self.timings:
+            return self.expected
+        return _mean_ratio(self.timings, self.candidate)
 
 
 @dataclass(frozen=True)

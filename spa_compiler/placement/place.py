@@ -17,7 +17,6 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.form import Form
-from spa_compiler.kernels.vector import ISAS
 from spa_compiler.placement.attention import Shapes, find_attention
 from spa_compiler.placement.candidates import chain_classes, classes, stored_forms
 from spa_compiler.placement.chains import Chain, find_chains
@@ -30,6 +29,7 @@ from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import Group, join, single
 from spa_compiler.placement.sites import Refusal, find_sites, held
 from spa_compiler.placement.timer import Contender, LocalTimer, Timer
+from spa_compiler.placement.unmeasured import choose_unmeasured, why
 from spa_compiler.runtime.link import link
 from spa_compiler.runtime.region import RegionSpec
 from spa_compiler.targets import Target
@@ -48,7 +48,7 @@ STRONG_GAIN = 1.8
 
 @dataclass(eq=False)
 class Plan:
-    """One way to run the whole model: a folder with model.onnx, and kernels.so where this machine runs the target."""
+    """One way to run the whole model: a folder with model.onnx, and kernels.so for a CPU."""
 
     name: str
     folder: Path
@@ -83,14 +83,8 @@ class Placed:
 
 
 def no_kernels(target: Target) -> str:
-    """Why no site can have a kernel on this target and machine; empty if they can."""
-    if target.kind != "cpu":
-        return "there are no kernels for CUDA yet, every site stays dense"
-    if not set(target.archs) <= set(ISAS):
-        return f"sparse kernels need x86-64-v3 (AVX2) or newer, the target is {target.arch}: every site stays dense"
-    if not target.host_runs:
-        return f"this machine does not run {target.arch} and so cannot time its kernels: every site stays dense"
-    return ""
+    """Why no site can have a kernel on this target; empty if they can."""
+    return "" if target.kind == "cpu" else "there are no kernels for CUDA yet, every site stays dense"
 
 
 def place(
@@ -122,7 +116,8 @@ def place(
         timer: the machine that decides; None: this one.
 
     Returns:
-        The winning plan. With kernels it is slower than the source or `model` in ONNX Runtime at none of the shapes.
+        The winning plan. With kernels it is slower than the source or `model` in ONNX Runtime at none of the shapes,
+        unless nothing could be timed, as this machine does not run the target.
     """
     portable = _write(Plan(PORTABLE, workspace / "portable", []), model, target)
     sites, refusals = find_sites(model)
@@ -131,11 +126,19 @@ def place(
     chains: list[ChainChoice] = []
     timer = timer or LocalTimer()
     reason = no_kernels(target)
+    known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
+    packer = Packer()
     if reason:
         placed.choices = [Choice(s, None, reason) for s in sites]
+    elif not target.host_runs:
+        placed.choices = choose_unmeasured(sites, target)
+        chosen = _chosen(placed.choices, [], 0, 0)
+        if chosen:
+            name = WHOLE if find_attention(model, known) else REGIONS
+            placed.plan = _sparse_plan(name, model, chosen, known, packer, target, workspace)
+        placed.reason = f"{placed.plan.name}, {why(target)}"
+        return placed
     else:
-        known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
-        packer = Packer()
         measured = known[: len(feeds)]
         referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng, timer)
         placed.choices = choose(classes(sites, measured), referee)
@@ -254,7 +257,7 @@ def chains_of(model: Model, known: Shapes) -> list[Chain]:
 def _write(plan: Plan, model: Model, target: Target) -> Plan:
     plan.folder.mkdir(parents=True)
     save(model, plan.file)
-    if target.kind == "cpu" and target.host_runs:
+    if target.kind == "cpu":
         # Without regions too: it is loaded wherever the artifact is, and it turns off a slow fusion of ONNX Runtime.
         link(plan.regions, target.archs, plan.folder / "kernels.so")
     return plan

@@ -21,6 +21,7 @@ from spa_compiler.placement.candidates import DENSE, layouts, stored_forms
 from spa_compiler.placement.choose import Choice, nothing_to_leave_out
 from spa_compiler.placement.place import SOURCE, Placed, chains_of, no_kernels
 from spa_compiler.placement.sites import find_sites
+from spa_compiler.placement.unmeasured import choose_unmeasured
 from spa_compiler.report.report import (
     ARTIFACT_RUNTIME,
     Asked,
@@ -170,6 +171,9 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
         )
         if hindrance or not names:
             reason = hindrance or f"would stay dense: {nothing_to_leave_out(site)}"
+        elif not target.host_runs:
+            (choice,) = choose_unmeasured([site], target)
+            reason = f"would be {choice.candidate}, {choice.reason}"
         else:
             reason = f"would be timed dense and as {names}"
         # the tallest blocks that store next to nothing in vain
@@ -248,7 +252,8 @@ def _placements(choice: Choice, region: str, plan_reason: str) -> list[Placement
     if not choice.timings:
         tokens = choice.tokens[0] if choice.tokens else 0
         row = _row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason, choice.would_help)
-        return [msgspec.structs.replace(row, region=region)]
+        kind, pattern = choice.kind if used else DENSE, _pattern(site.density, choice.form if used else None)
+        return [msgspec.structs.replace(row, region=region, form=kind, pattern=pattern)]
     out = []
     for tokens, timings in zip(choice.tokens, choice.timings, strict=True):
         chosen = choice.candidate if used else DENSE

@@ -13,7 +13,7 @@ from spa_compiler.kernels import attention, layernorm, panel, rx1, window
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.region import LinearSpec, RegionSpec
-from spa_compiler.targets.cpu import LEVELS
+from spa_compiler.targets import level_number
 
 WINDOW_LANES = tuple(lanes for lanes in panel.LANE_COUNTS if lanes >= ZMM)  # whole registers: of window.c
 LOG2_E = 1.4426950408889634
@@ -60,7 +60,7 @@ def kernels_of(regions: Sequence[RegionSpec]) -> dict[str, tuple[str, ...]]:
 
 def symbol(function: str, level: str) -> str:
     """What a kernel is called in the objects of a level: several of them make one library."""
-    return f"{function}_{level.rpartition('-')[2]}"
+    return f"{function}_{level.replace('-', '_')}"
 
 
 def _c_float(value: float) -> str:
@@ -72,10 +72,10 @@ def write_c(regions: Sequence[RegionSpec], levels: Sequence[str]) -> str:
 
     Args:
         regions: equal ones are written once.
-        levels: x86-64 levels to have kernels for, as LLVM spells them; none are needed without regions.
+        levels: to have kernels for, of one architecture; without regions any machine of it will do.
     """
     regions = sorted(set(regions), key=lambda r: r.op_type)
-    numbers = {level: LEVELS.index(level) + 1 for level in levels} if regions else {LEVELS[0]: 1}
+    numbers = {level: level_number(level) for level in levels} if regions else {levels[0]: 1}
     tables = sorted(numbers, key=lambda level: -numbers[level])
     out = ['/* Written by spa-compiler. */\n#include "region.h"\n']
     for region in regions:

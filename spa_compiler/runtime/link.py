@@ -23,7 +23,7 @@ from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.kernels.vector import Isa, isa_of
 from spa_compiler.runtime.generate import kernels_of, symbol, write_c
 from spa_compiler.runtime.region import RegionSpec
-from spa_compiler.targets import host
+from spa_compiler.targets import AARCH64, host
 from spa_compiler.targets.machine import cache_dir
 
 GLIBC = "2.28"
@@ -38,7 +38,7 @@ def link(regions: Sequence[RegionSpec], levels: Sequence[str], output: Path) -> 
 
     Args:
         regions: what the model's nodes need; may be empty, the library then loads and registers nothing.
-        levels: of x86-64 to have kernels for, as LLVM spells them; the machine takes the highest that it runs.
+        levels: to have kernels for, of one architecture; the machine takes the highest that it runs.
         output: the file to write.
 
     Raises:
@@ -64,7 +64,8 @@ def link(regions: Sequence[RegionSpec], levels: Sequence[str], output: Path) -> 
                 *map(str, objects),
                 "-o",
                 str(output),
-            ]
+            ],
+            levels[0],
         )
 
 
@@ -94,9 +95,9 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return depthwise.kernel(*depthwise.parse(name), isa)
     parts = name.removeprefix("spa_").split("_", 3)
     if parts[0] == "pack":
-        return panel.pack_kernel(parts[1], int(parts[2]))
+        return panel.pack_kernel(parts[1], int(parts[2]), isa)
     if parts[0] == "unpack":
-        return panel.unpack_kernel(parts[1], int(parts[2]))
+        return panel.unpack_kernel(parts[1], int(parts[2]), isa)
     if parts[0] == "attention":
         return attention.kernel(int(parts[1]), isa)
     if parts[0] == "layernorm":
@@ -104,20 +105,20 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
     return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa)
 
 
-def linker() -> list[str]:
-    """The command that compiles and links C: SPA_CC, else zig."""
+def linker(level: str = "") -> list[str]:
+    """The command that compiles and links C for machines of a level: SPA_CC, else zig."""
     chosen = os.environ.get("SPA_CC", "").strip()
     try:
-        return shlex.split(chosen) if chosen else [sys.executable, "-m", "ziglang", "cc", "-target", _zig_target()]
+        return shlex.split(chosen) if chosen else [sys.executable, "-m", "ziglang", "cc", "-target", _zig_target(level)]
     except ValueError as error:
         raise EnvironmentFault(
             f"the linker cannot be run: {error}", where=f"SPA_CC={chosen}", fix="Close the quotes, as a shell wants it"
         ) from error
 
 
-def run_linker(arguments: Sequence[str]) -> None:
-    """Runs the linker; EnvironmentFault with its own words when it fails."""
-    command = linker()
+def run_linker(arguments: Sequence[str], level: str = "") -> None:
+    """Runs the linker for x86-64, or for machines of a `level`; EnvironmentFault with its own words when it fails."""
+    command = linker(level)
     zig_cache = str(cache_dir() / "zig")  # zig has no cache without HOME, and fails then
     environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": zig_cache, "ZIG_LOCAL_CACHE_DIR": zig_cache}
     fix = (
@@ -134,5 +135,5 @@ def run_linker(arguments: Sequence[str]) -> None:
         raise EnvironmentFault(f"linking kernels.so failed: {words}", where=shlex.join(command), fix=fix)
 
 
-def _zig_target() -> str:
-    return f"x86_64-linux-gnu.{GLIBC}"
+def _zig_target(level: str) -> str:
+    return f"{'aarch64' if level == AARCH64 else 'x86_64'}-linux-gnu.{GLIBC}"

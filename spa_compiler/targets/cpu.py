@@ -1,4 +1,4 @@
-"""x86-64 processors: the levels that kernels are made for, and what this machine is.
+"""Processors: the levels that kernels are made for, and what this machine is.
 
 A level is a set of instructions, as the x86-64 psABI defines it (x86-64-v3 has AVX2 and FMA, x86-64-v4 AVX-512 F, BW,
 CD, DQ and VL). Kernels are made for a level, not for a CPU: the check at load stays short, the same artifact runs on
@@ -21,6 +21,9 @@ from spa_compiler.errors import EnvironmentFault
 LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4")
 """Every level runs what is made for those before it."""
 
+AARCH64 = "aarch64"
+"""The one level of 64-bit Arm, whose base has NEON: four floats a register, fused multiply-add."""
+
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _CPUINFO = Path("/proc/cpuinfo")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -40,8 +43,13 @@ class HostCpu:
     """The maker's name of the product, as the kernel shows it; may be empty."""
 
     def runs(self, level: str) -> bool:
-        """Whether code made for `level` (one of `LEVELS`) runs here."""
-        return LEVELS.index(level) <= LEVELS.index(self.level)
+        """Whether code made for `level` (one of `LEVELS`, or AARCH64) runs here."""
+        return level in LEVELS and LEVELS.index(level) <= LEVELS.index(self.level)
+
+
+def level_number(level: str) -> int:
+    """What the C side calls a level: 1 is the base of an architecture, which all of its processors run."""
+    return LEVELS.index(level) + 1 if level in LEVELS else 1
 
 
 def check_platform(system: str | None = None, machine: str | None = None) -> None:

@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import pytest
 
-from spa_compiler.kernels import rx1
+from spa_compiler.kernels import activation, layernorm, panel, rx1
 from spa_compiler.kernels.lower import compile_module
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.link import kernel
+
+
+@dataclass(frozen=True)
+class Words:
+    """What to look for in an assembler's text, as regular expressions."""
+
+    multiply: str  # a multiply-add in full registers, or its product where they are two instructions
+    any_multiply: str
+    apart: str | None  # a product or a sum by itself
+    store: str = r"v?mov\w+\s+%[xyz]mm\d+, .*\("  # of a vector
+    vector: str = r"%[xyz]mm\d"
+    stack: str = r"\(%rsp|\(%rbp"
+    call: str = r"\bcallq?\s"
+
+
+X86_APART = r"v?(mulps|addps)"
+WORDS = {
+    "x86-64-v4": Words(r"vfmadd\w+\s.*%zmm", "vfmadd", X86_APART),
+    "x86-64-v3": Words(r"vfmadd\w+\s.*%ymm", "vfmadd", X86_APART),
+    "x86-64": Words(r"mulps\s.*%xmm", "mulps", None),
+    "aarch64": Words(
+        r"fmla\s+v\d+\.4s",
+        "fmla",
+        r"f(mul|add)\s+v",
+        store=r"st[rp]\s+q",
+        vector=r"\bq\d",
+        stack=r"\[sp\b",
+        call=r"\bblr?\s",
+    ),
+}
 
 
 def loops(assembly: str) -> list[list[str]]:
@@ -20,39 +51,85 @@ def loops(assembly: str) -> list[list[str]]:
         text = line.strip()
         if re.match(r"\.LBB\w+:", text):
             label, body = text.split(":")[0], []
-        elif text and not text.startswith((".", "#")):
+        elif text and not text.startswith((".", "#", "//")):
             body.append(text)
-            if re.match(r"j\w+\s", text) and text.split()[-1] == label:
+            if re.match(r"(j\w+|b|b\.\w+|cbn?z|tbn?z)\s", text) and text.split()[-1] == label:
                 found.append(list(body))
     return found
+
+
+def count(pattern: str, body: list[str]) -> int:
+    return sum(re.search(pattern, i) is not None for i in body)
+
+
+def spills(body: list[str], words: Words) -> list[str]:
+    """Vectors that come from the stack or go there."""
+    return [i for i in body if re.search(words.stack, i) and re.search(words.vector, i)]
 
 
 def hot_loop(rows: int, lanes: int, level: str) -> tuple[str, list[str]]:
     script = rx1.kernel(rows, lanes, "none", isa=ISAS[level])
     assembly = compile_module([script], level).inspect_source("asm")
-    return assembly, max(loops(assembly), key=lambda body: sum("vfmadd" in i for i in body))
+    return assembly, max(loops(assembly), key=lambda body: count(WORDS[level].any_multiply, body))
+
+
+def test_every_level_is_looked_at() -> None:
+    assert set(WORDS) == set(ISAS)
 
 
 @pytest.mark.parametrize("level", ISAS)
 @pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
 @pytest.mark.parametrize("lanes", [16, 64])
 def test_the_inner_loop_multiplies_and_adds_in_full_registers(rows: int, lanes: int, level: str) -> None:
+    words = WORDS[level]
     assembly, body = hot_loop(rows, lanes, level)
-    assert not re.search(r"\bcall", assembly), "a call in a kernel"
-    multiply_adds = [i for i in body if "vfmadd" in i]
-    assert multiply_adds
-    assert all(("zmm" if ISAS[level].width == 16 else "ymm") in i for i in multiply_adds)
-    assert len(multiply_adds) % (rows * ISAS[level].passes(rows, lanes)[1]) == 0
-    assert not any("vmulps" in i or "vaddps" in i for i in body), "a product and a sum apart"
+    assert not re.search(words.call, assembly), "a call in a kernel"
+    products = count(words.multiply, body)
+    assert products
+    assert products == count(words.any_multiply, body), "a narrower one"
+    assert products % (rows * ISAS[level].passes(rows, lanes)[1]) == 0
+    if words.apart:
+        assert not count(words.apart, body), "a product and a sum apart"
 
 
 @pytest.mark.parametrize("level", ISAS)
 @pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
 @pytest.mark.parametrize("lanes", [16, 32, 48, 64])
 def test_accumulators_stay_in_registers(rows: int, lanes: int, level: str) -> None:
+    words = WORDS[level]
     _, body = hot_loop(rows, lanes, level)
-    assert not any("(%rsp" in i or "(%rbp" in i for i in body), "something of the inner loop lies on the stack"
-    assert not any(re.match(r"vmov\w+\s+%[yz]mm\d+, .*\(", i) for i in body), "an accumulator is stored in the loop"
+    assert not count(words.stack, body), "something of the inner loop lies on the stack"
+    assert not count(words.store, body), "an accumulator is stored in the loop"
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("lanes", [16, 48, 64])
+def test_the_sums_of_a_norm_stay_in_registers(lanes: int, level: str) -> None:
+    words = WORDS[level]
+    assembly = compile_module([layernorm.kernel(lanes, ISAS[level])], level).inspect_source("asm")
+    sums = [body for body in loops(assembly) if not count(words.store, body)]
+    assert len(sums) >= 2, "a sum and a sum of squares store nothing"
+    assert not any(spills(body, words) for body in sums)
+
+
+@pytest.mark.parametrize("level", ISAS)
+def test_a_transpose_is_cut_into_squares_that_fit_the_registers(level: str) -> None:
+    assembly = compile_module([panel.pack_kernel("rows", 64, ISAS[level])], level).inspect_source("asm")
+    body = max(loops(assembly), key=len)
+    full = 16 * 16 // ISAS[level].width  # registers of a tile, each is stored once
+    assert count(WORDS[level].store, spills(body, WORDS[level])) <= full // 2
+
+
+@pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("act", activation.NAMES)
+def test_activations_call_nothing(act: str, level: str) -> None:
+    """SSE2 rounds no vector to integers and has no fused multiply-add: LLVM would call floorf and fmaf."""
+    for rows, lanes in ((1, 1), (4, 16)):
+        script = rx1.kernel(rows, lanes, act, isa=ISAS[level])
+        assert not re.search(WORDS[level].call, compile_module([script], level).inspect_source("asm"))
+    if act == "none":
+        text = compile_module([kernel("spa_attention_64", level)], level).inspect_source("asm")
+        assert not re.search(WORDS[level].call, text)
 
 
 def test_one_token_uses_no_512_bit_registers() -> None:
@@ -61,7 +138,18 @@ def test_one_token_uses_no_512_bit_registers() -> None:
     assert not re.search(r"\bcall|zmm", assembly)
 
 
-def test_nothing_made_for_avx2_needs_avx512() -> None:
+@pytest.mark.parametrize(
+    "level, foreign",
+    [
+        ("x86-64-v3", r"%zmm|%k\d|%[xy]mm(1[6-9]|2\d|3\d)"),
+        # AVX, SSE3 to SSE4.2 as far as LLVM would use them here
+        (
+            "x86-64",
+            r"%[yz]mm|%k\d|^\s+v\w+\s|round[ps]s|pmuld|blendv|insertps|pshufb|movddup|mov\w?hdup|movsldup|fmadd",
+        ),
+    ],
+)
+def test_nothing_made_for_a_level_needs_a_higher_one(level: str, foreign: str) -> None:
     for name in ("spa_rx1_4_64_gelu_erf", "spa_attention_64", "spa_layernorm_48", "spa_pack_rows_64", "spa_shift"):
-        text = compile_module([kernel(name, "x86-64-v3")], "x86-64-v3").inspect_source("asm")
-        assert not re.search(r"%zmm|%k\d|%[xy]mm(1[6-9]|2\d|3\d)", text), name
+        text = compile_module([kernel(name, level)], level).inspect_source("asm")
+        assert not re.search(foreign, text, re.MULTILINE), name

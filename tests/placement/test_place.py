@@ -345,10 +345,7 @@ def test_without_replay_only_the_race_is_run_again(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     "target,words",
-    [
-        ("cpu:x86-64", "need x86-64-v3 (AVX2) or newer, the target is x86-64"),
-        ("cuda", "there are no kernels for CUDA yet"),
-    ],
+    [("cuda", "there are no kernels for CUDA yet")],
 )
 def test_other_targets_stay_dense_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, words: str
@@ -362,18 +359,41 @@ def test_other_targets_stay_dense_and_say_so(
     assert all(words in c.reason for c in result.choices)
 
 
-def test_a_machine_without_avx512_stays_dense_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target, level", [("cpu:x86-64-v4", "x86-64-v4"), ("cpu:aarch64", "aarch64")])
+def test_for_what_this_machine_does_not_run_forms_are_calculated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, level: str
+) -> None:
     import dataclasses
 
     from spa_compiler.targets import target as targets
 
     older = dataclasses.replace(host(), level="x86-64-v2")
     monkeypatch.setattr(targets, "host", lambda: older)
-    Stopwatch(monkeypatch, 5.0, {})
-    assert "the target is x86-64-v2" in placed(tmp_path, target="cpu").reason
-    result = placed(tmp_path, target="cpu:x86-64-v4")
-    assert "this machine does not run x86-64-v4" in result.reason
-    assert result.race == []
+    watch = Stopwatch(monkeypatch, 5.0, {})
+    result = placed(tmp_path, target=target)
+    words = f"not measured, this machine does not run {level}"
+    assert (watch.sites, watch.races, result.race) == (0, 0, [])
+    assert (result.plan.name, result.reason) == (REGIONS, f"{REGIONS}, {words}")
+    assert {c.form for c in result.choices} == {Blocks(4)}
+    assert all(words in c.reason for c in result.choices)
+    assert result.gaining == [c.site.name for c in result.choices]
+    assert result.plan.library
+    assert len(result.plan.regions) == 1
+    dense = placed(tmp_path, target=target, density=1.0)
+    assert (dense.plan.name, dense.reason) == (PORTABLE, f"{PORTABLE}, {words}")
+    assert dense.plan.library, "it holds no kernel, but loads where the model runs"
+
+
+def test_an_older_machine_has_kernels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from spa_compiler.targets import target as targets
+
+    older = dataclasses.replace(host(), level="x86-64-v2")
+    monkeypatch.setattr(targets, "host", lambda: older)
+    watch = Stopwatch(monkeypatch, 5.0, {REGIONS: 20})
+    assert placed(tmp_path, target="cpu").plan.name == REGIONS
+    assert watch.races == 1
 
 
 def test_weights_that_are_no_numbers(tmp_path: Path) -> None:

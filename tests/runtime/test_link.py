@@ -15,6 +15,7 @@ from spa_compiler.errors import EnvironmentFault
 from spa_compiler.runtime import link
 from spa_compiler.targets.machine import cache_dir
 from tests.region_harness import MCPU, assert_parity, case, library, run, session
+from tests.window_harness import CONVOLUTIONS
 
 # Everything that the C side may call. A new name here is a decision, not an accident.
 IMPORTS = {"calloc", "free", "malloc", "memcpy", "memset", "memmove", "snprintf", "vsnprintf", "sscanf", "getenv"}
@@ -29,9 +30,17 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["all", "empty"])
-def elf(request: pytest.FixtureRequest, empty: Path):
-    with (library() if request.param == "all" else empty).open("rb") as file:
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("arm") / "kernels.so"
+    link.link([case("single").spec, CONVOLUTIONS["same"].region], ("aarch64",), path)
+    return path
+
+
+@pytest.fixture(params=["all", "empty", "arm"])
+def elf(request: pytest.FixtureRequest):
+    path = library() if request.param == "all" else request.getfixturevalue(request.param)
+    with path.open("rb") as file:
         yield ELFFile(file)
 
 
@@ -70,8 +79,13 @@ def test_the_stack_is_not_executable_and_relocations_end_read_only(elf: ELFFile)
     )
 
 
-def test_it_is_x86_64_without_debug_information(elf: ELFFile) -> None:
-    assert elf.get_machine_arch() == "x64"
+def test_the_machine_is_the_one_that_was_asked_for(arm: Path) -> None:
+    for path, machine in ((library(), "x64"), (arm, "AArch64")):
+        with path.open("rb") as file:
+            assert ELFFile(file).get_machine_arch() == machine
+
+
+def test_there_is_no_debug_information(elf: ELFFile) -> None:
     assert elf["e_type"] == "ET_DYN"
     assert not {".symtab", ".debug_info", ".debug_line"} & {s.name for s in elf.iter_sections()}
 

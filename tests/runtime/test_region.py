@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa_compiler.kernels import panel, rx1, window
-from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime import region
 from spa_compiler.runtime.generate import WINDOW_LANES, kernels_of, write_c
 from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
@@ -24,6 +23,7 @@ from spa_compiler.runtime.region import (
     RegionSpec,
     Term,
 )
+from tests.kernel_harness import X86
 from tests.region_harness import CASES, case
 from tests.window_harness import CONVOLUTIONS
 
@@ -163,14 +163,14 @@ def test_kernels_of_names_one_function_per_lane_count() -> None:
 
 def test_c_does_not_depend_on_the_order_of_the_regions() -> None:
     specs = [case(name).spec for name in CASES]
-    assert write_c(specs, ISAS) == write_c([*reversed(specs), specs[0]], ISAS)
+    assert write_c(specs, X86) == write_c([*reversed(specs), specs[0]], X86)
 
 
 def test_c_floats_are_exact() -> None:
     low, high = float(np.float32(-0.1)), float("inf")
     spec = chain(8, 8)[0]
     clip = dataclasses.replace(spec.linears[0], act="clip", low=low, high=high)
-    text = write_c([dataclasses.replace(spec, linears=(clip,))], ISAS)
+    text = write_c([dataclasses.replace(spec, linears=(clip,))], X86)
     assert f".low = {low.hex()}f" in text
     assert ".high = 3.4028235e38f" in text
 
@@ -212,17 +212,19 @@ def test_the_window_is_a_part_of_the_name() -> None:
     assert other.op_type != spec.op_type
 
 
+@pytest.mark.parametrize("levels", [X86, ("aarch64",)], ids=["x86-64", "aarch64"])
 @pytest.mark.parametrize("names", [(), ("mlp",), tuple(CASES), ("mlp", "same", "line")])
-def test_the_c_compiles_without_a_warning(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_c_compiles_without_a_warning(names: tuple[str, ...], levels: tuple[str, ...], tmp_path: Path) -> None:
     source = tmp_path / "regions.c"
     source.write_text(
-        write_c([CONVOLUTIONS[name].region if name in CONVOLUTIONS else case(name).spec for name in names], ISAS)
+        write_c([CONVOLUTIONS[name].region if name in CONVOLUTIONS else case(name).spec for name in names], levels)
     )
     flags = [f for f in FLAGS if f not in ("-shared", "-s")]
-    run_linker([*flags, "-Werror", f"-I{C_FOLDER}", "-c", str(source), "-o", str(tmp_path / "regions.o")])
+    run_linker([*flags, "-Werror", f"-I{C_FOLDER}", "-c", str(source), "-o", str(tmp_path / "regions.o")], levels[0])
 
 
-def test_the_c_side_compiles_without_a_warning(tmp_path: Path) -> None:
-    flags = [f for f in FLAGS if f not in ("-shared", "-s")]
+@pytest.mark.parametrize("level", ["x86-64", "aarch64"])
+def test_the_c_side_compiles_without_a_warning(level: str, tmp_path: Path) -> None:
+    flags = [*(f for f in FLAGS if f not in ("-shared", "-s")), "-Werror", "-Wshadow", "-Wconversion"]
     for source in sorted(C_FOLDER.glob("*.c")):
-        run_linker([*flags, "-Werror", "-Wshadow", "-Wconversion", "-c", str(source), "-o", str(tmp_path / "x.o")])
+        run_linker([*flags, "-c", str(source), "-o", str(tmp_path / "x.o")], level)

@@ -22,6 +22,9 @@ from spa_compiler.targets import cpu, cuda
         ("cpu:x86-64-v3", "x86-64-v3"),
         ("cpu:avx2", "x86-64-v3"),
         ("cpu:x86-64", "x86-64"),
+        ("cpu:x86-64-v2", "x86-64"),
+        ("cpu:aarch64", "aarch64"),
+        ("cpu:neon", "aarch64"),
         ("CPU:AVX2", "x86-64-v3"),
     ],
 )
@@ -29,6 +32,7 @@ def test_levels_and_their_other_spellings(text: str, level: str) -> None:
     target = targets.parse(text)
     assert (target.kind, target.arch, target.mcpu) == ("cpu", level, level)
     assert target.host_runs == targets.host().runs(level)
+    assert target.isa == ("aarch64" if level == "aarch64" else "x86-64")
     assert targets.parse(str(target)) == target
 
 
@@ -50,10 +54,29 @@ def test_of_several_levels_the_highest_that_runs_here_is_measured(monkeypatch: p
     assert (target.archs, target.mcpu, target.host_runs) == (("x86-64-v4", "x86-64-v3"), "x86-64-v3", True)
 
 
-def test_cpu_alone_is_this_machine() -> None:
+@pytest.mark.parametrize(
+    "level, kernels",
+    [("x86-64-v4", "x86-64-v4"), ("x86-64-v3", "x86-64-v3"), ("x86-64-v2", "x86-64"), ("x86-64", "x86-64")],
+)
+def test_cpu_alone_is_the_best_that_this_machine_has_kernels_for(
+    level: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spa_compiler.targets import target as module
+
+    monkeypatch.setattr(module, "host", lambda: dataclasses.replace(targets.host(), level=level))
     target = targets.parse("cpu")
-    assert target.arch == target.mcpu == targets.host().level
-    assert target.host_runs
+    assert (target.arch, target.mcpu, target.host_runs) == (kernels, kernels, True)
+    assert targets.parse("cuda").mcpu == kernels
+
+
+@pytest.mark.parametrize("text", ["cpu:avx2,neon", "cpu:aarch64,x86-64"])
+def test_two_architectures_do_not_fit_one_library(text: str) -> None:
+    with pytest.raises(UsageError, match="Compile twice"):
+        targets.parse(text)
+
+
+def test_the_base_of_an_architecture_is_number_1() -> None:
+    assert [targets.level_number(v) for v in ("x86-64", "x86-64-v2", "x86-64-v4", "aarch64")] == [1, 2, 4, 1]
 
 
 @pytest.mark.parametrize(
@@ -68,13 +91,13 @@ def test_cpu_alone_is_this_machine() -> None:
 def test_cuda_architectures(text: str, archs: tuple[str, ...]) -> None:
     target = targets.parse(text)
     assert (target.kind, target.archs) == ("cuda", archs)
-    assert target.mcpu == targets.host().level
+    assert target.mcpu == targets.parse("cpu").mcpu
     assert targets.parse(str(target)) == target
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "gpu", "cpu:", "cpu:neon", "cpu:x86_64", "cpu:x86-64-v5", "cpu:avx2,", "cpu:avx2,neon", "cud", "tpu:v4"],
+    ["", "gpu", "cpu:", "cpu:arm", "cpu:x86_64", "cpu:x86-64-v5", "cpu:avx2,", "cpu:avx2,sve", "cud", "tpu:v4"],
 )
 def test_unknown_targets_list_what_exists(text: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -111,6 +134,7 @@ def test_the_host() -> None:
     assert host.level in targets.LEVELS
     assert 1 <= host.cores_physical <= len(os.sched_getaffinity(0))
     assert host.runs("x86-64")
+    assert not host.runs("aarch64")
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ typedef struct {
 
 /* Written by the compiler, per artifact. */
 typedef struct {
-  int level; /* of x86-64, that its kernels need; 1: any */
+  int level; /* of x86-64, that its kernels need; 1: any machine of the architecture */
   const Region* regions;
 } Table;
 extern const Table spa_tables[]; /* the highest level first; the same regions in each */
