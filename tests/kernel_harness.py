@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spa_compiler.kernels import panel, rx1
+from spa_compiler.kernels import panel, rx1, sliced
 from spa_compiler.kernels.lower import build_object
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.link import kernel, run_linker
@@ -96,9 +96,9 @@ def _argument(value: Any) -> Any:
     return ctypes.c_int32(int(value)) if isinstance(value, int | np.integer) else ctypes.c_float(value)
 
 
-def run_rx1(
+def run_packed(
     names: Iterable[str],
-    packed: rx1.Packed,
+    packed: rx1.Packed | sliced.Packed,
     tile: F32,
     act: str = "none",
     low: float = 0.0,
@@ -107,9 +107,9 @@ def run_rx1(
     slack: int = 0,
 ) -> F32:
     """What `steps.c` does with one token tile [k, lanes]: all chunks and blocks -> [n, lanes]."""
-    lanes, groups, per_chunk = tile.shape[1], len(packed.bias) // packed.rows, packed.chunk // packed.rows
+    lanes, groups, per_chunk = tile.shape[1], len(packed.bias) // packed.form.rows, packed.chunk // packed.form.rows
     blocks, entry = -(-packed.k // packed.k_block), 0
-    name = rx1.name(packed.rows, lanes, act)
+    name = packed.form.kernel(lanes, act, False)
     x = guarded(tile, slack)
     indptr, order, columns, values, bias = (guarded(a, slack) for a in packed.arrays.values())
     base = None
@@ -119,7 +119,7 @@ def run_rx1(
         base = guarded(padded, slack)
     out, canaries = output((len(packed.bias), lanes), slack)
     for first in range(0, groups, per_chunk):
-        count, row = min(per_chunk, groups - first), first * packed.rows
+        count, row = min(per_chunk, groups - first), first * packed.form.rows
         for b in range(blocks):
             mode = rx1.ACCUMULATE if b else rx1.BIAS if base is None else rx1.RESIDUAL
             call(

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from spa_compiler.kernels import activation, rx1
+from spa_compiler.kernels import activation, rx1, sliced
 from spa_compiler.runtime import link
 from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
 from tests.kernel_harness import LEVELS, sparse
@@ -24,6 +24,7 @@ Evaluate = Callable[[Sequence[F64]], F64]  # inputs [tokens, features] -> [token
 
 MCPU = LEVELS[0]  # the best that this machine runs
 EPSILON = 1e-5
+INTERLEAVED = 0
 
 
 @dataclass
@@ -36,7 +37,10 @@ class Value:
 
 @dataclass
 class Recorder:
-    """`RegionBuilder` that draws the weights too and remembers what numpy has to do."""
+    """`RegionBuilder` that draws the weights too and remembers what numpy has to do.
+
+    `rows` of a step: R of its blocks; INTERLEAVED: slices.
+    """
 
     layout: str
     rng: np.random.Generator
@@ -53,11 +57,11 @@ class Recorder:
         index = len(self.builder.inputs)
         return Value(self.builder.pack(features), lambda inputs: inputs[index])
 
-    def _product(self, source: Value, n: int, rows: int, options: dict[str, Any]) -> tuple[rx1.Packed, Evaluate]:
+    def _product(self, source: Value, n: int, rows: int, options: dict[str, Any]) -> tuple[Any, Evaluate]:
         k = source.panel.features
-        weight = sparse(self.rng, n, k, rows, options.pop("density", 0.3)) / np.float32(k**0.5)
+        weight = sparse(self.rng, n, k, rows or 1, options.pop("density", 0.3)) / np.float32(k**0.5)
         bias = self.rng.standard_normal(n).astype(np.float32)
-        packed = rx1.pack(weight, bias, rows, **options)
+        packed = rx1.pack(weight, bias, rows, **options) if rows else sliced.pack(weight, bias, **options)
         number, self.weights = self.weights, self.weights + 1
         self.linears += [(f"{a}{number}", v) for a, v in packed.arrays.items()]
         return packed, lambda inputs: source.evaluate(inputs) @ weight.T.astype(np.float64)
@@ -249,6 +253,17 @@ def _thin() -> Case:
     return r.finish()
 
 
+def _few() -> Case:
+    """The forms for few tokens: slices and blocks of 16 rows, in blocks of columns, added up, both ways out."""
+    r = Recorder("rows", np.random.default_rng(7))
+    x = r.pack(100)
+    hidden = r.linear(x, 388, INTERLEAVED, "gelu_erf", k_block=48)
+    y = r.norm(r.linear(hidden, 100, 16, "silu", residual=x))
+    r.unpack(r.linear(y, 40, INTERLEAVED, residual=r.linear(x, 40, 16), term=(x, 1, 0.1)))
+    r.linear_out(y, 50, 16, "relu", term=(x, INTERLEAVED, 0.2))
+    return r.finish()
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": _mlp,
     "single": _single,
@@ -256,6 +271,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "planes": _planes,
     "sum": _sum,
     "thin": _thin,
+    "few": _few,
 }
 
 

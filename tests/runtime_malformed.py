@@ -1,4 +1,4 @@
-"""Arrays that the case "single" must be refused with, and the words that say why."""
+"""Arrays that regions must be refused with, and the words that say why."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.region_harness import case
+from tests.region_harness import Case, case
 
 
 def edited(array: np.ndarray, index: Any, value: float) -> np.ndarray:
@@ -53,9 +53,32 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "indptr is an input": ("indptr0", lambda a: None, "(indptr) must be an initializer"),
 }
 
+BAD |= {
+    "slices: column past its block": ("columns0", lambda a: edited(a, (3, 15), 48), "column 48 is out of range"),
+    "slices: column past the last block": ("columns0", lambda a: edited(a, -1, 4), "out of range, the block has 4"),
+    "slices: indptr too large": ("indptr0", lambda a: edited(a, 5, 2**31 - 1), "indptr must not decrease"),
+    "slices: order repeats a row": (
+        "order0",
+        lambda a: edited(a, (0, 0), a[0, 1]),
+        "order is not a permutation of 208",
+    ),
+    "slices: order past the tile": ("order0", lambda a: edited(a, (-1, -1), 192), "not a permutation of 192 rows"),
+    "slices: order negative": ("order0", lambda a: edited(a, (2, 7), -1), "order is not a permutation"),
+    "slices: order of groups": ("order0", lambda a: a[:, :1], "order must be [entries, 16]"),
+    "slices: order too short": ("order0", lambda a: a[1:], "order must have 75 elements, it has 74"),
+    "slices: columns of blocks": ("columns0", lambda a: a[:, 0], "columns must have 2 dimensions, it has 1"),
+    "slices: columns of fewer rows": ("columns0", lambda a: a[:, :8], "columns must be [entries, 16]"),
+    "slices: too few values": ("values0", lambda a: a[:-1], "rows of values"),
+}
+
+
+def case_of(label: str) -> Case:
+    """The region whose arrays an entry of BAD changes."""
+    return case("few" if label.startswith("slices") else "single")
+
 
 def malformed() -> Iterator[tuple[str, bytes]]:
     """(label, model) of every entry of BAD."""
-    c = case("single")
     for label, (array, change, _) in BAD.items():
+        c = case_of(label)
         yield label, c.model(replace={array: change(c.arrays[array])})

@@ -27,6 +27,17 @@ class Form(Protocol):
     def rows(self) -> int: ...
 
     @property
+    def windowed(self) -> bool:
+        """Whether its kernels read through the table of offsets of a window, too (`window.py`)."""
+
+    @property
+    def info(self) -> dict[str, int]:
+        """What the C side must know beside the sizes: fields of `LinearInfo` in region.h."""
+
+    def kernel(self, lanes: int, act: str, window: bool) -> str:
+        """The name of its kernel for tiles of `lanes` tokens."""
+
+    @property
     def chunk(self) -> int | None: ...
 
     @property

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, prefet
 
 F32 = NDArray[np.float32]
 
-BLOCK_ROWS = (1, 4, 8)
+BLOCK_ROWS = (1, 4, 8, 16)
 ARRAYS = ("indptr", "order", "columns", "values", "bias")
 MAX_CHUNK = 256  # rows; with 64 lanes its accumulators are 64 KiB, the most a pool thread's stack is asked for
 AHEAD = 2048  # floats of values to prefetch ahead, 8 KiB: 4 to 16 KiB measured alike, 1 KiB is too little
@@ -56,6 +57,7 @@ class Blocks:
     rows: int  # R
     chunk: int | None = None
     k_block: int | None = None
+    windowed: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -67,6 +69,15 @@ class Blocks:
     def pattern(self) -> str:
         """`block:Rx1`, for R = 1 `unstructured`."""
         return "unstructured" if self.rows == 1 else f"block:{self.rows}x1"
+
+    @property
+    def info(self) -> dict[str, int]:
+        """Of `LinearInfo` in region.h."""
+        return {}
+
+    def kernel(self, lanes: int, act: str, window: bool) -> str:
+        """The name of the kernel for tiles of `lanes` tokens."""
+        return name(self.rows, lanes, act, window)
 
     def stored(self, weight: F32) -> int:
         """Floats that `pack` would store."""
@@ -220,6 +231,11 @@ def kernel(rows: int, lanes: int, act: str, window: bool = False, isa: Isa = AVX
     return _one_lane(rows, act, isa) if lanes == 1 else _many_lanes(rows, lanes, act, window, isa)
 
 
+def rows_at_once(rows: int, isa: Isa) -> int:
+    """Of a group: where registers are few, the sums of 16 rows do not fit, and the group is gone over again."""
+    return next(part for part in range(rows, 0, -1) if rows % part == 0 and part + 2 < isa.registers)
+
+
 def _accumulator_sets(rows: int, vectors: int) -> int:
     """Independent multiply-add chains hide the latency of 4 cycles at 2 a cycle: at least 8 are wanted, but for
     R = 1 more than two sets lose at the short groups that K blocks leave."""
@@ -257,15 +273,16 @@ def _activate_in_place(out, position, act, low, high, width, isa):
 
 
 def _many_lanes(R, lanes, act, window, isa):
-    W, V, passes = isa.passes(R, lanes)
-    U = _accumulator_sets(R, V)
+    Q = rows_at_once(R, isa)
+    W, V, passes = isa.passes(Q, lanes)
+    U = _accumulator_sets(Q, V)
     inline_prefetch = R > 1
     epilogue = act != "none"
     # Of the kind of factor that there are more of one stays in a register, of the other all.
     row_of, vector_of = (
         (lambda i: T.truncdiv(i, V), lambda i: T.truncmod(i, V))
-        if R > V
-        else (lambda i: T.truncmod(i, R), lambda i: T.truncdiv(i, R))
+        if Q > V
+        else (lambda i: T.truncmod(i, Q), lambda i: T.truncdiv(i, Q))
     )
 
     @T.prim_func(s_tir=True)
@@ -298,15 +315,16 @@ def _many_lanes(R, lanes, act, window, isa):
         base = T.decl_buffer((ANY,), "float32", data=base_)
         out = T.decl_buffer((ANY,), "float32", data=out_)
         for g in T.serial(groups):
-            row: T.let[T.int32] = order[g] * R
             begin: T.let[T.int32] = indptr[g]
             count: T.let[T.int32] = indptr[g + 1] - begin
-            for p in T.serial(passes):
+            for p in T.serial(R // Q * passes):
+                first: T.let[T.int32] = T.truncdiv(p, passes) * Q
+                row: T.let[T.int32] = order[g] * R + first
                 # only constant indices after unrolling: LLVM keeps `regs` in registers
-                regs = T.alloc_buffer((U * R * V * W,), "float32", scope="local")
-                lane: T.let[T.int32] = p * (V * W)
+                regs = T.alloc_buffer((U * Q * V * W,), "float32", scope="local")
+                lane: T.let[T.int32] = T.truncmod(p, passes) * (V * W)
                 if mode == ACCUMULATE:
-                    for r in T.unroll(R):
+                    for r in T.unroll(Q):
                         for v in T.unroll(V):
                             _start(
                                 regs,
@@ -319,7 +337,7 @@ def _many_lanes(R, lanes, act, window, isa):
                                 W,
                             )
                 elif mode == RESIDUAL:
-                    for r in T.unroll(R):
+                    for r in T.unroll(Q):
                         for v in T.unroll(V):
                             _start(
                                 regs,
@@ -332,11 +350,11 @@ def _many_lanes(R, lanes, act, window, isa):
                                 W,
                             )
                 else:
-                    for r in T.unroll(R):
+                    for r in T.unroll(Q):
                         for v in T.unroll(V):
                             _start(regs, (r * V + v) * W, BIAS, bias, row + r, out, 0, W)
-                for i in T.unroll((U - 1) * R * V):
-                    store(regs, const(0.0, W), (R * V + i) * W, W)
+                for i in T.unroll((U - 1) * Q * V):
+                    store(regs, const(0.0, W), (Q * V + i) * W, W)
                 if not inline_prefetch:
                     for i in T.serial(T.truncdiv(count + 15, 16)):
                         prefetch(values, begin + i * 16 + AHEAD)
@@ -347,11 +365,11 @@ def _many_lanes(R, lanes, act, window, isa):
                         prefetch(values, (begin + j * U) * R + AHEAD)
                         prefetch(columns, begin + j * U + AHEAD // R)
                     for u in T.unroll(U):
-                        for i in T.unroll(R * V):
+                        for i in T.unroll(Q * V):
                             _fma(
                                 regs,
-                                (u * R * V + row_of(i) * V + vector_of(i)) * W,
-                                spread(values[(begin + j * U + u) * R + row_of(i)], W),
+                                (u * Q * V + row_of(i) * V + vector_of(i)) * W,
+                                spread(values[(begin + j * U + u) * R + first + row_of(i)], W),
                                 P[
                                     at(
                                         _place(offsets, columns[begin + j * U + u], lanes, window)
@@ -364,11 +382,11 @@ def _many_lanes(R, lanes, act, window, isa):
                             )
                 if U > 1:
                     for j in T.serial(T.truncmod(count, U)):
-                        for i in T.unroll(R * V):
+                        for i in T.unroll(Q * V):
                             _fma(
                                 regs,
                                 (row_of(i) * V + vector_of(i)) * W,
-                                spread(values[(begin + count - 1 - j) * R + row_of(i)], W),
+                                spread(values[(begin + count - 1 - j) * R + first + row_of(i)], W),
                                 P[
                                     at(
                                         _place(offsets, columns[begin + count - 1 - j], lanes, window)
@@ -380,9 +398,9 @@ def _many_lanes(R, lanes, act, window, isa):
                                 W,
                             )
                     for u in T.unroll(U - 1):
-                        for i in T.unroll(R * V):
-                            _add(regs, i * W, ((u + 1) * R * V + i) * W, W)
-                for r in T.unroll(R):
+                        for i in T.unroll(Q * V):
+                            _add(regs, i * W, ((u + 1) * Q * V + i) * W, W)
+                for r in T.unroll(Q):
                     for v in T.unroll(V):
                         store(
                             out,
@@ -393,7 +411,7 @@ def _many_lanes(R, lanes, act, window, isa):
                 if epilogue:  # known while the script is parsed; `last` is not
                     # a loop over what was just stored, not over registers: one copy of the polynomial's code
                     if last != 0:
-                        for i in T.serial(R * V):
+                        for i in T.serial(Q * V):
                             _activate_in_place(
                                 out,
                                 (row + T.truncdiv(i, V)) * (out_pitch if window else lanes)

@@ -27,6 +27,7 @@ class Isa:
     width: int
     registers: int
     estimates: bool = False  # of reciprocals, AVX-512's rcp14
+    gathers: bool = False  # in one instruction, of a whole register
 
     def widths(self, lanes: int) -> tuple[int, int]:
         """(lanes of one register, registers) that hold `lanes` floats: full registers, or one narrower one."""
@@ -45,8 +46,13 @@ class Isa:
         return width, each, total // each
 
 
-AVX512 = Isa(ZMM, 32, estimates=True)
-ISAS = {"x86-64-v4": AVX512, "x86-64-v3": Isa(8, 16), "x86-64": Isa(4, 16), "aarch64": Isa(4, 32)}
+AVX512 = Isa(ZMM, 32, estimates=True, gathers=True)
+ISAS = {
+    "x86-64-v4": AVX512,
+    "x86-64-v3": Isa(8, 16, gathers=True),
+    "x86-64": Isa(4, 16),
+    "aarch64": Isa(4, 32),
+}
 """By the name of the level, as `targets` has them. x86-64 is SSE2, where a product and a sum are two instructions;
 aarch64 is NEON."""
 
@@ -72,6 +78,23 @@ def at(index, width):
 
 def store(buffer, value, index, width):
     T.buffer_store(buffer, value, [at(index, width)])
+
+
+def gather(buffer, index, width, isa):
+    """`width` elements of `buffer` at the places in the vector `index`.
+
+    One instruction where there is one for that width; else LLVM makes scalar loads of it.
+    """
+    if not isa.gathers or width != isa.width:
+        return buffer[index]
+    start = T.address_of(buffer[0])
+    if width == ZMM:
+        every = T.Broadcast(T.bool(True), width)
+        intrinsic, scale = "llvm.x86.avx512.mask.gather.dps.512", T.int32(4)
+    else:
+        every = T.reinterpret(f"float32x{width}", T.Broadcast(T.int32(-1), width))
+        intrinsic, scale = "llvm.x86.avx2.gather.d.ps.256", T.int8(4)
+    return T.bind(T.call_llvm_intrin(f"float32x{width}", intrinsic, const(0.0, width), start, index, every, scale))
 
 
 def horner(x, coefficients, width):

@@ -14,6 +14,7 @@ from spa_compiler.placement.sites import Site
 
 DENSE = "dense"
 LOW_RANK = "low rank"
+WORTH_BESIDE = 2.5  # times what the smallest form stores: no kernel is that much faster than another
 WORTH_TIMING = 0.95  # of the weight's elements stored: above that a sparse kernel does all of the dense work
 
 
@@ -54,9 +55,11 @@ class SiteClass:
 
 
 def stored_forms(site: Site) -> tuple[Stored, ...]:
-    """The forms that leave something out, each with what it stores."""
-    shares = [Stored(form, form.stored(site.weight) / site.weight.size) for form in forms_of(site.weight)]
-    return tuple(s for s in shares if s.share <= WORTH_TIMING)
+    """The forms that leave something out, each with what it stores; none that stores far more than another."""
+    possible = [form for form in forms_of(site.weight) if site.window is None or form.windowed]
+    found = [Stored(form, form.stored(site.weight) / site.weight.size) for form in possible]
+    most = min(WORTH_TIMING, WORTH_BESIDE * min((s.share for s in found), default=0.0))
+    return tuple(s for s in found if s.share <= most)
 
 
 def classes(sites: Sequence[Site], shapes: Sequence[dict[str, tuple[int, ...]]]) -> list[SiteClass]:

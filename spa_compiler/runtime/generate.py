@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from spa_compiler.kernels import attention, layernorm, panel, rx1, window
+from spa_compiler.kernels import attention, layernorm, panel, window
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.region import LinearSpec, RegionSpec
@@ -20,8 +20,7 @@ LOG2_E = 1.4426950408889634
 _C_TYPES = {
     "pack": "Pack",
     "unpack": "Unpack",
-    "rx1": "Rx1",
-    "rx1w": "Rx1",
+    "linear": "Multiply",
     "layernorm": "Norm",
     "attention": "Attend",
     "shift": "Shift",
@@ -29,9 +28,15 @@ _C_TYPES = {
 }
 
 
+def _functions(linear: LinearSpec, region: RegionSpec) -> tuple[str, ...]:
+    """Its kernels, one for each lane count that the region has."""
+    lanes = WINDOW_LANES if region.window else panel.LANE_COUNTS
+    return tuple(linear.form.kernel(count, linear.act, region.window is not None) for count in lanes)
+
+
 def _array_of(linear: LinearSpec, region: RegionSpec) -> str:
     """The C array of its kernels."""
-    return f"rx1{'w' if region.window else ''}_{linear.form.rows}_{linear.act}"
+    return f"linear_{_functions(linear, region)[0].removeprefix('spa_')}"
 
 
 def kernels_of(regions: Sequence[RegionSpec]) -> dict[str, tuple[str, ...]]:
@@ -41,16 +46,12 @@ def kernels_of(regions: Sequence[RegionSpec]) -> dict[str, tuple[str, ...]]:
         if region.window:
             arrays |= {"shift": (window.SHIFT,), "crop": (window.CROP,)}
             for linear in region.linears:
-                arrays[_array_of(linear, region)] = tuple(
-                    rx1.name(linear.form.rows, lanes, linear.act, window=True) for lanes in WINDOW_LANES
-                )
+                arrays[_array_of(linear, region)] = _functions(linear, region)
             continue
         for way in ("pack", "unpack"):
             arrays[f"{way}_{region.layout}"] = tuple(f"spa_{way}_{region.layout}_{n}" for n in panel.LANE_COUNTS)
         for linear in region.linears:
-            arrays[_array_of(linear, region)] = tuple(
-                rx1.name(linear.form.rows, lanes, linear.act) for lanes in panel.LANE_COUNTS
-            )
+            arrays[_array_of(linear, region)] = _functions(linear, region)
         if region.attentions:
             arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
         if region.norms:
@@ -112,6 +113,7 @@ def _data(region: RegionSpec, level: str) -> list[str]:
 
     linears = [
         f"{{.n = {s.n}, .k = {s.k}, .rows = {s.form.rows}, .chunk = {s.form.chunk}, .k_block = {s.form.k_block}, "
+        f"{''.join(f'.{field} = {value}, ' for field, value in s.form.info.items())}"
         f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = {symbol(_array_of(s, region), level)}}}"
         for s in region.linears
     ]

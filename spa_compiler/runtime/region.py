@@ -100,8 +100,8 @@ class Panel:
 
     @property
     def rows(self) -> int:
-        """Rows in scratch: kernels write whole blocks of up to 8 rows (`spa_rows` of region.h)."""
-        return -(-self.features // 8) * 8
+        """Rows in scratch: kernels write whole groups of up to 16 rows (`spa_rows` of region.h)."""
+        return -(-self.features // 16) * 16
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spa_compiler.kernels import activation, rx1
-from tests.kernel_harness import run_rx1, rx1_names
+from tests.kernel_harness import run_packed, rx1_names
 
 pytestmark = pytest.mark.usefixtures("level")
 
@@ -24,7 +24,7 @@ def apply(x: np.ndarray, act: str, shape: tuple[int, int], low: float = 0.0, hig
     count = -(-len(x) // width) * width
     padded = np.resize(x, count).astype(np.float32).reshape(-1, lanes)
     packed = rx1.pack(np.zeros((len(padded), 1), np.float32), None, rows)
-    return run_rx1(NAMES, packed, np.zeros((1, lanes), np.float32), act, low, high, padded).ravel()[: len(x)]
+    return run_packed(NAMES, packed, np.zeros((1, lanes), np.float32), act, low, high, padded).ravel()[: len(x)]
 
 
 def reference(x: np.ndarray, act: str, low: float = 0.0, high: float = 0.0) -> np.ndarray:

@@ -87,7 +87,8 @@ def test_the_inner_loop_multiplies_and_adds_in_full_registers(rows: int, lanes: 
     products = count(words.multiply, body)
     assert products
     assert products == count(words.any_multiply, body), "a narrower one"
-    assert products % (rows * ISAS[level].passes(rows, lanes)[1]) == 0
+    at_once = rx1.rows_at_once(rows, ISAS[level])
+    assert products % (at_once * ISAS[level].passes(at_once, lanes)[1]) == 0
     if words.apart:
         assert not count(words.apart, body), "a product and a sum apart"
 

@@ -9,6 +9,7 @@ import pytest
 
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.kernels.rx1 import Blocks
+from spa_compiler.kernels.sliced import Slices
 from spa_compiler.placement.candidates import LOW_RANK, chain_classes, layouts, stored_forms
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.sites import find_sites, held
@@ -59,7 +60,7 @@ def test_a_sparse_weight_beside(operands: str) -> None:
     assert names(chain) == ["z", "s", "m"]
     assert [s.name for s in chain.sparse] == ["s"]
     ways = layouts(chain, {})
-    assert [w.name for w in ways] == [f"{Blocks(r).name} + low rank" for r in (1, 4, 8)]
+    assert [w.name for w in ways] == [f"{f.name} + low rank" for f in (Blocks(1), Blocks(4), Blocks(8), Slices())]
     assert ways[2].of(chain) == {"z": Blocks(4), "s": Blocks(8), "m": Blocks(4)}
 
 
@@ -81,7 +82,7 @@ def test_several_share_the_thin_tensor() -> None:
     )
     assert names(chain) == ["z", "p", "s", "m"]
     assert [s.name for s in chain.sparse] == ["s"]
-    assert len(layouts(chain, {})) == 3
+    assert len(layouts(chain, {})) == 4
 
 
 def test_convolutions() -> None:
@@ -143,7 +144,10 @@ def test_sparse_weights_beside_one_thin_tensor_have_one_height() -> None:
     scattered = weight(RNG, K, N, 0.8, rows=1)  # too dense in 4 x 1 blocks
     (chain,) = chains(text, f=scattered)
     assert names(chain) == ["z", "s", "p0", "t", "q0"]
-    assert [way.name for way in layouts(chain, {})] == ["unstructured + low rank"]
+    assert [way.name for way in layouts(chain, {})] == [
+        "unstructured + low rank",
+        "unstructured interleaved + low rank",
+    ]
 
 
 def test_factors_with_zeros_of_their_own_keep_their_height() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spa_compiler.kernels.rx1 import Blocks
+from spa_compiler.kernels.sliced import Slices
 from spa_compiler.placement import contests, timer
 from spa_compiler.placement.candidates import DENSE, LOW_RANK, SiteClass, chain_classes, classes, stored_forms
 from spa_compiler.placement.chains import find_chains
@@ -72,9 +73,14 @@ def decide(folder: Path, found: list[SiteClass], records: str = "records.sqlite"
 def test_forms_that_leave_nothing_out_are_none() -> None:
     dense, block, scattered = weight(RNG, 64, 64), weight(RNG, 64, 64, 0.2), weight(RNG, 64, 64, 0.2, rows=1)
     assert stored_forms(sites_of(dense)[0]) == ()
-    assert [s.form.rows for s in stored_forms(sites_of(block)[0])] == [1, 4, 8]
+    assert [s.name for s in stored_forms(sites_of(block)[0])] == [
+        "unstructured",
+        "block:4x1",
+        "block:8x1",
+        "unstructured interleaved",
+    ]
     assert stored_forms(sites_of(block)[0])[1].share == pytest.approx(0.2, abs=0.05)
-    assert [round(s.share, 1) for s in stored_forms(sites_of(scattered)[0])][:2] == [0.2, 0.6]
+    assert [round(s.share, 1) for s in stored_forms(sites_of(scattered)[0])] == [0.2, 0.2]
 
 
 def test_a_block_is_no_higher_than_the_weight() -> None:
@@ -130,7 +136,7 @@ def test_the_fastest_form_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [c.form for c in choices] == [Blocks(4), Blocks(4)]
     assert choices[0].reason == "4.00x over dense as block:4x1"
     assert choices[0].tokens == (16,)
-    assert timed.asked[0] == {DENSE, "unstructured", "block:4x1", "block:8x1"}
+    assert timed.asked[0] == {DENSE, "unstructured", "unstructured interleaved", "block:4x1", "block:8x1"}
     assert choices[0].timings[0][DENSE].median_us == pytest.approx(100)
 
 
@@ -211,7 +217,7 @@ def decide_layer(
 def test_a_sparse_and_low_rank_layer_is_timed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = Timed(monkeypatch, {"block:4x1": 2.0}, {"block:4x1 + low rank": 1.5, "block:8x1 + low rank": 1.2})
     alone, (layer,) = decide_layer(tmp_path)
-    assert timed.asked[1] == {DENSE, *(f"{Blocks(r).name} + low rank" for r in (1, 4, 8))}
+    assert timed.asked[1] == {DENSE, *(f"{f.name} + low rank" for f in (Blocks(1), Blocks(4), Blocks(8), Slices()))}
     assert (layer.wins, layer.gain, layer.forms) == (True, pytest.approx(1.5), dict.fromkeys("szm", Blocks(4)))
     choices = {c.site.name: c for c in explain(alone, [layer], layer.forms)}
     assert {n: (c.kind, c.form, c.candidate) for n, c in choices.items()} == dict.fromkeys(

@@ -161,7 +161,7 @@ def test_regions_compute_the_same(drawn: list[Layer]) -> None:
 def test_the_thin_tensor_stays_in_its_panel_and_the_sum_is_one_step() -> None:
     layer = Layer(40, 64, 8, 1, 4, False, (False, False, False, True), True, False, False, 1, 0)
     (spec,) = layer.rewritten(True)[1]
-    assert spec.lines == ("spa_pack(r, 0, 0)", "spa_linear(r, 0, 0, -1, 40)", "spa_sum_out(r, 1, 0, 2, 40, -1, 0)")
+    assert spec.lines == ("spa_pack(r, 0, 0)", "spa_linear(r, 0, 0, -1, 48)", "spa_sum_out(r, 1, 0, 2, 48, -1, 0)")
     assert [(s.n, s.k, s.form.rows, s.act) for s in spec.linears] == [
         (8, 40, 4, "none"),
         (64, 40, 4, "none"),

@@ -278,7 +278,7 @@ def test_nodes_say_where_they_come_from(name: str) -> None:
         assert set(facts) == {"spa.source", "spa.form", "spa.density"}
         forms, densities = facts["spa.form"].split(","), facts["spa.density"].split(",")
         assert len(forms) == len(densities)
-        assert set(forms) <= {"unstructured", "block:4x1", "block:8x1"}
+        assert set(forms) <= {rx1.Blocks(rows).name for rows in rx1.BLOCK_ROWS}
         assert all(0 <= float(d) <= 1 for d in densities)
         names = facts["spa.source"].split(",")
         assert set(names) <= {n.name for n in each.original.graph.node}

@@ -58,7 +58,7 @@ def records() -> Iterator[Record]:
             yield c.spec, (*feeds.values(), *c.arrays.values()), c.expected(feeds)
     for convolution in CONVOLUTIONS.values():
         feeds = convolution.image(2, *(37, 20)[2 - convolution.window.axes :])
-        yield convolution.region, (*feeds.values(), *convolution.packed.arrays), convolution.expected(feeds)
+        yield convolution.region, (*feeds.values(), *convolution.packed.arrays.values()), convolution.expected(feeds)
     for batch, tokens in TOKENS:
         rng = np.random.default_rng(tokens)
         q, k, v = rng.standard_normal((3, batch, tokens, HEADS * DEPTH)).astype(np.float32)

@@ -13,7 +13,7 @@ from onnx import helper
 
 from spa_compiler.runtime import link
 from tests.region_harness import CASES, MCPU, assert_parity, case, run, session
-from tests.runtime_malformed import BAD, edited
+from tests.runtime_malformed import BAD, case_of, edited
 
 TOKENS = (0, 1, 3, 7, 16, 33, 64, 65, 128, 200)
 ROWS = ("mlp", "single", "wide", "sum", "thin")
@@ -130,7 +130,7 @@ def test_an_input_without_a_shape_runs() -> None:
 @pytest.mark.parametrize("label", BAD)
 def test_malformed_initializers_are_refused(label: str) -> None:
     array, change, words = BAD[label]
-    c = case("single")
+    c = case_of(label)
     with pytest.raises(Exception) as raised:
         session(c.model(replace={array: change(c.arrays[array])}))
     message = str(raised.value)

@@ -51,8 +51,8 @@ def test_the_lines_are_the_steps_in_order() -> None:
     assert b.finish().lines == (
         "spa_pack(r, 0, 0)",
         "spa_linear(r, 0, 0, -1, 16)",
-        "spa_linear(r, 1, 16, 0, 40)",
-        "spa_norm(r, 0, 40, 0)",
+        "spa_linear(r, 1, 16, 0, 48)",
+        "spa_norm(r, 0, 48, 0)",
         "spa_unpack(r, 0, 0)",
         "spa_linear_out(r, 2, 0, -1, 1)",
     )
@@ -67,9 +67,9 @@ def test_a_sum_reads_both_panels_and_ends_with_the_second() -> None:
     spec = b.finish()
     assert spec.lines == (
         "spa_pack(r, 0, 0)",
-        "spa_linear(r, 0, 0, -1, 40)",
-        "spa_sum(r, 1, 0, 2, 40, -1, 48)",
-        "spa_sum_out(r, 3, 48, 4, 0, -1, 0)",
+        "spa_linear(r, 0, 0, -1, 48)",
+        "spa_sum(r, 1, 0, 2, 48, -1, 64)",
+        "spa_sum_out(r, 3, 64, 4, 0, -1, 0)",
     )
     assert [s.act for s in spec.linears] == ["none", "none", "relu", "none", "none"]
 
@@ -96,9 +96,9 @@ def test_a_panel_that_is_not_needed_any_more_gives_its_place() -> None:
     assert spec.scratch_rows == 128
 
 
-def test_panels_are_whole_blocks_of_eight_rows() -> None:
-    _, panels = chain(1, 9, 16)
-    assert [p.rows for p in panels] == [8, 16, 16]
+def test_panels_are_whole_groups_of_sixteen_rows() -> None:
+    _, panels = chain(1, 16, 17)
+    assert [p.rows for p in panels] == [16, 16, 32]
 
 
 @settings(max_examples=150, deadline=None)
@@ -155,7 +155,9 @@ def test_equal_regions_are_one_op_and_any_difference_another() -> None:
 
 def test_kernels_of_names_one_function_per_lane_count() -> None:
     found = kernels_of([case(name).spec for name in CASES])
-    assert {"pack_rows", "unpack_rows", "pack_planes", "unpack_planes", "layernorm", "rx1_4_gelu_erf"} <= set(found)
+    assert {"pack_rows", "unpack_rows", "pack_planes", "unpack_planes", "layernorm", "linear_rx1_4_1_gelu_erf"} <= set(
+        found
+    )
     assert all(len(functions) == len(panel.LANE_COUNTS) for functions in found.values())
     for function, *_ in found.values():
         assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
@@ -199,8 +201,8 @@ def test_window_c_and_python_agree_on_the_layout() -> None:
 
 def test_a_window_has_kernels_of_whole_registers_and_none_for_panels() -> None:
     found = kernels_of([CONVOLUTIONS["same"].region])
-    assert set(found) == {"shift", "crop", "rx1w_4_relu"}
-    assert len(found["rx1w_4_relu"]) == len(WINDOW_LANES)
+    assert set(found) == {"shift", "crop", "linear_rx1w_4_16_relu"}
+    assert len(found["linear_rx1w_4_16_relu"]) == len(WINDOW_LANES)
     for function, *_ in found.values():
         assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
 

@@ -65,7 +65,7 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
   const int32_t *indptr = node->linears[which][INDPTR], *order = node->linears[which][ORDER];
   const uint16_t* columns = node->linears[which][COLUMNS];
   int64_t groups = (w->n + w->rows - 1) / w->rows, per_chunk = w->chunk / w->rows;
-  int64_t blocks = (w->k + w->k_block - 1) / w->k_block, entry = 0, entries = groups * blocks;
+  int64_t blocks = (w->k + w->k_block - 1) / w->k_block, own = own_columns(w), entry = 0, entries = groups * blocks;
   CHECK(node, size[INDPTR] == entries + 1, "weight %d: indptr must have %lld elements, it has %lld", which,
         (long long)entries + 1, (long long)size[INDPTR]);
   CHECK(node, size[ORDER] == entries, "weight %d: order must have %lld elements, it has %lld", which,
@@ -82,12 +82,15 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
       int64_t in_tile = least(groups - first, per_chunk), width = least(w->k - b * w->k_block, w->k_block);
       char seen[MAX_CHUNK] = {0};
       for (int64_t g = 0; g < in_tile; ++g, ++entry) {
-        CHECK(node, order[entry] >= 0 && order[entry] < in_tile && !seen[order[entry]],
-              "weight %d: order is not a permutation of %lld groups", which, (long long)in_tile);
-        seen[order[entry]] = 1;
+        for (int64_t i = entry * own; i < (entry + 1) * own; ++i) {
+          CHECK(node, order[i] >= 0 && order[i] < in_tile * own && !seen[order[i]],
+                "weight %d: order is not a permutation of %lld %s", which, (long long)(in_tile * own),
+                own > 1 ? "rows" : "groups");
+          seen[order[i]] = 1;
+        }
         CHECK(node, indptr[entry] <= indptr[entry + 1] && indptr[entry + 1] <= size[VALUES],
               "weight %d: indptr must not decrease", which);
-        for (int32_t j = indptr[entry]; j < indptr[entry + 1]; ++j)
+        for (int64_t j = indptr[entry] * own; j < indptr[entry + 1] * own; ++j)
           CHECK(node, columns[j] < width, "weight %d: column %d is out of range, the block has %lld", which, columns[j],
                 (long long)width);
       }
@@ -128,13 +131,16 @@ static Status* initialize(Node* node, const void* info) {
   if (!node->linears || !node->norms) return refuse(node, CODE_FAIL, "out of memory");
   for (int i = 0; i < region->linear_count; ++i) {
     for (int a = 0; a < LINEAR_ARRAYS; ++a) {
-      TRY(initializer(node, info, input++, linear_names[a], a == VALUES ? 2 : 1, dims, &node->linears[i][a]));
+      const LinearInfo* w = &region->linears[i];
+      int wide = a == VALUES || (w->interleaved && (a == ORDER || a == COLUMNS));
+      TRY(initializer(node, info, input++, linear_names[a], wide ? 2 : 1, dims, &node->linears[i][a]));
       size[a] = dims[0];
-      CHECK(node, a != VALUES || dims[1] == region->linears[i].rows, "weight %d: values must be [entries, %lld]", i,
-            (long long)region->linears[i].rows);
+      CHECK(node, !wide || dims[1] == w->rows, "weight %d: %s must be [entries, %lld]", i, linear_names[a],
+            (long long)w->rows);
     }
     TRY(check_linear(node, i, size));
-    node->weight_bytes += size[VALUES] * (int64_t)(sizeof(float) * (size_t)region->linears[i].rows + sizeof(uint16_t));
+    node->weight_bytes += size[VALUES] * (int64_t)(sizeof(float) * (size_t)region->linears[i].rows +
+                                                sizeof(uint16_t) * (size_t)own_columns(&region->linears[i]));
   }
   for (int i = 0; i < region->norm_count; ++i)
     for (int a = 0; a < NORM_ARRAYS; ++a) {

@@ -15,7 +15,7 @@ enum { LAYOUT_ROWS, LAYOUT_PLANES };  /* [..., tokens, features]; [images, featu
 enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2 };
 enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
 
-typedef void Rx1(const float* panel, const int32_t* offsets, const int32_t* indptr, const int32_t* order,
+typedef void Multiply(const float* panel, const int32_t* offsets, const int32_t* indptr, const int32_t* order,
                  const uint16_t* columns, const float* values, const float* bias, const float* base, float* out,
                  int32_t groups, int32_t mode, int32_t last, int32_t base_pitch, int32_t out_pitch, float low,
                  float high);
@@ -28,10 +28,10 @@ typedef void Attend(const float* q, const float* k, const float* v, const float*
                     float* out, int32_t depth, int32_t keys, int32_t part, float scale);
 typedef void Norm(const float* x, const float* gamma, const float* beta, float* out, int32_t features, float epsilon);
 
-typedef struct { /* an R x 1 weight: spa_compiler/kernels/rx1.py has the format */
-  int64_t n, k, rows, chunk, k_block;
+typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, or, interleaved, sliced.py */
+  int64_t n, k, rows, chunk, k_block, interleaved; /* rows: of a group. interleaved: each has columns of its own */
   float low, high;
-  Rx1* const* kernels; /* one per lane count; behind a window one for each of 1 to 4 registers */
+  Multiply* const* kernels; /* one per lane count; behind a window one for each of 1 to 4 registers */
 } LinearInfo;
 
 typedef struct { /* of a convolution, [height, width]: spa_compiler/kernels/window.py */
@@ -122,12 +122,14 @@ struct Run { /* one call */
   float* scratch;
 };
 
-enum { ACCUMULATE, START_BIAS, START_RESIDUAL }; /* how the sums of a product begin: modes of an Rx1 */
+enum { ACCUMULATE, START_BIAS, START_RESIDUAL }; /* how the sums of a product begin: modes of a Multiply */
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t blocks_of(int64_t total, int64_t size) { return (total + size - 1) / size; }
-static inline int64_t spa_rows(int64_t features) { return (features + 7) / 8 * 8; }
+/* Rows of a group with a place and columns of their own; else they have both together. */
+static inline int64_t own_columns(const LinearInfo* w) { return w->interleaved ? w->rows : 1; }
+static inline int64_t spa_rows(int64_t features) { return (features + 15) / 16 * 16; }
 
 /* The steps. Panels are named by their place in scratch; `residual` < 0: none. */
 Status* spa_pack(const Run*, int input, int64_t to);
