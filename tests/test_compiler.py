@@ -314,6 +314,17 @@ def test_a_dry_run_writes_and_times_nothing(here: Path, monkeypatch: pytest.Monk
     assert all("would be timed dense and as unstructured" in p.reason for p in result.report.placements)
 
 
+@pytest.mark.parametrize(
+    "density, words",
+    [(0.1, "would be block:4x1, not measured, this machine does not run aarch64: block:4x1 stores"),
+     (0.9, "would be dense, not measured, this machine does not run aarch64: block:4x1 stores 9"),
+     (1.0, "would stay dense: it has no zeros")],
+)  # fmt: skip
+def test_a_dry_run_says_what_is_calculated(here: Path, density: float, words: str) -> None:
+    result = compile(mlp(density, 64), here / "out", target="cpu:aarch64", dry_run=True)
+    assert all(p.reason.startswith(words) for p in result.report.placements), result.report.placements[0].reason
+
+
 def test_a_dry_run_knows_low_rank_layers(here: Path) -> None:
     rng = np.random.default_rng(0)
     text = 'g (float["b", 64] x) => (float["b", 64] y) { z = MatMul(x, d) y = MatMul(z, u) }'

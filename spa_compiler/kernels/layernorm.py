@@ -44,7 +44,7 @@ def _square(x, mean, W):
 
 def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_layernorm_<lanes>(x, gamma, beta, out, features, epsilon): one tile; `out` may be `x`."""
-    W, V, passes = isa.passes(3, lanes, others=isa.registers // 4)  # two sums and a mean; what is read ahead
+    W, V = isa.widths(lanes)  # no passes: with few registers, reading rows in parts costs more than sums on the stack
 
     @T.prim_func(s_tir=True)
     def layernorm(
@@ -60,61 +60,50 @@ def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
         gamma = T.decl_buffer((ANY,), "float32", data=gamma_)
         beta = T.decl_buffer((ANY,), "float32", data=beta_)
         out = T.decl_buffer((ANY,), "float32", data=out_)
+        # two partial sums: shorter dependency chains, and half the rounding
+        total = T.alloc_buffer((2 * V * W,), "float32", scope="local")
+        square = T.alloc_buffer((2 * V * W,), "float32", scope="local")
+        mean = T.alloc_buffer((V * W,), "float32", scope="local")
+        scale = T.alloc_buffer((V * W,), "float32", scope="local")
         inverse: T.let[T.float32] = T.float32(1.0) / T.Cast("float32", features)
-        for p in T.serial(passes):  # over lanes, which have nothing to do with one another
-            lane: T.let[T.int32] = p * (V * W)
-            # two partial sums: shorter dependency chains, and half the rounding
-            total = T.alloc_buffer((2 * V * W,), "float32", scope="local")
-            square = T.alloc_buffer((2 * V * W,), "float32", scope="local")
-            mean = T.alloc_buffer((V * W,), "float32", scope="local")
-            scale = T.alloc_buffer((V * W,), "float32", scope="local")
-            _zero(total, 2 * V, W)
-            _zero(square, 2 * V, W)
-            for f in T.serial(T.truncdiv(features, 2)):
-                for r in T.unroll(2):
-                    for v in T.unroll(V):
-                        _accumulate(total, (r * V + v) * W, X[at((f * 2 + r) * lanes + lane + v * W, W)], W)
-            if T.truncmod(features, 2) != 0:
-                for v in T.unroll(V):
-                    _accumulate(total, v * W, X[at((features - 1) * lanes + lane + v * W, W)], W)
+        _zero(total, 2 * V, W)
+        _zero(square, 2 * V, W)
+        for f in T.serial(T.truncdiv(features, 2)):
+            for i in T.unroll(2 * V):
+                _accumulate(total, i * W, X[at(f * (2 * lanes) + i * W, W)], W)
+        if T.truncmod(features, 2) != 0:
             for v in T.unroll(V):
-                store(mean, (total[at(v * W, W)] + total[at((V + v) * W, W)]) * spread(inverse, W), v * W, W)
-            for f in T.serial(T.truncdiv(features, 2)):
-                for r in T.unroll(2):
-                    for v in T.unroll(V):
-                        _accumulate(
-                            square,
-                            (r * V + v) * W,
-                            _square(X[at((f * 2 + r) * lanes + lane + v * W, W)], mean[at(v * W, W)], W),
-                            W,
-                        )
-            if T.truncmod(features, 2) != 0:
+                _accumulate(total, v * W, X[at((features - 1) * lanes + v * W, W)], W)
+        for v in T.unroll(V):
+            store(mean, (total[at(v * W, W)] + total[at((V + v) * W, W)]) * spread(inverse, W), v * W, W)
+        for f in T.serial(T.truncdiv(features, 2)):
+            for r in T.unroll(2):
                 for v in T.unroll(V):
                     _accumulate(
                         square,
-                        v * W,
-                        _square(X[at((features - 1) * lanes + lane + v * W, W)], mean[at(v * W, W)], W),
+                        (r * V + v) * W,
+                        _square(X[at(f * (2 * lanes) + (r * V + v) * W, W)], mean[at(v * W, W)], W),
                         W,
                     )
+        if T.truncmod(features, 2) != 0:
+            for v in T.unroll(V):
+                _accumulate(square, v * W, _square(X[at((features - 1) * lanes + v * W, W)], mean[at(v * W, W)], W), W)
+        for v in T.unroll(V):
+            store(
+                scale,
+                const(1.0, W)
+                / T.sqrt((square[at(v * W, W)] + square[at((V + v) * W, W)]) * spread(inverse, W) + spread(epsilon, W)),
+                v * W,
+                W,
+            )
+        for f in T.serial(features):
             for v in T.unroll(V):
                 store(
-                    scale,
-                    const(1.0, W)
-                    / T.sqrt(
-                        (square[at(v * W, W)] + square[at((V + v) * W, W)]) * spread(inverse, W) + spread(epsilon, W)
-                    ),
-                    v * W,
+                    out,
+                    (X[at(f * lanes + v * W, W)] - mean[at(v * W, W)]) * (scale[at(v * W, W)] * spread(gamma[f], W))
+                    + spread(beta[f], W),
+                    f * lanes + v * W,
                     W,
                 )
-            for f in T.serial(features):
-                for v in T.unroll(V):
-                    store(
-                        out,
-                        (X[at(f * lanes + lane + v * W, W)] - mean[at(v * W, W)])
-                        * (scale[at(v * W, W)] * spread(gamma[f], W))
-                        + spread(beta[f], W),
-                        f * lanes + lane + v * W,
-                        W,
-                    )
 
     return layernorm

@@ -33,15 +33,13 @@ class Isa:
         """(lanes of one register, registers) that hold `lanes` floats: full registers, or one narrower one."""
         return (self.width, lanes // self.width) if lanes >= self.width else (lanes, 1)
 
-    def passes(self, rows: int, lanes: int, others: int | None = None) -> tuple[int, int, int]:
+    def passes(self, rows: int, lanes: int) -> tuple[int, int, int]:
         """(lanes of one register, registers, passes): how `lanes` are cut so that accumulators stay in registers.
 
-        A pass keeps `rows` values for each of its registers of lanes, and `others`: in a product of `rows` outputs
-        those are all factors of the one kind and one of the other.
+        A pass keeps `rows` sums for each of its registers of lanes, all factors of the one kind and one of the other.
         """
         width, total = self.widths(lanes)
-        others_of = (lambda v: min(rows, v) + 1) if others is None else (lambda v: others)
-        fits = (v for v in range(total, 0, -1) if total % v == 0 and rows * v + others_of(v) < self.registers)
+        fits = (v for v in range(total, 0, -1) if total % v == 0 and rows * v + min(rows, v) + 1 < self.registers)
         each = next(fits, 1)
         return width, each, total // each
 

@@ -18,10 +18,11 @@ from spa_compiler.kernels.rx1 import Blocks
 from spa_compiler.placement import contests, timer
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
-from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, Placed, place
+from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, WHOLE, Placed, place
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
 from tests.networks import mlp, network, weight
+from tests.placement.test_attention import encoder
 
 WIDTH = 64
 
@@ -382,6 +383,14 @@ def test_for_what_this_machine_does_not_run_forms_are_calculated(
     dense = placed(tmp_path, target=target, density=1.0)
     assert (dense.plan.name, dense.reason) == (PORTABLE, f"{PORTABLE}, {words}")
     assert dense.plan.library, "it holds no kernel, but loads where the model runs"
+
+
+def test_attention_cores_come_along_where_forms_are_calculated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Stopwatch(monkeypatch, 5.0, {})
+    result = placed(tmp_path, target="cpu:aarch64", proto=encoder(mask="none"), shapes=((1, 16, 24), (3, 5, 24)))
+    assert result.plan.name == WHOLE
+    assert [len(region.attentions) for region in result.plan.regions] == [1]
+    assert len(result.plan.forms) == 4
 
 
 def test_an_older_machine_has_kernels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

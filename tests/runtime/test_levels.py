@@ -82,3 +82,8 @@ def test_accumulators_and_factors_fit_the_registers(level: str) -> None:
             assert rows * vectors + min(rows, vectors) + 1 < isa.registers
     assert isa.passes(4, 8) == (min(8, isa.width), max(1, 8 // isa.width), 1)
     assert isa.passes(4, 4) == (4, 1, 1)
+
+
+def test_every_level_uses_the_registers_that_it_has() -> None:
+    cut = {level: isa.passes(4, 64) for level, isa in ISAS.items()}
+    assert cut == {"x86-64-v4": (16, 4, 1), "x86-64-v3": (8, 2, 4), "x86-64": (4, 2, 8), "aarch64": (4, 4, 4)}
