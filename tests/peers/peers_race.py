@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # as a script, Python looks beside this file alone
     sys.path.insert(0, str(ROOT))
@@ -30,6 +32,7 @@ if str(ROOT) not in sys.path:  # as a script, Python looks beside this file alon
 import spa_compiler  # noqa: E402
 from spa_compiler.bench import compare, engines  # noqa: E402
 from spa_compiler.errors import SpaError  # noqa: E402
+from spa_compiler.placement.nodes import DOMAIN  # noqa: E402
 from tests.peers import peers_plot, peers_tables, sources, tables  # noqa: E402
 from tests.peers.peers_rows import Peers, Race, Row, publishable, read, read_for, write  # noqa: E402
 from tests.peers.tables import Form  # noqa: E402
@@ -134,8 +137,14 @@ def measure(start: Start, workspace: Path, pythons: Mapping[str, str], *, quick:
         zeros=form.text,
         runs=result.runs,
         seconds=round(time.perf_counter() - begin, 1),
-        rows=rows(result, file.name, folder.name, absent),
+        rows=rows(result, file.name, folder.name, absent, dense=stayed_dense(folder)),
     )
+
+
+def stayed_dense(folder: Path) -> bool:
+    """Whether an artifact has no node of ours."""
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    return not any(node.domain == DOMAIN for node in graph.node)
 
 
 def present(pythons: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -144,7 +153,7 @@ def present(pythons: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]
     return here, {engine: f"no interpreter at {path}" for engine, path in pythons.items() if engine not in here}
 
 
-def rows(result: compare.Result, file: str, artifact: str, absent: Mapping[str, str]) -> list[Row]:
+def rows(result: compare.Result, file: str, artifact: str, absent: Mapping[str, str], *, dense: bool) -> list[Row]:
     """A row for each engine on the file, in the order of the engines, and ours."""
     made = {
         row.runtime: Row(
@@ -154,6 +163,7 @@ def rows(result: compare.Result, file: str, artifact: str, absent: Mapping[str, 
             p90_ms=row.p90_ms,
             version=row.version,
             error=row.error,
+            dense=dense and row.model == artifact,
         )
         for row in result.rows
         if row.model in (file, artifact)

@@ -24,6 +24,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: float | None = None
     """Against ONNX Runtime's outputs on the same file; None: they cannot be compared."""
     absent: str = ""
+    dense: bool = False
+    """Ours: no kernel was faster, so what ran is the dense model."""
 
 
 class Race(msgspec.Struct, frozen=True, kw_only=True):

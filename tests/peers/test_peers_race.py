@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import onnx
+import onnx.parser
 import pytest
 
 from spa_compiler.bench import compare
@@ -94,6 +96,14 @@ def test_the_summary_says_whom_it_does_not_count() -> None:
     assert "Not counted" not in list(peers_tables.summary([missing]))[-1]
 
 
+def test_a_model_that_stayed_dense_wins_nothing() -> None:
+    stayed = race(DEFAULT, Row(engine="spa", median_ms=80.0, p10_ms=70.0, p90_ms=90.0, error=0.0, dense=True))
+    lines = list(peers_tables.summary([stayed]))
+    assert "| 80 (dense) | 1.25 |" in lines[2]
+    assert "in 0 of 1 races" in lines[-1]
+    assert "| **spa-compiler**, dense | 80 |" in page(stayed)
+
+
 def test_nearly_equal_is_no_win() -> None:
     lines = list(peers_tables.summary([race(row("onnxruntime", 20.2, 0.0), OURS)]))
     assert "in 0 of 1 races" in lines[-1]
@@ -152,7 +162,8 @@ def test_rows_are_of_the_file_and_of_ours() -> None:
             if name not in ("onnxruntime", "deepsparse")
         ],
     )
-    rows = peers_race.rows(result, "m.onnx", "a", {"deepsparse": "no interpreter at .venv"})
+    rows = peers_race.rows(result, "m.onnx", "a", {"deepsparse": "no interpreter at .venv"}, dense=True)
+    assert [one.engine for one in rows if one.dense] == ["spa"]
     assert [one.engine for one in rows] == [*ENGINES, "spa"]
     assert [one.engine for one in rows if one.median_ms] == ["onnxruntime", "spa"]
     reasons = {one.engine: one.absent for one in rows}
@@ -160,6 +171,13 @@ def test_rows_are_of_the_file_and_of_ours() -> None:
     assert reasons["openvino"].startswith("does not run: openvino / path.onnx word")
     assert len(reasons["openvino"]) < 210
     assert reasons["openvino"].endswith(" ...")
+
+
+@pytest.mark.parametrize("domain, dense", [("ai.spa", False), ("com.microsoft", True)])
+def test_an_artifact_without_a_node_of_ours_is_dense(tmp_path: Path, domain: str, dense: bool) -> None:
+    text = f'<ir_version: 9, opset_import: ["": 17, "{domain}": 1]> g (float[n] x) => (float[n] y) {{ r = Relu(x) y = {domain}.Op(r) }}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "model.onnx")
+    assert peers_race.stayed_dense(tmp_path) is dense
 
 
 def test_an_interpreter_that_is_not_there_has_a_reason() -> None:
