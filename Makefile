@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo       compile an example model and measure it"
 	@echo "make test       the test suite (minutes)"
-	@echo "make test-slow  sanitizers, large files, old ONNX Runtimes"
+	@echo "make test-slow  sanitizers, other processors under qemu, large files, old ONNX Runtimes"
 	@echo "make bench      races against other engines, README.md's tables and docs/peers.md; hours"
 	@echo "make lint       ruff, mypy, import-linter, deptry"
 
