@@ -80,6 +80,7 @@ def compile(
     records: str | Path | None = None,
     tune_rpc: str | None = None,
     max_size: int | None = None,
+    guard: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = no_progress,
@@ -100,6 +101,7 @@ def compile(
         records: SQLite file of earlier measurements, whole-model races included, to replay and to extend.
         tune_rpc: `HOST:PORT,KEY` of an RPC tracker and of a `spa-tune-server` there, whose machine takes all times.
         max_size: the most bytes that model.onnx and kernels.so may take.
+        guard: race the result at shapes that were not asked for, too, and let the dense form run where it is faster.
         force: replace a folder that this tool did not write.
         dry_run: stop before anything is timed, linked or written.
         progress: called with (what, done, total).
@@ -156,6 +158,8 @@ def compile(
                     replay=records is not None,
                     original=None if passes else loaded,
                     timer=timer,
+                    guarded=guard,
+                    max_size=max_size,
                 )
 
             plans = workspace / "plans"
@@ -175,7 +179,7 @@ def compile(
                 link([], (goal.mcpu,), folder / "kernels.so")
             (folder / "recipe.yaml").write_text((_CALIBRATED if calib is not None and passes else "") + origin.recipe)
         with stages("verify"):
-            library = folder / "kernels.so"
+            library, others = folder / "kernels.so", placed.guard.others if placed.guard else []
             if goal.kind == "cpu" and not goal.host_runs:
                 # the same regions with kernels for this machine: all but the target's own instructions is checked
                 library, ours = workspace / "ours.so", targets.parse("cpu").mcpu
@@ -184,7 +188,7 @@ def compile(
                     f"this machine does not run {goal.arch}: nothing was timed, and model.onnx was verified with "
                     f"kernels of the same regions for {ours}"
                 )
-            _verify(report, folder, library, source, [*feeds, *odd], exact=not passes, goal=goal, timer=timer)
+            _verify(report, folder, library, source, [*feeds, *odd, *others], exact=not passes, goal=goal, timer=timer)
         assemble.sizes(report, origin.bytes or loaded.source.bytes, folder)
         if max_size is not None and (report.sizes.model + report.sizes.kernels) > max_size:  # type: ignore[union-attr]
             raise BudgetError(
@@ -201,8 +205,14 @@ def compile(
             isa=goal.arch if placed.plan.regions else goal.isa,
             measured=goal.host_runs,
             source=origin.source,
+            fallback=_fallback(placed),
         )
     return Result(origin.output, report)
+
+
+def _fallback(placed: Placed) -> manifest.Fallback | None:
+    bounds = placed.guard.bounds if placed.guard else None
+    return None if bounds is None else manifest.Fallback(bounds.input, bounds.below, bounds.above)
 
 
 def analyze(model: str | Path | onnx.ModelProto) -> analysis.Analysis:

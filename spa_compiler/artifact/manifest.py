@@ -35,6 +35,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str  # of the .onnx file alone, external data not included
 
 
+class Fallback(msgspec.Struct, frozen=True):
+    """Where the dense form runs: `input` has fewer than `below` elements, or `above` or more; 0: no such bound."""
+
+    input: str
+    below: int
+    above: int
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of manifest.json."""
 
@@ -46,6 +54,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: Source
     files: dict[str, File]  # by path relative to the folder, with forward slashes
     measured: bool = True  # whether the compiling machine runs the target, so that it timed and verified the kernels
+    fallback: Fallback | None = None  # of a model.onnx with both forms
 
 
 def digest(path: Path) -> str:
@@ -63,6 +72,7 @@ def seal(
     source: Source,
     min_onnxruntime: str = MIN_ONNXRUNTIME,
     measured: bool = True,
+    fallback: Fallback | None = None,
 ) -> Manifest:
     """Writes manifest.json for what lies in `folder` now.
 
@@ -70,6 +80,7 @@ def seal(
         version: of spa-compiler.
         isa: the instruction set level that kernels.so was built for.
         measured: whether this machine runs it.
+        fallback: where model.onnx runs its dense form, if it has both.
     """
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     names = {p.relative_to(folder).as_posix(): p for p in paths}
@@ -81,6 +92,7 @@ def seal(
         min_onnxruntime=min_onnxruntime,
         source=source,
         measured=measured,
+        fallback=fallback,
         files={n: File(digest(p), p.stat().st_size) for n, p in sorted(names.items()) if n not in _NOT_HASHED},
     )
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from spa_compiler.bench.lineage import Whole
 from spa_compiler.bench.race import Contender, Times, race
 from spa_compiler.bench.trace import Op, Profile, ops_of, read
 from spa_compiler.errors import UsageError
+from spa_compiler.graph.either import original_name
 from spa_compiler.graph.load import load
 from spa_compiler.graph.session import Feeds
 from spa_compiler.report.report import shape_text
@@ -135,7 +137,10 @@ def rows(original: Whole, file: Whole, theirs: Profile, ours: Profile) -> list[R
     """
     stand = original.claims(theirs.ops)  # what ONNX Runtime made of the original
     made = file.claims(ours.ops)  # and of the other file
-    meaning = original.claims(file.ops)
+    ran = {f for op, own, ms in zip(ours.ops, made, ours.ms, strict=True) if ms or not op.depth for f in own}
+    meaning: list[list[int]] = [[] for _ in file.ops]
+    for f, own in zip(sorted(ran), original.claims([_as_was(file.ops[f]) for f in sorted(ran)]), strict=True):
+        meaning[f] = own
     same: nx.Graph[tuple[str, int | str]] = nx.Graph()
 
     def tie(what: str, at: int | str, to: str, others: Sequence[int | str]) -> None:
@@ -166,6 +171,14 @@ def rows(original: Whole, file: Whole, theirs: Profile, ours: Profile) -> list[R
             own_kind = next((str(kind) for what, kind in members if what == "put in"), "")
             result.append(Row(own_kind, left, right, *sums, sums[0] / sums[1] if left and sums[1] else None))
     return sorted(result, key=lambda row: -max(row.theirs_ms, row.ours_ms))
+
+
+def _as_was(op: Op) -> Op:
+    """A node of a file with two forms, under the names that it had in its own."""
+    if not op.depth:
+        return op
+    inputs, outputs = (tuple(map(original_name, names)) for names in (op.inputs, op.outputs))
+    return replace(op, name=original_name(op.name), inputs=inputs, outputs=outputs)
 
 
 def _pair(models: Sequence[Entry]) -> tuple[Entry, Entry]:

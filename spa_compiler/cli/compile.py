@@ -70,6 +70,7 @@ def _size(text: str) -> int:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--restore-unused", is_flag=True, help="Dense weights back where zeros make no layer faster")
 @click.option("--max-size", type=_size, metavar="SIZE", help="Fail (exit 5) when the result is larger, e.g. 50MB")
+@click.option("--no-guard", is_flag=True, help="Race at the shapes asked for alone; no dense form for others")
 @click.option("--records", metavar="FILE", type=click.Path(), help="Replay the measurements of this file, add new ones")
 @click.option("--tune-rpc", metavar="HOST:PORT,KEY", help="Take times on a machine that runs spa-tune-server")
 @click.option("--dry-run", is_flag=True, help="Analysis and plan only; nothing is timed or written")
@@ -99,6 +100,7 @@ def main(
     seed: int,
     restore_unused: bool,
     max_size: int | None,
+    no_guard: bool,
     records: str | None,
     tune_rpc: str | None,
     dry_run: bool,
@@ -170,6 +172,7 @@ def main(
             records=records,
             tune_rpc=tune_rpc,
             max_size=max_size,
+            guard=not no_guard,
             force=force,
             dry_run=dry_run,
             progress=progress,

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from spa_compiler.placement.candidates import chain_classes, classes, stored_for
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
+from spa_compiler.placement.guard import Guard, guard
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.nodes import Packer, insert, node_name
 from spa_compiler.placement.norms import find_norms
@@ -75,6 +77,7 @@ class Placed:
     refusals: list[Refusal] = field(default_factory=list)
     race: list[dict[str, Timing]] = field(default_factory=list)
     reason: str = ""
+    guard: Guard | None = None  # None: not asked for, or the winner has no kernels
 
     @property
     def gaining(self) -> list[str]:
@@ -102,6 +105,8 @@ def place(
     replay: bool = False,
     original: Model | None = None,
     timer: Timer | None = None,
+    guarded: bool = False,
+    max_size: int | None = None,
 ) -> Placed:
     """Decides every site's form.
 
@@ -114,6 +119,8 @@ def place(
         replay: take whole-model races from the records too, and keep them there.
         original: the model as it was loaded, if it may stand in for a `model` that came out slower.
         timer: the machine that decides; None: this one.
+        guarded: race the winner at shapes that were not asked for, too; it may get the dense form as well.
+        max_size: the most bytes that such a plan may take.
 
     Returns:
         The winning plan. With kernels it is slower than the source or `model` in ONNX Runtime at none of the shapes,
@@ -152,20 +159,21 @@ def place(
         placed.reason = reason
         return placed
     progress("racing whole models", 0, len(feeds))
+    race = partial(_race, timer, threads, records if replay else None)
     for index, feed in enumerate(feeds):
-        question = _question(source, plans, feed, threads) if replay else {}
-        timings = records.get(question) if replay else None
-        if timings is None:
-            timings = timer.time(_contenders(source, plans), feed, threads, _RACE_S, _RACE_ROUNDS)
-            if replay:
-                records.put(question, timings)
-        placed.race.append(timings)
+        placed.race.append(race(_contenders(source, plans), feed, _RACE_S, _RACE_ROUNDS))
         progress("racing whole models", index + 1, len(feeds))
     placed.plan, placed.reason = _winner(plans, placed.race, reason)
     placed.choices = explain(placed.choices, chains, placed.plan.forms)
     if placed.plan is portable and original is not None and _worse_than_source(placed.race):
         placed.plan = _write(Plan(SOURCE, workspace / "as-given", []), original, target)
         placed.reason = "the model as it was given: rewriting it made it no faster"
+    if guarded and placed.plan.regions:
+        progress("racing at other shapes", 0, 1)
+        dense_us = placed.race[0][PORTABLE].median_us
+        placed.guard = guard(placed.plan, portable, model, feeds, dense_us, race, workspace, max_size)
+        placed.plan = placed.guard.plan
+        progress("racing at other shapes", 1, 1)
     for plan in plans:
         if plan is not placed.plan and plan is not portable:
             shutil.rmtree(plan.folder)
@@ -267,14 +275,30 @@ def _contenders(source: Path, plans: Sequence[Plan]) -> dict[str, Contender]:
     return {SOURCE: Contender(source)} | {p.name: Contender(p.file, p.library) for p in plans}
 
 
-def _question(source: Path, plans: Sequence[Plan], feed: Feeds, threads: int) -> dict[str, object]:
-    """The key of a whole-model race: every contender's bytes."""
-    files = {SOURCE: _digest(source)} | {p.name: _digest(p.file) for p in plans}
-    return {"race": files, "threads": threads, "shapes": {n: list(a.shape) for n, a in feed.items()}}
+def _race(
+    timer: Timer,
+    threads: int,
+    records: Records | None,
+    contenders: Mapping[str, Contender],
+    feed: Feeds,
+    seconds: float,
+    rounds: int,
+) -> dict[str, Timing]:
+    """A race of whole models, from the records if there are any: the key is every contender's bytes."""
+    files = {name: _digest(each.model) for name, each in contenders.items()} if records else {}
+    question = {"race": files, "threads": threads, "shapes": {n: list(a.shape) for n, a in feed.items()}}
+    timings = records.get(question) if records else None
+    if timings is None:
+        timings = timer.time(contenders, feed, threads, seconds, rounds)
+        if records:
+            records.put(question, timings)
+    return timings
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+def _digest(model: Path | bytes) -> str:
+    if isinstance(model, bytes):
+        return hashlib.sha256(model).hexdigest()
+    with model.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -19,6 +19,9 @@ from spa_compiler.passes.pass_ import Change
 from spa_compiler.placement import timer
 from spa_compiler.placement.candidates import DENSE, layouts, stored_forms
 from spa_compiler.placement.choose import Choice, nothing_to_leave_out
+from spa_compiler.placement.guard import DENSE as GUARD_DENSE
+from spa_compiler.placement.guard import SPARSE as GUARD_SPARSE
+from spa_compiler.placement.guard import Guard
 from spa_compiler.placement.place import SOURCE, Placed, chains_of, no_kernels
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.placement.unmeasured import choose_unmeasured
@@ -27,6 +30,7 @@ from spa_compiler.report.report import (
     Asked,
     Candidate,
     Machine,
+    OtherShape,
     PassChange,
     Placement,
     RaceRow,
@@ -216,6 +220,25 @@ def placed(report: Report, result: Placed) -> None:
         ratio = timings[SOURCE].median_us / timings[result.plan.name].median_us
         report.ratios.append(Ratio(model=name, over=BASELINE, shape=shape, ratio=ratio))
     report.notes.append(f"placement: {result.reason}")
+    if result.guard is not None:
+        _others(report, result.guard)
+
+
+def _others(report: Report, guard: Guard) -> None:
+    """How the artifact does at shapes that nobody asked for."""
+    for each in guard.raced:
+        dense, sparse = each.timings[GUARD_DENSE].median_us / 1e3, each.timings[GUARD_SPARSE].median_us / 1e3
+        form = DENSE if guard.falls_back(each) else "sparse"
+        report.others.append(OtherShape(shape=shape_of(each.feeds), dense_ms=dense, sparse_ms=sparse, form=form))
+    report.others += [OtherShape(shape=shape_text(s), form="", reason=why) for s, why in guard.left_out]
+    if guard.reason:
+        told = [
+            f"{row.shape}: {'dense' if row.form == DENSE else f'{row.dense_ms / row.sparse_ms:.2f}x'}"
+            if row.dense_ms and row.sparse_ms
+            else f"{row.shape}: not raced, {row.reason}"
+            for row in report.others
+        ]
+        report.notes.append(f"other shapes: {guard.reason} ({'; '.join(told)})")
 
 
 def sizes(report: Report, source: int, folder: Path) -> None:

@@ -168,6 +168,16 @@ class Ratio(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float
 
 
+class OtherShape(msgspec.Struct, frozen=True, kw_only=True):
+    """A shape that nobody asked for: the compiled model beside portable.onnx, both in ONNX Runtime."""
+
+    shape: str
+    dense_ms: float | None = None  # medians; None: not raced
+    sparse_ms: float | None = None
+    form: str  # "sparse" or "dense": what runs there; empty: not raced
+    reason: str = ""  # why it was not raced
+
+
 class Check(msgspec.Struct, frozen=True, kw_only=True):
     """One output of the artifact against the same output of portable.onnx."""
 
@@ -221,6 +231,7 @@ class Report(msgspec.Struct, kw_only=True):
     placements: list[Placement] = msgspec.field(default_factory=list)
     race: list[RaceRow] = msgspec.field(default_factory=list)
     ratios: list[Ratio] = msgspec.field(default_factory=list)
+    others: list[OtherShape] = msgspec.field(default_factory=list)
     checks: list[Check] = msgspec.field(default_factory=list)
     hints: list[str] = msgspec.field(default_factory=list)  # what one could ask for
     sizes: Sizes | None = None

@@ -39,7 +39,7 @@ def mixed() -> onnx.ModelProto:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("profiled")
     onnx.save(mixed(), folder / "mixed.onnx")
-    compiler.compile(folder / "mixed.onnx", folder / "mixed-spa", threads=1, shapes=["x=64,256"])
+    compiler.compile(folder / "mixed.onnx", folder / "mixed-spa", threads=1, shapes=["x=64,256"], guard=False)
     return folder / "mixed.onnx", folder / "mixed-spa"
 
 
@@ -138,10 +138,9 @@ def test_what_either_side_put_in() -> None:
 def test_what_only_one_side_has() -> None:
     original, file = [op("a", "x"), op("b", "a")], [op("b", "x"), op("c", "x")]
     found = told(original, file, original, [op("c", "x")])
-    assert [([n.name for n in r.theirs], [n.name for n in r.ours], r.ratio) for r in found] == [
-        (["a", "b"], [], None),
-        ([], ["c"], None),
-    ]
+    told_of = sorted(([n.name for n in r.theirs], [n.name for n in r.ours]) for r in found)
+    assert told_of == [([], ["c"]), (["a"], []), (["b"], [])]
+    assert {r.ratio for r in found} == {None}
 
 
 class TestCommand:

@@ -10,6 +10,7 @@ from spa_compiler.report import report as module
 from spa_compiler.report.report import (
     Candidate,
     Check,
+    OtherShape,
     PassChange,
     Placement,
     RaceRow,
@@ -48,6 +49,7 @@ def test_it_has_the_keys_that_scripts_read(full: Report) -> None:
         ("placements[].candidates", Candidate, None),
         ("race", RaceRow, None),
         ("ratios", Ratio, None),
+        ("others", OtherShape, None),
         ("sizes", Sizes, None),
     ],
 )
