@@ -11,7 +11,7 @@ help:
 	@echo "make demo       compile an example model and measure it"
 	@echo "make test       the test suite (minutes)"
 	@echo "make test-slow  sanitizers, other processors under qemu, large files, old ONNX Runtimes"
-	@echo "make bench      races against other engines, README.md's tables and docs/peers.md; hours"
+	@echo "make bench      races against other engines, README.md's tables, docs/peers.md and docs/roofline.md; hours"
 	@echo "make lint       ruff, mypy, import-linter, deptry"
 
 venv: $(VENV)/ready
@@ -37,6 +37,7 @@ bench: $(VENV)/ready deepsparse
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pytest -q -m peers
 	$(BIN)/python tests/peers/tables.py
+	$(BIN)/python tests/peers/roofline.py
 	$(BIN)/python tests/peers/peers_race.py --python deepsparse=$(DEEPSPARSE)/bin/python
 
 # DeepSparse needs numpy below 2 and a Python below 3.12. Where it cannot be had, the race goes on without it, and says so.

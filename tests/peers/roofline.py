@@ -1,0 +1,192 @@
+"""docs/roofline.md: how near kernels come to what the machine can do.
+
+    python tests/peers/roofline.py             a minute; writes docs/roofline.md
+    python tests/peers/roofline.py --stdout    prints the table instead
+
+The peak of multiply-adds and the bandwidth of memory change from second to second on a machine that others use, too. So
+they are measured right before and right after every burst of a kernel; it is compared with the better of the two, and the
+median of these ratios is shown.
+Weights rotate through more than twice the L3 cache, or through `MOST_BYTES`, if that is less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # as a script, Python looks beside this file alone
+    sys.path.insert(0, str(ROOT))
+
+from spa_compiler.kernels.form import Form, Packed  # noqa: E402
+from spa_compiler.kernels.lower import build_object  # noqa: E402
+from spa_compiler.kernels.rx1 import Blocks  # noqa: E402
+from spa_compiler.kernels.sliced import Slices  # noqa: E402
+from spa_compiler.kernels.vector import ISAS  # noqa: E402
+from spa_compiler.runtime.link import C_FOLDER, kernel, run_linker  # noqa: E402
+from spa_compiler.targets import host  # noqa: E402
+from spa_compiler.targets.machine import cache_dir  # noqa: E402
+from tests.kernel_harness import sparse  # noqa: E402
+
+PAGE = ROOT / "docs" / "roofline.md"
+N, K = 3072, 768
+MOST_BYTES = 1 << 30
+ROUNDS, SECONDS = 9, 2.0
+CHAINS = 20  # of roofline.c
+PEAK_STEPS, STREAM_FLOATS = 100_000, 1 << 19
+CPU = {"x86-64-v4": "x86_64_v4", "x86-64-v3": "x86_64_v3", "x86-64": "x86_64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight of N x K at a sparsity, in a form, with zeros in blocks of `rows` x 1, for so many tokens."""
+
+    form: Form
+    rows: int
+    sparsity: float
+    tokens: int
+
+    @property
+    def lanes(self) -> int:
+        return min(self.tokens, 64)
+
+
+COMPUTE = [Case(Blocks(4), 4, s, 128) for s in (0.5, 0.8, 0.9)] + [Case(Blocks(1), 1, s, 128) for s in (0.5, 0.8, 0.9)]
+MEMORY = [
+    Case(Blocks(16), 16, 0.9, 1),
+    Case(Blocks(4), 4, 0.9, 1),
+    Case(Slices(), 1, 0.9, 1),
+    Case(Slices(), 1, 0.5, 1),
+]
+
+
+def build(folder: Path, cases: list[Case]) -> ctypes.CDLL:
+    """The driver, steps.c and the kernels that the cases need, for the best level of this machine."""
+    names = sorted({case.form.kernel(case.lanes, "none", False) for case in cases})
+    objects = [str(build_object(name, kernel, host().level, cache_dir() / "objects")) for name in names]
+    stub = folder / "api.c"
+    stub.write_text('#include "region.h"\nApi spa_api;\n')
+    run_linker(
+        [
+            *("-shared", "-fPIC", "-O3", "-std=gnu11", "-ffp-contract=fast", f"-mcpu={CPU[host().level]}"),
+            *(f"-DLANES={ISAS[host().level].width}", f"-I{C_FOLDER}"),
+            *(str(Path(__file__).with_suffix(".c")), str(C_FOLDER / "steps.c"), str(stub)),
+            *objects,
+            *("-o", str(folder / "roofline.so")),
+        ]
+    )
+    library = ctypes.CDLL(str(folder / "roofline.so"))
+    library.peak.restype = library.stream.restype = ctypes.c_float
+    return library
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def rotated(case: Case, rng: np.random.Generator, limit: int) -> list[Packed]:
+    """Packed copies of one weight, each with memory of its own, `limit` bytes together."""
+    first = case.form.pack(sparse(rng, N, K, case.rows, 1 - case.sparsity))
+    each = sum(a.nbytes for a in first.arrays.values())
+    copies = [first]
+    for _ in range(max(1, limit // each) - 1):
+        copies.append(type(first)(**{**first.__dict__, **{what: a.copy() for what, a in first.arrays.items()}}))
+    return copies
+
+
+def ratios(library: ctypes.CDLL, case: Case, limit: int) -> tuple[float, float, float]:
+    """(share of the multiply-add peak by what is stored, share of the bandwidth, GB/s of that); medians."""
+    rng = np.random.default_rng(0)
+    weights = rotated(case, rng, limit)
+    form: Any = weights[0].form
+    tiles = case.tokens // case.lanes
+    panel = rng.standard_normal((tiles * -(-K // 16) * 16, case.lanes)).astype(np.float32)
+    out = np.empty((tiles * N, case.lanes), np.float32)
+    function = getattr(library, form.kernel(case.lanes, "none", False))
+    sizes = [
+        ctypes.c_int64(v)
+        for v in (N, K, form.rows, form.chunk, form.k_block, form.info.get("interleaved", 0), case.lanes, tiles)
+    ]
+    arguments = [(ctypes.c_void_p * len(w.arrays))(*(a.ctypes.data for a in w.arrays.values())) for w in weights]
+    large = np.ones(max(STREAM_FLOATS * 2, limit // 4), np.float32)
+    stored = int(weights[0].arrays["values"].size)
+    size = sum(a.nbytes for a in weights[0].arrays.values())
+    width = ISAS[host().level].width
+    of_peak, of_memory, rates, turn = [], [], [], 0
+    places = itertools.cycle(range(0, large.size - STREAM_FLOATS + 1, STREAM_FLOATS))
+
+    def limits() -> tuple[float, float]:
+        """(floating point operations, bytes) a second, now."""
+        place = ctypes.c_void_p(large.ctypes.data + 4 * next(places))
+        begin = time.perf_counter()
+        library.peak(ctypes.c_int64(PEAK_STEPS), ctypes.c_float(0.5))
+        between = time.perf_counter()
+        library.stream(place, ctypes.c_int64(STREAM_FLOATS))
+        done = time.perf_counter() - between
+        return 2 * CHAINS * width * PEAK_STEPS / (between - begin), 4 * STREAM_FLOATS / done
+
+    batch = 1 if case.tokens > 1 else min(len(weights), 8)  # bursts of about a millisecond
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(of_peak) < ROUNDS:
+        before = limits()
+        chosen = [arguments[(turn * batch + i) % len(arguments)] for i in range(batch)]
+        begin = time.perf_counter()
+        for each in chosen:
+            library.product(function, each, *sizes, pointer(panel), pointer(out))
+        taken = time.perf_counter() - begin
+        flops, read = (max(pair) for pair in zip(before, limits(), strict=True))
+        turn += 1
+        of_peak.append(2 * stored * case.tokens * batch / taken / flops)
+        of_memory.append(size * batch / taken / read)
+        rates.append(read / 1e9)
+    return float(np.median(of_peak)), float(np.median(of_memory)), float(np.median(rates))
+
+
+def table(limit: int) -> str:
+    """The page."""
+    cases = [*COMPUTE, *MEMORY]
+    lines = [
+        "# Against the machine",
+        "",
+        "Written by `tests/peers/roofline.py`, which says how it measures; `make bench` measures it anew.",
+        "",
+        f"{host().model} ({host().level}), one thread. One linear layer {K} -> {N}, kernels alone: without packing, ONNX",
+        "Runtime, bias or activation. Multiply-adds count what is stored. Weights rotate through "
+        f"{limit / 2**20:.0f} MiB.",
+        "",
+        "| form | zeros | tokens | of the multiply-add peak | of the memory bandwidth |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(Path(folder), cases)
+        for case in cases:
+            peak, memory, rate = ratios(library, case, limit)
+            lines.append(
+                f"| {case.form.name} | {case.sparsity:.0%} | {case.tokens} | {peak:.0%} | {memory:.0%} of {rate:.1f} GB/s |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stdout", action="store_true", help="print the page instead of writing it")
+    parser.add_argument("--bytes", type=int, default=MOST_BYTES, help="that weights rotate through")
+    options = parser.parse_args()
+    page = table(options.bytes)
+    if options.stdout:
+        sys.stdout.write(page)
+    else:
+        PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
