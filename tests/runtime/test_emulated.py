@@ -2,6 +2,7 @@
 
 Numbers alone: an emulator says nothing of time, and there is no ONNX Runtime in the program (`fake_ort.c` is what the C
 side calls instead). A CPU without AVX runs what is made for plain x86-64, so that one wrong instruction ends the program.
+AVX2 is left to CPUs that have it (test_levels.py): this very program is right there at level 3, and wrong under qemu 7.2.
 """
 
 from __future__ import annotations
@@ -121,11 +122,9 @@ def test_aarch64(recorded: tuple[Path, object, int], programs: dict[str, Path]) 
     assert (done.returncode, done.stdout) == (0, f"level 1, {recorded[2]} checks\n"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("cpu, level", [("qemu64", 1), ("core2duo", 1), ("Nehalem", 2), ("Haswell", 3)])
+@pytest.mark.parametrize("cpu, level", [("qemu64", 1), ("core2duo", 1), ("Nehalem", 2)])
 def test_x86_64(recorded: tuple[Path, object, int], programs: dict[str, Path], cpu: str, level: int) -> None:
     done = run([qemu("x86_64"), "-cpu", cpu, str(programs["x86_64"])], recorded[0])
-    if done.returncode == 0 and level == 3 and "level 3" not in done.stdout:
-        pytest.skip("this qemu has no AVX2: 7.2 or newer has")
     assert (done.returncode, done.stdout) == (0, f"level {level}, {recorded[2]} checks\n"), done.stdout + done.stderr
 
 
