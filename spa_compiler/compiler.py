@@ -78,6 +78,7 @@ def compile(
     seed: int = 0,
     restore_unused: bool = False,
     records: str | Path | None = None,
+    tune_trials: int = 6,
     tune_rpc: str | None = None,
     max_size: int | None = None,
     guard: bool = True,
@@ -99,6 +100,7 @@ def compile(
         threads: intra-op threads to measure with; default: physical cores.
         restore_unused: give sites whose sparse form is not faster their dense weights back.
         records: SQLite file of earlier measurements, whole-model races included, to replay and to extend.
+        tune_trials: tile sizes that each kind of layer is timed in besides the usual ones; 0: no search.
         tune_rpc: `HOST:PORT,KEY` of an RPC tracker and of a `spa-tune-server` there, whose machine takes all times.
         max_size: the most bytes that model.onnx and kernels.so may take.
         guard: race the result at shapes that were not asked for, too, and let the dense form run where it is faster.
@@ -160,6 +162,7 @@ def compile(
                     timer=timer,
                     guarded=guard,
                     max_size=max_size,
+                    trials=tune_trials,
                 )
 
             plans = workspace / "plans"

@@ -27,4 +27,5 @@ def short_races() -> Iterator[None]:
         patch.setattr(place, "_RACE_S", 0.2)
         patch.setattr(contests, "_BUDGET_S", 0.1)
         patch.setattr(guard, "other_shapes", lambda *_: [])
+        patch.setattr(contests, "_EACH_S", 0.01)
         yield

@@ -72,6 +72,14 @@ def _size(text: str) -> int:
 @click.option("--max-size", type=_size, metavar="SIZE", help="Fail (exit 5) when the result is larger, e.g. 50MB")
 @click.option("--no-guard", is_flag=True, help="Race at the shapes asked for alone; no dense form for others")
 @click.option("--records", metavar="FILE", type=click.Path(), help="Replay the measurements of this file, add new ones")
+@click.option(
+    "--tune-trials",
+    type=click.IntRange(0),
+    default=6,
+    show_default=True,
+    metavar="N",
+    help="Tile sizes to time each kind of layer in, besides the usual ones",
+)
 @click.option("--tune-rpc", metavar="HOST:PORT,KEY", help="Take times on a machine that runs spa-tune-server")
 @click.option("--dry-run", is_flag=True, help="Analysis and plan only; nothing is timed or written")
 @click.option("--explain", is_flag=True, help="Show what passes did to each layer, what was timed, and why")
@@ -102,6 +110,7 @@ def main(
     max_size: int | None,
     no_guard: bool,
     records: str | None,
+    tune_trials: int,
     tune_rpc: str | None,
     dry_run: bool,
     explain: bool,
@@ -170,6 +179,7 @@ def main(
             seed=seed,
             restore_unused=restore_unused,
             records=records,
+            tune_trials=tune_trials,
             tune_rpc=tune_rpc,
             max_size=max_size,
             guard=not no_guard,

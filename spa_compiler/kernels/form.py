@@ -54,6 +54,9 @@ class Form(Protocol):
     def stored(self, weight: F32) -> int:
         """Floats that `pack` would store of `weight` [n, k], without packing: what the time depends on."""
 
+    def cut(self, chunk: int | None, k_block: int | None) -> Form:
+        """The same form in other tiles; None: the usual size."""
+
     def pack(self, weight: F32) -> Packed:
         """`weight` [n, k], without a bias. Exact: nothing but zeros is left out."""
 

@@ -83,6 +83,10 @@ class Blocks:
         """Floats that `pack` would store."""
         return stored_entries(weight, self.rows)
 
+    def cut(self, chunk: int | None, k_block: int | None) -> Blocks:
+        """The same blocks in other tiles."""
+        return Blocks(self.rows, chunk, k_block)
+
     def pack(self, weight: F32) -> Packed:
         """`weight` [n, k], without a bias."""
         return pack(weight, None, self.rows, self.chunk, self.k_block)

@@ -38,8 +38,13 @@ class SiteClass:
     shapes: tuple[tuple[int, ...], ...]  # of the input, one for each measured shape of the model
     stored: tuple[Stored, ...]
 
-    def question(self, shape: Sequence[int], threads: int) -> dict[str, object]:
-        """The key of a record: everything that the timings of this class depend on, but the machine."""
+    def question(self, shape: Sequence[int], threads: int, trials: int = 0) -> dict[str, object]:
+        """The key of a record: everything that the timings of this class depend on, but the machine.
+
+        Args:
+            trials: how many tiles are tried besides the usual ones. Which they are is no part of the question, since
+                that depends on what is in the records.
+        """
         site = self.sites[0]
         return {
             "layout": site.layout,
@@ -49,7 +54,9 @@ class SiteClass:
             "act": site.act,
             "bias": site.bias is not None,
             "shape": list(shape),
+            "tokens": site.pixels(shape),
             "threads": threads,
+            **({"trials": trials} if trials else {}),
             "stored": {s.name: round(s.share, 2) for s in self.stored},
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 CLOSE = 0.03  # two medians nearer than this are measured again
 LEAST_ROUNDS = 7
 _WARM_UP = 2
+_FIRST_LOOK = 3  # rounds after which the first calls may stop
+_FAR_BEHIND = 1.25
 _MOST_ROUNDS = 400
 
 
@@ -25,22 +27,29 @@ class Timing:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], budget_s: float, least_rounds: int = LEAST_ROUNDS
+    calls: Mapping[str, Callable[[], object]],
+    budget_s: float,
+    least_rounds: int = LEAST_ROUNDS,
+    stays: Collection[str] | None = None,
 ) -> dict[str, Timing]:
     """Runs every call in turns, round after round, until the budget is spent and `least_rounds` are done.
 
     When the best two are within 3 % after that, as much again is measured, once. The order rotates, so that no call
     always finds the caches as the same other one left them.
+
+    Args:
+        stays: calls that are made to the end. Of all others those that are far behind stop early: after 3, 6, 12, ...
+            rounds, where the fastest of them is slower by a quarter than the fastest call's median. None: all stay.
     """
     names = list(calls)
     for name in names:
         for _ in range(_WARM_UP):
             calls[name]()
     samples: dict[str, list[float]] = {name: [] for name in names}
-    _rounds(calls, names, samples, budget_s, least_rounds)
+    left = _rounds(calls, names, samples, budget_s, least_rounds, stays)
     best = sorted(float(np.median(s)) for s in samples.values())
     if len(best) > 1 and best[1] < best[0] * (1 + CLOSE):
-        _rounds(calls, names, samples, budget_s, least_rounds)
+        _rounds(calls, left, samples, budget_s, least_rounds, stays)
     return {name: _summary(values) for name, values in samples.items()}
 
 
@@ -50,8 +59,10 @@ def _rounds(
     samples: dict[str, list[float]],
     budget_s: float,
     least: int,
-) -> None:
-    end, turn = time.perf_counter() + budget_s, 0
+    stays: Collection[str] | None,
+) -> list[str]:
+    """Adds to the samples; returns the calls that did not stop early."""
+    end, turn, halving = time.perf_counter() + budget_s, 0, _FIRST_LOOK
     while turn < least or (time.perf_counter() < end and turn < _MOST_ROUNDS):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
@@ -59,6 +70,11 @@ def _rounds(
             calls[name]()
             samples[name].append((time.perf_counter() - begin) * 1e6)
         turn += 1
+        if stays is not None and turn == halving:
+            halving *= 2
+            best = min(float(np.median(samples[name])) for name in names)
+            names = [name for name in names if name in stays or min(samples[name]) < best * _FAR_BEHIND]
+    return names
 
 
 def _summary(values: list[float]) -> Timing:

@@ -92,8 +92,9 @@ def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, F
             inputs.append(tensor)
         return panels[id(tensor)]
 
-    def packed(site: Site, prefix: str) -> Packed:
-        found = packer(site, forms[site.name])
+    def packed(site: Site, prefix: str, usual: bool = False) -> Packed:
+        form = forms[site.name]
+        found = packer(site, form.cut(None, None) if usual else form)
         arrays.extend(gs.Constant(f"{prefix}.{what}", a) for what, a in found.arrays.items())
         return found
 
@@ -121,11 +122,12 @@ def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, F
                 inputs.append(element.source)
                 order.append(output)
                 continue
-            spec, term = _spec(packed(element, output.name), *act), None
+            usual = element.term is not None and not _cut_alike(element, element.term, forms, packer)
+            spec, term = _spec(packed(element, output.name, usual), *act), None
             source = panel(element.source, element.k)
             if element.term is not None:  # which comes last, and so has the activation
                 spec = dataclasses.replace(spec, act="none", low=0.0, high=0.0)
-                other = _spec(packed(element.term, f"{output.name}.term"), *act)
+                other = _spec(packed(element.term, f"{output.name}.term", usual), *act)
                 term = Term(panel(element.term.source, element.term.k), other)
             residual = None if element.residual is None else panel(element.residual, element.n)
             if wanted and id(output) not in inside:
@@ -147,6 +149,12 @@ def node_name(group: Group) -> str:
 
 def _members(group: Group) -> list[str]:
     return [p.name for e in group.elements for p in (e.products if isinstance(e, Site) else (e,))]
+
+
+def _cut_alike(site: Site, term: Site, forms: Mapping[str, Form], packer: Packer) -> bool:
+    """Whether two products can be added chunk by chunk, in the forms that each is fastest in by itself."""
+    first, second = (_spec(packer(s, forms[s.name]), "none", 0.0, 0.0) for s in (site, term))
+    return first.same_chunks(second)
 
 
 def _insert(model: Model, group: Group, forms: Mapping[str, Form], packer: Packer) -> RegionSpec:

@@ -107,6 +107,7 @@ def place(
     timer: Timer | None = None,
     guarded: bool = False,
     max_size: int | None = None,
+    trials: int = 0,
 ) -> Placed:
     """Decides every site's form.
 
@@ -121,6 +122,7 @@ def place(
         timer: the machine that decides; None: this one.
         guarded: race the winner at shapes that were not asked for, too; it may get the dense form as well.
         max_size: the most bytes that such a plan may take.
+        trials: the most tiles that each class of sites is timed in, besides the usual ones.
 
     Returns:
         The winning plan. With kernels it is slower than the source or `model` in ONNX Runtime at none of the shapes,
@@ -147,7 +149,7 @@ def place(
         return placed
     else:
         measured = known[: len(feeds)]
-        referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng, timer)
+        referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng, timer, trials)
         placed.choices = choose(classes(sites, measured), referee)
         alone = {c.site.name: c.form for c in placed.choices if c.form is not None}
         chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), referee)

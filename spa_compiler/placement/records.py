@@ -49,6 +49,12 @@ class Records:
         with self._faults():
             self._db.execute("insert or replace into timing values (?, ?)", (self._key(question), value))
 
+    def all(self) -> Iterator[tuple[dict[str, Any], dict[str, Timing]]]:
+        """Every question with its timings, of all machines and versions."""
+        with self._faults():
+            for key, value in self._db.execute("select key, value from timing order by key").fetchall():
+                yield msgspec.json.decode(key, type=dict[str, Any]), msgspec.json.decode(value, type=dict[str, Timing])
+
     def close(self) -> None:
         self._db.close()
 

@@ -12,7 +12,7 @@ import logging
 import math
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +52,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int
     budget_s: float = 0.0
     least_rounds: int = LEAST_ROUNDS
+    stays: tuple[str, ...] | None = None
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -102,8 +103,9 @@ class RemoteTimer:
         threads: int,
         budget_s: float,
         least_rounds: int = LEAST_ROUNDS,
+        stays: Collection[str] | None = None,
     ) -> dict[str, Timing]:
-        question = self._question(contenders, feeds, threads, budget_s, least_rounds)
+        question = self._question(contenders, feeds, threads, budget_s, least_rounds, stays)
         timings = self._ask("time", "timing", question).timings
         sound = (math.isfinite(t.p90_us) and 0 < t.p10_us <= t.median_us <= t.p90_us for t in timings.values())
         if timings.keys() != contenders.keys() or not all(sound):
@@ -129,6 +131,7 @@ class RemoteTimer:
         threads: int,
         budget_s: float = 0.0,
         least_rounds: int = LEAST_ROUNDS,
+        stays: Collection[str] | None = None,
     ) -> Question:
         """Sends what is not there yet."""
         entries = {
@@ -136,7 +139,7 @@ class RemoteTimer:
             for name, c in contenders.items()
         }
         arrays = {name: self._send({"feed.npy": _npy(value)}) for name, value in feeds.items()}
-        return Question(entries, arrays, threads, budget_s, least_rounds)
+        return Question(entries, arrays, threads, budget_s, least_rounds, None if stays is None else tuple(stays))
 
     def _send_model(self, model: Path | bytes) -> str:
         if isinstance(model, bytes):

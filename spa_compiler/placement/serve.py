@@ -73,7 +73,8 @@ def time(root: Path, question: str) -> str:
     def answer(asked: Question, contenders: dict[str, Contender], feeds: Feeds) -> Answer:
         timer = LocalTimer()
         with timer.held():  # others may measure here without the tracker
-            return Answer(timings=timer.time(contenders, feeds, asked.threads, asked.budget_s, asked.least_rounds))
+            times = timer.time(contenders, feeds, asked.threads, asked.budget_s, asked.least_rounds, asked.stays)
+        return Answer(timings=times)
 
     return _answer(root, question, answer)
 

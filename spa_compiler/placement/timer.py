@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +67,7 @@ class Timer(Protocol):
         threads: int,
         budget_s: float,
         least_rounds: int = LEAST_ROUNDS,
+        stays: Collection[str] | None = None,
     ) -> dict[str, Timing]:
         """Runs all contenders on the feeds in turns, as `measure.interleave` does.
 
@@ -95,10 +96,11 @@ class LocalTimer:
         threads: int,
         budget_s: float,
         least_rounds: int = LEAST_ROUNDS,
+        stays: Collection[str] | None = None,
     ) -> dict[str, Timing]:
         sessions = {n: open_session(c.model, threads=threads, library=c.library) for n, c in contenders.items()}
         calls: dict[str, Callable[[], object]] = {n: partial(s.run, None, feeds) for n, s in sessions.items()}
-        return interleave(calls, budget_s, least_rounds)
+        return interleave(calls, budget_s, least_rounds, stays)
 
     def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
         return dict(flatten(run(open_session(contender.model, threads=threads, library=contender.library), feeds)))
