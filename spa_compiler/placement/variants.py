@@ -18,6 +18,7 @@ import msgspec
 
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.kernels.form import Form
+from spa_compiler.kernels.panel import lanes_for
 from spa_compiler.placement.candidates import DENSE, SiteClass, Stored
 from spa_compiler.placement.measure import Timing
 
@@ -26,7 +27,7 @@ K_BLOCKS = (64, 128, 256, 768)  # and all of k
 FEWEST_ROWS = 64  # of a weight that is worth cutting otherwise than usual
 SHIPPED = "tiles.json"
 
-_LANES, _REGISTER = 64, 16  # the most tokens of a tile; floats of a register
+_REGISTER = 16  # floats
 _L1, _L2 = 32 << 10, 512 << 10  # bytes: of L1, and of the part of L2 that weights may have
 _FAR = 2.0  # from here on, in natural logarithms added up, two questions are not alike
 _OTHER_THREADS = 0.5
@@ -115,8 +116,8 @@ def cost(stored: Stored, n: int, k: int, tokens: int, threads: int) -> float:
     Only differences between tiles count: what all have in common (reading activations and weights once) is left out.
     """
     rows, chunk, k_block = stored.form.rows, stored.form.chunk or CHUNKS[-1], stored.form.k_block or k
-    lanes = min(_LANES, -(-tokens // _REGISTER) * _REGISTER)
-    vectors, calls = lanes // _REGISTER, -(-tokens // lanes)
+    lanes = lanes_for(tokens)
+    vectors, calls = -(-lanes // _REGISTER), -(-tokens // lanes)
     chunks, blocks = -(-n // chunk), -(-k // k_block)
     groups, entries = n / rows * blocks, stored.share * n * k / rows
     multiply = entries * max(rows * vectors, rows + vectors) / 2

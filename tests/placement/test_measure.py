@@ -74,3 +74,30 @@ def test_very_fast_calls_end_too(clock: Clock) -> None:
 
 def test_one_call_alone(clock: Clock) -> None:
     assert interleave({"a": clock.call("a", 1.0)}, budget_s=0.0)["a"].runs == 7
+
+
+def test_what_is_far_behind_stops_early(clock: Clock) -> None:
+    """After three rounds, then after six, ...; but for what is to stay."""
+    lengths = {"best": 0.001, "near": 0.00124, "far": 0.00126, "dense": 0.01}
+    calls = {name: clock.call(name, length) for name, length in lengths.items()}
+    timings = interleave(calls, budget_s=0.5, stays=["dense"])
+    assert timings["far"].runs == 3
+    assert timings["far"].median_us == pytest.approx(1260)
+    assert len({timings[name].runs for name in ("best", "near", "dense")}) == 1
+    assert timings["best"].runs > 30
+
+
+def test_a_call_that_was_fast_once_stays(clock: Clock) -> None:
+    calls = {"best": clock.call("best", 0.001), "noisy": clock.call("noisy", [0.004, 0.004, 0.0012, 0.004, 0.004])}
+    assert interleave(calls, budget_s=0.5, stays=[])["noisy"].runs > 30
+
+
+def test_close_calls_alone_are_measured_again(clock: Clock) -> None:
+    calls = {name: clock.call(name, length) for name, length in (("a", 0.1), ("b", 0.1), ("far", 1.0))}
+    timings = interleave(calls, budget_s=0.0, least_rounds=7, stays=[])
+    assert {name: t.runs for name, t in timings.items()} == {"a": 14, "b": 14, "far": 3}
+
+
+def test_all_stay_unless_asked(clock: Clock) -> None:
+    calls = {"best": clock.call("best", 0.001), "far": clock.call("far", 0.01)}
+    assert len({t.runs for t in interleave(calls, budget_s=0.5).values()}) == 1

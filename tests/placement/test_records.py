@@ -155,3 +155,16 @@ def test_no_such_folder(tmp_path: Path) -> None:
 def test_a_folder(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="the records cannot be used"):
         Records(tmp_path, MACHINE)
+
+
+def test_everything_can_be_read(path: Path) -> None:
+    for cpu in ("Xeon", "EPYC"):
+        book = Records(path, MACHINE | {"cpu": cpu})
+        book.put(QUESTION, TIMINGS)
+        book.close()
+    found = list(Records(path, MACHINE).all())
+    assert [(q["cpu"], q["n"], t) for q, t in found] == [("EPYC", 8, TIMINGS), ("Xeon", 8, TIMINGS)]
+    with sqlite3.connect(path) as db:
+        db.execute("update timing set key = '[1]'")
+    with pytest.raises(EnvironmentFault, match="the records cannot be used"):
+        list(Records(path, MACHINE).all())

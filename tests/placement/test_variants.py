@@ -165,7 +165,9 @@ def test_so_many_tiles_are_tried(trials: int, tmp_path: Path, monkeypatch: pytes
     assert len(set(times.asked[0])) == len(times.asked[0])
 
 
-@pytest.mark.parametrize(("gain", "form"), [(2 * (1 + CLOSE) + 0.01, "tile"), (2 * (1 + CLOSE) - 0.01, "usual"), (1.5, "usual")])
+@pytest.mark.parametrize(
+    ("gain", "form"), [(2 * (1 + CLOSE) + 0.01, "tile"), (2 * (1 + CLOSE) - 0.01, "usual"), (1.5, "usual")]
+)
 def test_the_usual_tile_wins_ties(gain: float, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     each = site_class(1)
     first = ranked(each, V4, 1, [shipped()])[0]
@@ -221,7 +223,12 @@ def test_winners_of_records() -> None:
     times = {DENSE: 1, "unstructured": 9, "unstructured in 32x256": 5, "unstructured in 64x64": 7}
     times |= {"block:4x1": 3, "block:4x1 in 32x64": 4, "block:8x1": 2}
     timings = {name: Timing(us, us, us, 7) for name, us in times.items()}
-    records = [(question, timings), ({"race": {}}, timings), ({"chain": [1]}, {}), (question | {"isa": "other"}, timings)]
+    records = [
+        (question, timings),
+        ({"race": {}}, timings),
+        ({"chain": [1]}, {}),
+        (question | {"isa": "other"}, timings),
+    ]
     found = winners(V4, records)
     assert [(w.pattern, w.chunk, w.k_block, w.share) for w in found] == [
         ("unstructured", 32, 0, 0.1),  # all of k
@@ -262,12 +269,19 @@ def test_tiles_compute_the_same(tile: tuple[int, int], tmp_path: Path) -> None:
     assert _error(model, single(sites), {s.name: Blocks(4, *tile) for s in sites}, tmp_path) < 1e-5
 
 
-@pytest.mark.parametrize("forms", [(Blocks(4, 32, 256), Blocks(4)), (Blocks(4, 32, 64), Blocks(1, 32, 256)), (Blocks(1, 64, 64), Blocks(8, 128, 256))])
+@pytest.mark.parametrize(
+    "forms",
+    [
+        (Blocks(4, 32, 256), Blocks(4)),
+        (Blocks(4, 32, 64), Blocks(1, 32, 256)),
+        (Blocks(1, 64, 64), Blocks(8, 128, 256)),
+    ],
+)
 def test_products_that_are_added_are_cut_alike(forms: tuple[Blocks, Blocks], tmp_path: Path) -> None:
     """Or both in the usual tiles, whatever each is fastest in by itself."""
     text = "g (float[N,256] x, float[N,256] z) => (float[N,100] y) { a = MatMul(x, w) b = MatMul(z, v) y = Add(a, b) }"
     model = model_of(text, w=weight(RNG, 256, 100, 0.1), v=weight(RNG, 256, 100, 0.1))
-    known: Shapes = [{name: (5, 256) for name in ("x", "z")} | {name: (5, 100) for name in "aby"}]
+    known: Shapes = [dict.fromkeys(("x", "z"), (5, 256)) | dict.fromkeys("aby", (5, 100))]
     sums = join_sums(find_sites(model)[0], held(model.graph), known)
     assert len(sums) == 1
     assert _error(model, single(sums), dict(zip("ab", forms, strict=True)), tmp_path) < 1e-5
