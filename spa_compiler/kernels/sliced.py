@@ -71,6 +71,10 @@ class Slices:
         """Floats that `pack` would store."""
         return sum(int(counts.max(axis=1).sum()) * ROWS for *_, counts in _tiles(weight, *self._sizes(*weight.shape)))
 
+    def cut(self, chunk: int | None, k_block: int | None) -> Slices:
+        """The same slices in other tiles."""
+        return Slices(chunk, k_block)
+
     def pack(self, weight: F32) -> Packed:
         """`weight` [n, k], without a bias."""
         return pack(weight, None, self.chunk, self.k_block)

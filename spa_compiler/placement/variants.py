@@ -38,7 +38,7 @@ class Winner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     isa: str
     layout: str
-    pattern: str
+    form: str  # its name, in the usual tile
     n: int
     k: int
     tokens: int
@@ -49,7 +49,7 @@ class Winner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def distance(self, other: Winner) -> float:
         """How unlike two questions are; infinite where they have nothing to do with each other."""
-        if (self.isa, self.layout, self.pattern) != (other.isa, other.layout, other.pattern):
+        if (self.isa, self.layout, self.form) != (other.isa, other.layout, other.form):
             return math.inf
         sizes = ((self.n, other.n), (self.k, other.k), (self.tokens, other.tokens), (self.share, other.share))
         threads = _OTHER_THREADS * (self.threads != other.threads)
@@ -94,7 +94,7 @@ def ranked(each: SiteClass, isa: str, threads: int, known: Sequence[Iterable[Win
     queues = []
     for stored in each.stored:
         asked = Winner(
-            isa=isa, layout=site.layout, pattern=stored.form.pattern, n=site.n, k=site.k, tokens=tokens,
+            isa=isa, layout=site.layout, form=stored.name, n=site.n, k=site.k, tokens=tokens,
             threads=threads, share=stored.share, chunk=0, k_block=0,
         )  # fmt: skip
         found = tiles(stored, site.n, site.k)
@@ -140,8 +140,8 @@ def winners(isa: str, records: Iterable[tuple[Mapping[str, object], Mapping[str,
             continue  # of something else: low-rank layers, whole models
         if isa not in asked.isa.split(","):
             continue
-        for pattern, share in asked.stored.items():
-            named = [name for name in timings if name != DENSE and name.partition(" in ")[0] == pattern]
+        for form, share in asked.stored.items():
+            named = [name for name in timings if name != DENSE and name.partition(" in ")[0] == form]
             best = min(named, key=lambda name: timings[name].median_us, default=None)
             tile = re.fullmatch(r"(\d+)x(\d+)", (best or "").partition(" in ")[2])
             if best is None or len(named) == 1:
@@ -149,7 +149,7 @@ def winners(isa: str, records: Iterable[tuple[Mapping[str, object], Mapping[str,
             chunk, k_block = (int(tile[1]), int(tile[2])) if tile else (0, 0)
             found.append(
                 Winner(
-                    isa=isa, layout=asked.layout, pattern=pattern, n=asked.n, k=asked.k, tokens=asked.tokens,
+                    isa=isa, layout=asked.layout, form=form, n=asked.n, k=asked.k, tokens=asked.tokens,
                     threads=asked.threads, share=share, chunk=chunk, k_block=k_block if k_block < asked.k else 0,
                 )
             )  # fmt: skip
