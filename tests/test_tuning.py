@@ -52,7 +52,7 @@ def test_a_second_compilation_measures_nothing(tmp_path: Path, counted: list[lis
     trials = [names for names in counted if DENSE in names]
     assert trials
     assert all(sum(" in " in name for name in names) == 6 for names in trials)
-    assert len(counted) == len(trials) + 1  # and the race
+    assert len(counted) > len(trials)  # the races
     files = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     counted.clear()
     again = compiled(tmp_path)
