@@ -42,7 +42,6 @@ class Recorder:
     `rows` of a step: R of its blocks; INTERLEAVED: slices.
     """
 
-    layout: str
     rng: np.random.Generator
     builder: RegionBuilder = field(init=False)
     linears: list[tuple[str, np.ndarray]] = field(default_factory=list)
@@ -51,7 +50,7 @@ class Recorder:
     outputs: list[Evaluate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.builder = RegionBuilder(self.layout)
+        self.builder = RegionBuilder()
 
     def pack(self, features: int) -> Value:
         index = len(self.builder.inputs)
@@ -126,21 +125,16 @@ class Case:
     arrays: dict[str, np.ndarray]
     outputs: tuple[Evaluate, ...]
 
-    @property
-    def axis(self) -> int:
-        return 1 if self.spec.layout == "planes" else -1
-
     def feeds(self, dims: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
-        """Random inputs; `dims` without the features: [batch, tokens] or [images, height, width]."""
-        rng, axis = np.random.default_rng(seed), 1 if self.axis == 1 else len(dims)
-        shapes = [(*dims[:axis], f, *dims[axis:]) for f in self.spec.input_features]
+        """Random inputs; `dims` without the features: [batch, tokens]."""
+        rng = np.random.default_rng(seed)
+        shapes = [(*dims, f) for f in self.spec.input_features]
         return {f"x{i}": rng.standard_normal(s).astype(np.float32) for i, s in enumerate(shapes)}
 
     def expected(self, feeds: dict[str, np.ndarray]) -> list[F64]:
-        moved = [np.moveaxis(x, self.axis, -1) for x in feeds.values()]
-        flat = [x.reshape(-1, x.shape[-1]).astype(np.float64) for x in moved]
-        found = [output(flat) for output in self.outputs]
-        return [np.moveaxis(y.reshape(*moved[0].shape[:-1], y.shape[-1]), -1, self.axis) for y in found]
+        flat = [x.reshape(-1, x.shape[-1]).astype(np.float64) for x in feeds.values()]
+        leading = feeds["x0"].shape[:-1]
+        return [y.reshape(*leading, y.shape[-1]) for y in (output(flat) for output in self.outputs)]
 
     def model(
         self,
@@ -173,8 +167,7 @@ class Case:
         def info(name: str, features: int, dims: Sequence[int | str | None] | None) -> Any:
             if dims is None:
                 return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-            at = 1 if self.axis == 1 else len(dims)
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, [*dims[:at], features, *dims[at:]])
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, [*dims, features])
 
         given = [info(x, f, dims) for x, f in zip(xs, self.spec.input_features, strict=True)]
         for name, array in arrays.items():
@@ -195,7 +188,7 @@ class Case:
 
 def _mlp() -> Case:
     """A transformer's feed-forward part, with a projection of its result straight to an output."""
-    r = Recorder("rows", np.random.default_rng(1))
+    r = Recorder(np.random.default_rng(1))
     x = r.pack(100)
     hidden = r.linear(x, 388, 4, "gelu_erf")
     y = r.norm(r.linear(hidden, 100, 4, residual=x))
@@ -206,14 +199,14 @@ def _mlp() -> Case:
 
 def _single() -> Case:
     """One unstructured layer."""
-    r = Recorder("rows", np.random.default_rng(2))
+    r = Recorder(np.random.default_rng(2))
     r.linear_out(r.pack(64), 37, 1, "relu", k_block=24, chunk=16)
     return r.finish()
 
 
 def _wide() -> Case:
     """More than one chunk, odd sizes, both ways out; the residual is another input."""
-    r = Recorder("rows", np.random.default_rng(3))
+    r = Recorder(np.random.default_rng(3))
     x, other = r.pack(301), r.pack(600)
     y = r.linear(x, 600, 8, "silu", residual=other, chunk=256)
     r.unpack(y)
@@ -222,18 +215,9 @@ def _wide() -> Case:
     return r.finish()
 
 
-def _planes() -> Case:
-    """1 x 1 convolutions: expand, project, add."""
-    r = Recorder("planes", np.random.default_rng(4))
-    x = r.pack(24)
-    r.linear_out(r.linear(x, 144, 4, "clip", low=0.0, high=6.0), 24, 1, residual=x, k_block=64)
-    r.unpack(r.linear(x, 10, 8))
-    return r.finish()
-
-
 def _sum() -> Case:
     """Sparse + low rank in one pass: blocks of other heights, several blocks of columns, odd sizes, both ways out."""
-    r = Recorder("rows", np.random.default_rng(5))
+    r = Recorder(np.random.default_rng(5))
     x, other = r.pack(301), r.pack(600)
     thin = r.linear(x, 13, 4, density=1.0)
     y = r.linear(x, 600, 1, "silu", residual=other, term=(thin, 4, 1.0))
@@ -245,7 +229,7 @@ def _sum() -> Case:
 
 def _thin() -> Case:
     """Sparse + low rank with weights that are small beside the panels of many tokens."""
-    r = Recorder("rows", np.random.default_rng(6))
+    r = Recorder(np.random.default_rng(6))
     x = r.pack(64)
     y = r.linear(x, 96, 1, "relu", term=(r.linear(x, 8, 4, density=1.0), 4, 1.0))
     r.unpack(y)
@@ -255,7 +239,7 @@ def _thin() -> Case:
 
 def _few() -> Case:
     """The forms for few tokens: slices and blocks of 16 rows, in blocks of columns, added up, both ways out."""
-    r = Recorder("rows", np.random.default_rng(7))
+    r = Recorder(np.random.default_rng(7))
     x = r.pack(100)
     hidden = r.linear(x, 388, INTERLEAVED, "gelu_erf", k_block=48)
     y = r.norm(r.linear(hidden, 100, 16, "silu", residual=x))
@@ -268,7 +252,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "mlp": _mlp,
     "single": _single,
     "wide": _wide,
-    "planes": _planes,
     "sum": _sum,
     "thin": _thin,
     "few": _few,

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import activation, rx1
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime.region import LinearSpec, RegionBuilder, RegionSpec
+from spa_compiler.runtime.images import ImageBuilder, ImageRegion
+from spa_compiler.runtime.region import LinearSpec
 from tests.kernel_harness import sparse
 from tests.region_harness import run
 
@@ -42,9 +43,10 @@ class Convolution:
         return rx1.pack(self.weight, self.bias, self.rows)
 
     @property
-    def region(self) -> RegionSpec:
-        builder, p = RegionBuilder("planes"), self.packed
-        builder.convolution(self.window, LinearSpec(p.n, p.k, p.form, self.act, LOW, HIGH))
+    def region(self) -> ImageRegion:
+        builder, p = ImageBuilder(), self.packed
+        spec = LinearSpec(p.n, p.k, p.form, self.act, LOW, HIGH)
+        builder.output(builder.window(builder.input(self.window.channels), self.window, spec))
         return builder.finish()
 
     def model(self, shape: list[int | str] | None = None) -> bytes:

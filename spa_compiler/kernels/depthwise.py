@@ -3,9 +3,11 @@
     buffer    the rows of the channel that a band of outputs reads, padded; `step` phases side by side, `plane` floats
               each, rows `pitch` floats apart: phase p holds the padded columns p, p + step, p + 2 step, ...
 
-A tap (y, x) of all outputs of a row lies in one phase, one float after the other, so no vector is gathered whatever
-the stride. The copy also takes care of the edges: the sums have no cases. They run down strips of columns, several
-rows at a time, so that what is loaded once serves all rows that see it.
+Rows of the image are copied in whole registers (`spa_pad`, for a step of 1 or 2; `spa_shift` of `kernels/window.py`
+takes any step and reads nothing that lies behind the image). A tap (y, x) of all outputs of a row lies in one phase,
+one float after the other, so no vector is gathered whatever the stride. The copy also takes care of the edges: the
+sums have no cases. They run down strips of columns, several rows at a time, so that what is loaded once serves all
+rows that see it.
 
 Source: direct convolution with register tiles over rows, arXiv 1809.10170.
 """
@@ -18,10 +20,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation
-from spa_compiler.kernels.vector import ANY, AVX512, Isa, at, spread, store
+from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, spread, store
 from spa_compiler.kernels.window import Window
 
 F32 = NDArray[np.float32]
+PAD = "spa_pad"
 
 
 def rows_at_once(isa: Isa) -> int:
@@ -56,6 +59,16 @@ def reference(x: F32, weight: F32, bias: F32, window: Window) -> NDArray[np.floa
     return y
 
 
+def padded_reference(x: F32, window: Window, pitch: int) -> F32:
+    """All rows of `x` [H, W], as `spa_pad` lays them out: [step, H, pitch], zeros left and right of them."""
+    step, left = window.stride[1], window.pads[1]
+    columns = np.arange(pitch * step) - left
+    inside = (columns >= 0) & (columns < x.shape[1])
+    rows = np.zeros((x.shape[0], pitch * step), np.float32)
+    rows[:, inside] = x[:, columns[inside]]
+    return np.ascontiguousarray(rows.reshape(-1, pitch, step).transpose(2, 0, 1))
+
+
 def name(window: Window, act: str) -> str:
     """One kernel for each form of a window: sizes and steps are constants in it, images and padding are not."""
     sizes = "_".join("x".join(map(str, pair)) for pair in (window.size, window.stride, window.dilation))
@@ -65,8 +78,12 @@ def name(window: Window, act: str) -> str:
 def parse(name: str) -> tuple[Window, str]:
     """The window, without channels and padding, and the activation of a name."""
     size, stride, dilation, act = name.removeprefix("spa_depthwise_").split("_", 3)
-    pairs = [tuple(int(part) for part in text.split("x")) for text in (size, stride, dilation)]
-    return Window(1, *((a, b) for a, b in pairs)), act
+    return Window(1, _pair(size), _pair(stride), _pair(dilation)), act
+
+
+def _pair(text: str) -> tuple[int, int]:
+    first, second = text.split("x")
+    return int(first), int(second)
 
 
 def _block(buffer, weight, regs, origin, plane, pitch, window, rows, width):
@@ -134,3 +151,71 @@ def kernel(window: Window, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
                         )
 
     return depthwise
+
+
+def _split(x, begin, buffer, even, odd):
+    """32 floats: those at even places to place `even` of the buffer, the others to `odd`."""
+    pair = [T.bind(x[at(begin + i * ZMM, ZMM)]) for i in range(2)]
+    for first, place in ((0, even), (1, odd)):
+        store(buffer, tirx.Shuffle(pair, [tirx.IntImm("int32", first + 2 * i) for i in range(ZMM)]), place, ZMM)
+
+
+def pad_kernel() -> tirx.PrimFunc:
+    """void spa_pad(x, buffer, top, rows, bottom, width, left, plane, pitch, step): rows of an image, padded.
+
+    The buffer gets `top` rows of zeros, `rows` of the image, `bottom` of zeros. Registers are whole: up to 31 floats
+    behind the rows of the image are read, and of each phase up to 15 behind where one more row would have its first
+    column are written. A step of 2 makes two phases, `plane` floats apart; every other step is taken for 1.
+
+    Args (of the kernel):
+        left: columns of padding before the first of the image; what follows it up to the next row is zero, too.
+    """
+
+    @T.prim_func(s_tir=True)
+    def pad(
+        x_: T.handle("float32"),
+        buffer_: T.handle("float32"),
+        top: T.int32,
+        rows: T.int32,
+        bottom: T.int32,
+        width: T.int32,
+        left: T.int32,
+        plane: T.int32,
+        pitch: T.int32,
+        step: T.int32,
+    ):
+        T.func_attr({"global_symbol": PAD, "tirx.noalias": True})
+        x = T.decl_buffer((ANY,), "float32", data=x_)
+        buffer = T.decl_buffer((ANY,), "float32", data=buffer_)
+        if step == 2:
+            half: T.let[T.int32] = T.truncdiv(width, 2)
+            begin: T.let[T.int32] = T.truncdiv(left, 2)
+            even: T.let[T.int32] = T.truncmod(left, 2) * plane + begin
+            odd: T.let[T.int32] = (1 - T.truncmod(left, 2)) * plane + begin + T.truncmod(left, 2)
+            for i in T.serial(T.truncdiv(top * pitch + begin + ZMM, ZMM)):
+                store(buffer, const(0.0, ZMM), i * ZMM, ZMM)
+                store(buffer, const(0.0, ZMM), plane + i * ZMM, ZMM)
+            for y in T.serial(rows):
+                row: T.let[T.int32] = (top + y) * pitch
+                for i in T.serial(T.truncdiv(width + 2 * ZMM - 1, 2 * ZMM)):
+                    _split(x, y * width + i * (2 * ZMM), buffer, even + row + i * ZMM, odd + row + i * ZMM)
+                for i in T.serial(T.truncdiv(pitch - width + half + ZMM - 1, ZMM)):
+                    store(buffer, const(0.0, ZMM), even + row + width - half + i * ZMM, ZMM)
+                for i in T.serial(T.truncdiv(pitch - half + ZMM - 1, ZMM)):
+                    store(buffer, const(0.0, ZMM), odd + row + half + i * ZMM, ZMM)
+            for i in T.serial(T.truncdiv(bottom * pitch + ZMM - 1, ZMM)):
+                store(buffer, const(0.0, ZMM), (top + rows) * pitch + i * ZMM, ZMM)
+                store(buffer, const(0.0, ZMM), plane + (top + rows) * pitch + i * ZMM, ZMM)
+        else:
+            for i in T.serial(T.truncdiv(top * pitch + left + ZMM - 1, ZMM)):
+                store(buffer, const(0.0, ZMM), i * ZMM, ZMM)
+            for y in T.serial(rows):
+                place: T.let[T.int32] = (top + y) * pitch + left
+                for i in T.serial(T.truncdiv(width + ZMM - 1, ZMM)):
+                    store(buffer, x[at(y * width + i * ZMM, ZMM)], place + i * ZMM, ZMM)
+                for i in T.serial(T.truncdiv(pitch - width + ZMM - 1, ZMM)):
+                    store(buffer, const(0.0, ZMM), place + width + i * ZMM, ZMM)
+            for i in T.serial(T.truncdiv(bottom * pitch + ZMM - 1, ZMM)):
+                store(buffer, const(0.0, ZMM), (top + rows) * pitch + i * ZMM, ZMM)
+
+    return pad

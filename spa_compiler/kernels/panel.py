@@ -6,8 +6,7 @@
 `lanes` is one of LANE_COUNTS: whole 512-bit registers for many tokens, 1, 4 or 8 lanes for few. Lanes past the last
 token hold copies of it, so that they stay finite and nothing is read out of bounds.
 
-Two layouts exist outside: `rows` = [tokens, features] (MatMul, Gemm) and `planes` = [features, tokens] with the
-pixels of one image as tokens (NCHW convolution), which needs no transpose.
+Outside there are `rows`, [tokens, features], of MatMul and Gemm. (Convolutions need no panels: `runtime/images.py`.)
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, emit_transpose
 
 LANE_COUNTS = (1, 4, 8, 16, 32, 48, 64)
 MAX_LANES = LANE_COUNTS[-1]
-LAYOUTS = ("rows", "planes")
 
 F32 = NDArray[np.float32]
 
@@ -39,20 +37,11 @@ def pack_reference(x: F32, lanes: int) -> F32:
     return np.ascontiguousarray(x[last].T)
 
 
-def pack_kernel(layout: str, lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
-    """void spa_pack_<layout>_<lanes>(x, panel, tokens, features, stride): one tile.
+def pack_kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
+    """void spa_pack_rows_<lanes>(x, panel, tokens, features, stride): one tile.
 
-    `x` points at the tile's first token; `stride` is the distance of two tokens (rows) or two features (planes).
+    `x` points at the tile's first token; `stride` is the distance of two tokens.
     """
-    return _pack_rows(lanes, isa) if layout == "rows" else _pack_planes(lanes)
-
-
-def unpack_kernel(layout: str, lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
-    """void spa_unpack_<layout>_<lanes>(panel, y, tokens, features, stride): the way back, valid tokens alone."""
-    return _unpack_rows(lanes, isa) if layout == "rows" else _unpack_planes(lanes)
-
-
-def _pack_rows(lanes, isa):
     if lanes < ZMM:
 
         @T.prim_func(s_tir=True)
@@ -89,27 +78,8 @@ def _pack_rows(lanes, isa):
     return pack
 
 
-def _pack_planes(lanes):
-    wide = T.vectorized if lanes > 1 else T.serial
-
-    @T.prim_func(s_tir=True)
-    def pack(x_: T.handle("float32"), p_: T.handle("float32"), tokens: T.int32, features: T.int32, stride: T.int32):
-        T.func_attr({"global_symbol": f"spa_pack_planes_{lanes}", "tirx.noalias": True})
-        X = T.decl_buffer((ANY,), "float32", data=x_)
-        P = T.decl_buffer((ANY,), "float32", data=p_)
-        if tokens == lanes:
-            for f in T.serial(features):
-                for t in wide(lanes):
-                    P[f * lanes + t] = X[f * stride + t]
-        else:
-            for f in T.serial(features):
-                for t in T.serial(lanes):
-                    P[f * lanes + t] = X[f * stride + T.min(t, tokens - 1)]
-
-    return pack
-
-
-def _unpack_rows(lanes, isa):
+def unpack_kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
+    """void spa_unpack_rows_<lanes>(panel, y, tokens, features, stride): the way back, valid tokens alone."""
     if lanes < ZMM:
 
         @T.prim_func(s_tir=True)
@@ -145,25 +115,5 @@ def _unpack_rows(lanes, isa):
                     for t in T.serial(T.min(tokens - b * 16, 16)):
                         for r in T.serial(T.min(features - f * 16, 16)):
                             Y[(b * 16 + t) * stride + f * 16 + r] = P[(f * 16 + r) * lanes + b * 16 + t]
-
-    return unpack
-
-
-def _unpack_planes(lanes):
-    wide = T.vectorized if lanes > 1 else T.serial
-
-    @T.prim_func(s_tir=True)
-    def unpack(p_: T.handle("float32"), y_: T.handle("float32"), tokens: T.int32, features: T.int32, stride: T.int32):
-        T.func_attr({"global_symbol": f"spa_unpack_planes_{lanes}", "tirx.noalias": True})
-        P = T.decl_buffer((ANY,), "float32", data=p_)
-        Y = T.decl_buffer((ANY,), "float32", data=y_)
-        if tokens == lanes:
-            for f in T.serial(features):
-                for t in wide(lanes):
-                    Y[f * stride + t] = P[f * lanes + t]
-        else:
-            for f in T.serial(features):
-                for t in T.serial(tokens):
-                    Y[f * stride + t] = P[f * lanes + t]
 
     return unpack

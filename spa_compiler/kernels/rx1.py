@@ -281,7 +281,8 @@ def _many_lanes(R, lanes, act, window, isa):
     W, V, passes = isa.passes(Q, lanes)
     U = _accumulator_sets(Q, V)
     inline_prefetch = R > 1
-    epilogue = act != "none"
+    short = act in ("relu", "clip")  # an instruction or two, applied on the way out of the registers
+    epilogue = act != "none" and not short
     # Of the kind of factor that there are more of one stays in a register, of the other all.
     row_of, vector_of = (
         (lambda i: T.truncdiv(i, V), lambda i: T.truncmod(i, V))
@@ -404,15 +405,36 @@ def _many_lanes(R, lanes, act, window, isa):
                     for u in T.unroll(U - 1):
                         for i in T.unroll(Q * V):
                             _add(regs, i * W, ((u + 1) * Q * V + i) * W, W)
-                for r in T.unroll(Q):
-                    for v in T.unroll(V):
+                if short:  # known while the script is parsed; `last` is not
+                    if last != 0:
+                        for i in T.unroll(Q * V):
+                            store(
+                                out,
+                                activation.emit(regs[at(i * W, W)], act, low, high, W, isa),
+                                (row + T.truncdiv(i, V)) * (out_pitch if window else lanes)
+                                + lane
+                                + T.truncmod(i, V) * W,
+                                W,
+                            )
+                    else:
+                        for i in T.unroll(Q * V):
+                            store(
+                                out,
+                                regs[at(i * W, W)],
+                                (row + T.truncdiv(i, V)) * (out_pitch if window else lanes)
+                                + lane
+                                + T.truncmod(i, V) * W,
+                                W,
+                            )
+                else:
+                    for i in T.unroll(Q * V):
                         store(
                             out,
-                            regs[at((r * V + v) * W, W)],
-                            (row + r) * (out_pitch if window else lanes) + lane + v * W,
+                            regs[at(i * W, W)],
+                            (row + T.truncdiv(i, V)) * (out_pitch if window else lanes) + lane + T.truncmod(i, V) * W,
                             W,
                         )
-                if epilogue:  # known while the script is parsed; `last` is not
+                if epilogue:
                     # a loop over what was just stored, not over registers: one copy of the polynomial's code
                     if last != 0:
                         for i in T.serial(Q * V):

@@ -63,7 +63,7 @@ class SiteClass:
 
 def stored_forms(site: Site) -> tuple[Stored, ...]:
     """The forms that leave something out, each with what it stores; none that stores far more than another."""
-    possible = [form for form in forms_of(site.weight) if site.window is None or form.windowed]
+    possible = [form for form in forms_of(site.weight) if site.layout == "rows" or form.windowed]
     found = [Stored(form, form.stored(site.weight) / site.weight.size) for form in possible]
     most = min(WORTH_TIMING, WORTH_BESIDE * min((s.share for s in found), default=0.0))
     return tuple(s for s in found if s.share <= most)

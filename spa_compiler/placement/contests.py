@@ -19,8 +19,8 @@ from spa_compiler.placement.regions import Group
 from spa_compiler.placement.sites import Site
 from spa_compiler.placement.timer import Contender, LocalTimer, Timer
 from spa_compiler.placement.trial import dense_model, pick, region_of, sparse_model
+from spa_compiler.runtime.generate import Region
 from spa_compiler.runtime.link import link
-from spa_compiler.runtime.region import RegionSpec
 
 _BUDGET_S = 0.25  # the least of one contest at one shape
 _EACH_S = 0.1  # of each of its candidates
@@ -131,6 +131,6 @@ class _Sizes(Packer):
         return self._zeros[key]
 
 
-def _regions(contest: Contest, forms: Mapping[str, dict[str, Form]]) -> list[RegionSpec]:
+def _regions(contest: Contest, forms: Mapping[str, dict[str, Form]]) -> list[Region]:
     packer = _Sizes()
     return [region_of(group, own, packer).spec for own in forms.values() for group in pick(contest.groups)]

@@ -13,10 +13,13 @@ import onnx_graphsurgeon as gs
 from spa_compiler.graph.model import Model
 from spa_compiler.kernels.form import Form, Packed
 from spa_compiler.placement.attention import AttentionSite
+from spa_compiler.placement.depthwise import DepthwiseSite
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.regions import Group, inputs_of
 from spa_compiler.placement.sites import Site, held
-from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
+from spa_compiler.runtime.generate import Region
+from spa_compiler.runtime.images import Image, ImageBuilder
+from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Panel, RegionBuilder, Term
 
 DOMAIN = "ai.spa"
 DOMAIN_VERSION = 1
@@ -45,13 +48,13 @@ def _spec(packed: Packed, act: str, low: float, high: float) -> LinearSpec:
 class Assembled:
     """A group as a region, with what its node takes and gives, in order."""
 
-    spec: RegionSpec
+    spec: Region
     inputs: list[gs.Variable]
     arrays: list[gs.Constant]
     outputs: list[gs.Variable]
 
 
-def insert(model: Model, groups: Sequence[Group], forms: Mapping[str, Form], packer: Packer) -> list[RegionSpec]:
+def insert(model: Model, groups: Sequence[Group], forms: Mapping[str, Form], packer: Packer) -> list[Region]:
     """Replaces every group's nodes by one node, in place.
 
     Args:
@@ -76,8 +79,79 @@ def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, F
         results: what of it is read outside.
         forms: of every site, by name.
     """
+    make = _assemble_images if group.layout == "planes" else _assemble_panels
+    return make(group, results, forms, packer)
+
+
+def _products(
+    element: Site, forms: Mapping[str, Form], packer: Packer, arrays: list[gs.Constant]
+) -> tuple[LinearSpec, LinearSpec | None]:
+    """The element's product and that of its term, which comes last and so has the activation."""
+    act, prefix = (element.act, element.low, element.high), element.output.name
+    usual = element.term is not None and not _cut_alike(element, element.term, forms, packer)
+
+    def packed(site: Site, prefix: str) -> Packed:
+        form = forms[site.name]
+        found = packer(site, form.cut(None, None) if usual else form)
+        arrays.extend(gs.Constant(f"{prefix}.{what}", a) for what, a in found.arrays.items())
+        return found
+
+    spec = _spec(packed(element, prefix), *act)
+    if element.term is None:
+        return spec, None
+    other = _spec(packed(element.term, f"{prefix}.term"), *act)
+    return dataclasses.replace(spec, act="none", low=0.0, high=0.0), other
+
+
+def _assemble_images(
+    group: Group, results: Sequence[gs.Variable], forms: Mapping[str, Form], packer: Packer
+) -> Assembled:
+    builder = ImageBuilder()
+    images: dict[int, Image] = {}
+    inputs: list[gs.Variable] = []
+    arrays: list[gs.Constant] = []
+    taps: list[gs.Constant] = []
+    order: list[gs.Variable] = []
+
+    def image(tensor: gs.Variable, channels: int) -> Image:
+        if id(tensor) not in images:
+            images[id(tensor)] = builder.input(channels)
+            inputs.append(tensor)
+        return images[id(tensor)]
+
+    for element in group.elements:
+        output = element.output
+        if isinstance(element, DepthwiseSite):
+            made = builder.depthwise(image(element.source, element.n), element.spec)
+            taps += [
+                gs.Constant(f"{output.name}.taps", element.taps),
+                gs.Constant(f"{output.name}.tap_bias", element.bias_or_zeros),
+            ]
+        elif isinstance(element, Site):
+            spec, term = _products(element, forms, packer, arrays)
+            residual = None if element.residual is None else image(element.residual, element.n)
+            if element.window is not None:
+                made = builder.window(image(element.source, element.window.channels), element.window, spec, residual)
+            else:
+                source = image(element.source, element.k)
+                second = None
+                if element.term is not None and term is not None:
+                    second = (image(element.term.source, element.term.k), term)
+                made = builder.linear(source, spec, residual, second)
+        else:
+            raise TypeError(f"{type(element).__name__} does not run on images")
+        images[id(output)] = made
+        if any(output is r for r in results):
+            builder.output(made)
+            order.append(output)
+    return Assembled(builder.finish(), inputs, [*arrays, *taps], order)
+
+
+def _assemble_panels(
+    group: Group, results: Sequence[gs.Variable], forms: Mapping[str, Form], packer: Packer
+) -> Assembled:
     inside = {id(t) for e in group.elements for t in inputs_of(e)}
-    builder = RegionBuilder(group.layout)
+    builder = RegionBuilder()
     panels: dict[int, Panel] = {}
     inputs: list[gs.Variable] = []
     arrays: list[gs.Constant] = []
@@ -91,12 +165,6 @@ def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, F
             panels[id(tensor)] = builder.pack(features)
             inputs.append(tensor)
         return panels[id(tensor)]
-
-    def packed(site: Site, prefix: str, usual: bool = False) -> Packed:
-        form = forms[site.name]
-        found = packer(site, form.cut(None, None) if usual else form)
-        arrays.extend(gs.Constant(f"{prefix}.{what}", a) for what, a in found.arrays.items())
-        return found
 
     for element in group.elements:
         output, wanted = element.output, any(element.output is r for r in results)
@@ -115,19 +183,10 @@ def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, F
                 AttentionSpec(element.heads, element.depth, element.scale),
                 None if element.mask is None else mask_numbers[id(element.mask)],
             )
-        else:
-            act = (element.act, element.low, element.high)
-            if element.window is not None:
-                builder.convolution(element.window, _spec(packed(element, output.name), *act))
-                inputs.append(element.source)
-                order.append(output)
-                continue
-            usual = element.term is not None and not _cut_alike(element, element.term, forms, packer)
-            spec, term = _spec(packed(element, output.name, usual), *act), None
-            source = panel(element.source, element.k)
-            if element.term is not None:  # which comes last, and so has the activation
-                spec = dataclasses.replace(spec, act="none", low=0.0, high=0.0)
-                other = _spec(packed(element.term, f"{output.name}.term", usual), *act)
+        elif isinstance(element, Site):
+            spec, other = _products(element, forms, packer, arrays)
+            source, term = panel(element.source, element.k), None
+            if element.term is not None and other is not None:
                 term = Term(panel(element.term.source, element.term.k), other)
             residual = None if element.residual is None else panel(element.residual, element.n)
             if wanted and id(output) not in inside:
@@ -135,6 +194,8 @@ def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, F
                 order.append(output)
                 continue
             made = builder.linear(source, spec, residual, term)
+        else:
+            raise TypeError(f"{type(element).__name__} does not run on panels")
         panels[id(output)] = made
         if wanted:
             builder.unpack(made)
@@ -157,7 +218,7 @@ def _cut_alike(site: Site, term: Site, forms: Mapping[str, Form], packer: Packer
     return first.same_chunks(second)
 
 
-def _insert(model: Model, group: Group, forms: Mapping[str, Form], packer: Packer) -> RegionSpec:
+def _insert(model: Model, group: Group, forms: Mapping[str, Form], packer: Packer) -> Region:
     graph = model.graph
     made = assemble(group, group.results(held(graph)), forms, packer)
     for node in group.nodes:

@@ -23,6 +23,7 @@ from spa_compiler.placement.candidates import chain_classes, classes, stored_for
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
+from spa_compiler.placement.depthwise import find_depthwise
 from spa_compiler.placement.guard import Guard, guard
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.nodes import Packer, insert, node_name
@@ -32,8 +33,8 @@ from spa_compiler.placement.regions import Group, join, single
 from spa_compiler.placement.sites import Refusal, find_sites, held
 from spa_compiler.placement.timer import Contender, LocalTimer, Timer
 from spa_compiler.placement.unmeasured import choose_unmeasured, why
+from spa_compiler.runtime.generate import Region
 from spa_compiler.runtime.link import link
-from spa_compiler.runtime.region import RegionSpec
 from spa_compiler.targets import Target
 
 PORTABLE, SINGLE, REGIONS, WHOLE = "portable", "single sites", "regions", "regions with attention"
@@ -54,7 +55,7 @@ class Plan:
 
     name: str
     folder: Path
-    regions: list[RegionSpec]
+    regions: list[Region]
     forms: dict[str, Form] = field(default_factory=dict)  # of the sites that are kernels, by name
     nodes: dict[str, str] = field(default_factory=dict)  # and the name of the node that has them
 
@@ -214,7 +215,7 @@ def _between(model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoi
     back; as a kernel of full blocks it is next to as fast. Layers that stand alone are left as they are.
     """
     own = _chosen(choices, chains, 0, WORTH_JOINING)
-    others = {c.site.name: c.joined for c in choices if c.site.layout == "rows"}
+    others = {c.site.name: c.joined for c in choices}
     forms = others | _chosen(choices, chains, 0, 0)
     if not own or len(forms) == len(own):
         return {}
@@ -231,7 +232,7 @@ def _joined(model: Model, forms: Mapping[str, Form], known: Shapes, attention: b
     twin = model.copy()
     sites = [s for s in find_sites(twin)[0] if s.name in forms]
     attentions = find_attention(twin, known) if attention else []
-    return twin, join(twin, sites, find_norms(twin), attentions, known)
+    return twin, join(twin, sites, find_norms(twin), attentions, find_depthwise(twin), known)
 
 
 def _sparse_plan(

@@ -1,8 +1,8 @@
 """Neighbouring sites, residual Adds and norms joined into regions, so that activations stay in panels in between.
 
 A region must be *convex*: no path may leave it and come back, or the one node that it becomes would wait for itself.
-Everything in it must see the same tokens, so tensors agree in all axes but their features at every measured shape. A
-convolution with a window sees several at once, and is a region of its own.
+On panels everything in it must see the same tokens, so tensors agree in all axes but their features at every measured
+shape. On images a window makes another size of what it sees; there the number of images and of axes must agree.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.attention import AttentionSite, Shapes
+from spa_compiler.placement.depthwise import DepthwiseSite
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.sites import Site, held, only_reader, take_epilogue
 from spa_compiler.placement.sums import join_sums
+from spa_compiler.runtime.images import MAX_IMAGES
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS
 
-Element = Site | NormSite | AttentionSite
+Element = Site | NormSite | AttentionSite | DepthwiseSite
 
 
 @dataclass(eq=False)
@@ -87,6 +89,7 @@ def join(
     sites: Sequence[Site],
     norms: Sequence[NormSite],
     attentions: Sequence[AttentionSite],
+    depthwise: Sequence[DepthwiseSite],
     shapes: Shapes,
 ) -> list[Group]:
     """Sites joined with their neighbours as far as that is legal; takes sums and residuals into the sites (in place).
@@ -102,14 +105,15 @@ def join(
     made = {id(site.output) for site in sites}
     elements: list[Element] = [*sites, *(n for n in norms if id(n.source) in made)]
     elements += [a for a in attentions if all(id(t) in made for t in inputs_of(a))]
-    groups = [Group([e], e.layout if isinstance(e, Site) else "rows") for e in elements]
+    elements += depthwise
+    groups = [Group([e], e.layout if isinstance(e, Site | DepthwiseSite) else "rows") for e in elements]
     graph = _Contracted(model, groups)
 
     while _merge_one(graph, _neighbours(graph.groups), outputs, shapes):
         pass
     while _merge_one(graph, _siblings(graph.groups), outputs, shapes):
         pass
-    # a norm alone is ONNX Runtime's
+    # a norm or a depthwise convolution alone is ONNX Runtime's
     kept = [g for g in graph.groups if any(isinstance(e, Site) for e in g.elements)]
     position = {id(n): i for i, n in enumerate(model.graph.nodes)}
     for group in kept:
@@ -141,7 +145,7 @@ def _merge_one(
     graph: _Contracted, pairs: Iterator[tuple[Group, Group]], outputs: Sequence[gs.Variable], shapes: Shapes
 ) -> bool:
     """Merges the first pair that may be merged."""
-    return any(_same_tokens(pair, shapes) and graph.merge(*pair, outputs) for pair in pairs)
+    return any(_fit_together(pair, shapes) and graph.merge(*pair, outputs) for pair in pairs)
 
 
 def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, taken: set[int]) -> None:
@@ -150,7 +154,7 @@ def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, t
 
     `taken` has the Adds that other sites took: of a sum of two sites, one takes it.
     """
-    if site.act != "none" or site.residual is not None or site.window is not None:
+    if site.act != "none" or site.residual is not None:
         return
     add = only_reader(site.output, outputs)
     if add is None or add.op != "Add" or add.domain or id(add) in taken:
@@ -166,18 +170,20 @@ def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, t
     take_epilogue(site, outputs)
 
 
-def _same_tokens(groups: Sequence[Group], shapes: Shapes) -> bool:
-    if len({g.layout for g in groups}) != 1 or any(p.window for g in groups for p in g.products):
+def _fit_together(groups: Sequence[Group], shapes: Shapes) -> bool:
+    """Whether one region can hold all of it."""
+    if len({g.layout for g in groups}) != 1:
         return False
+    images = groups[0].layout == "planes"
     tensors = [t for g in groups for e in g.elements for t in (*inputs_of(e), e.output)]
     for known in shapes:
-        leading = set()
+        agreeing = set()
         for t in tensors:
             shape = known.get(t.name)
             if shape is None:
                 return False
-            leading.add(shape[:1] + shape[2:] if groups[0].layout == "planes" else shape[:-1])
-        if len(leading) != 1:
+            agreeing.add((shape[0], len(shape)) if images else shape[:-1])
+        if len(agreeing) != 1:
             return False
     return True
 
@@ -220,7 +226,7 @@ class _Contracted:
             return False
         if len({e.heads for e in union.elements if isinstance(e, AttentionSite)}) > 1:  # masks are checked against one
             return False
-        if len(union.results(outputs)) > MAX_OUTPUTS:
+        if len(union.results(outputs)) > MAX_OUTPUTS or len(union.external()) + len(union.elements) > MAX_IMAGES:
             return False
         a, b = id(first), id(second)
         if self._detour(a, b) or self._detour(b, a):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -129,7 +130,10 @@ def _scaled(node: gs.Node) -> WeightedOp | None:
 
 
 def _unfit(op: WeightedOp) -> str:
-    if not op.pointwise and (reason := _unfit_window(op)):
+    if op.group != 1:
+        alone = op.group == op.n and op.weight.shape[1] == 1
+        return "a depthwise convolution has no sparse kernel" if alone else "one with groups has no sparse kernel yet"
+    if not op.pointwise and (reason := unfit_window(op)):
         return reason
     if op.weight.dtype != np.float32:
         return f"its weight is {np.dtype(op.weight.dtype).name}, kernels are float32"
@@ -144,14 +148,13 @@ def _unfit(op: WeightedOp) -> str:
     return ""
 
 
-def _unfit_window(op: WeightedOp) -> str:
-    if op.group != 1:
-        return "a convolution with groups has no sparse kernel yet"
+def unfit_window(op: WeightedOp) -> str:
+    """Why no kernel looks at an input as this convolution does; empty if one does."""
     if len(op.kernel) > _MOST_AXES:
         return f"a convolution over {len(op.kernel)} axes has no sparse kernel yet"
     if op.node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return "its padding depends on the size of the input (auto_pad)"
-    window = _window(op)
+    window = window_of(op)
     if not all(0 <= value <= _LARGEST for value in (*window.pads, *window.size, *window.dilation)):
         return f"its kernel, dilation or padding is larger than {_LARGEST}"
     extents = [(size - 1) * step + 1 for size, step in zip(window.size, window.dilation, strict=True)]
@@ -160,8 +163,8 @@ def _unfit_window(op: WeightedOp) -> str:
     return ""
 
 
-def _window(op: WeightedOp) -> Window:
-    """One axis is the second of two, behind a window of height 1."""
+def window_of(op: WeightedOp) -> Window:
+    """How a convolution looks at its input; one axis is the second of two, behind a window of height 1."""
     attrs, axes = op.node.attrs, len(op.kernel)
 
     def pair(values: Sequence[int], missing: int) -> tuple[int, int]:
@@ -171,7 +174,7 @@ def _window(op: WeightedOp) -> Window:
     pads = attrs.get("pads") or [0] * (2 * axes)
     before, after = pair(pads[:axes], 0), pair(pads[axes:], 0)
     return Window(
-        int(op.weight.shape[1]),
+        int(op.weight.shape[1]) * op.group,
         pair(op.kernel, 1),
         pair(attrs.get("strides") or [1] * axes, 1),
         pair(attrs.get("dilations") or [1] * axes, 1),
@@ -183,13 +186,29 @@ def _window(op: WeightedOp) -> Window:
 def _site(op: WeightedOp, outputs: Sequence[gs.Variable]) -> Site:
     layout = "planes" if op.kind == "Conv" else "rows"
     bias = None if op.bias is None else np.asarray(op.bias, np.float32)
-    window = None if op.pointwise else _window(op)
+    window = None if op.pointwise else window_of(op)
     site = Site(op, layout, op.node.inputs[0], op.node.outputs[0], [op.node], bias, window=window)
     take_epilogue(site, outputs)
     return site
 
 
-def take_epilogue(site: Site, outputs: Sequence[gs.Variable]) -> None:
+class Product(Protocol):
+    """What computes a value for each output feature, and may take along what follows it."""
+
+    layout: str
+    source: gs.Variable
+    output: gs.Variable
+    nodes: list[gs.Node]
+    bias: F32 | None
+    act: str
+    low: float
+    high: float
+
+    @property
+    def n(self) -> int: ...
+
+
+def take_epilogue(site: Product, outputs: Sequence[gs.Variable]) -> None:
     """Takes in what follows a product or a sum (in place): the Add of a constant bias, and an activation."""
     if site.act == "none" and (added := _bias_add(site, outputs)) is not None:
         node, bias = added
@@ -201,7 +220,7 @@ def take_epilogue(site: Site, outputs: Sequence[gs.Variable]) -> None:
         site.act, site.low, site.high, site.output = found.act, found.low, found.high, found.output
 
 
-def _bias_add(site: Site, outputs: Sequence[gs.Variable]) -> tuple[gs.Node, F32] | None:
+def _bias_add(site: Product, outputs: Sequence[gs.Variable]) -> tuple[gs.Node, F32] | None:
     """The Add of a constant vector of outputs that is the only reader of the product."""
     node = only_reader(site.output, outputs)
     if node is None or node.op != "Add" or node.domain:

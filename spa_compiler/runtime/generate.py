@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from spa_compiler.kernels import attention, layernorm, panel, window
+from spa_compiler.kernels import attention, depthwise, layernorm, panel, window
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
+from spa_compiler.runtime.images import ImageRegion
 from spa_compiler.runtime.region import LinearSpec, RegionSpec
 from spa_compiler.targets import level_number
 
-WINDOW_LANES = tuple(lanes for lanes in panel.LANE_COUNTS if lanes >= ZMM)  # whole registers: of window.c
+Region = RegionSpec | ImageRegion
+PIXELS = tuple(lanes for lanes in panel.LANE_COUNTS if lanes >= ZMM)  # lanes of a tile of an image: whole registers
 LOG2_E = 1.4426950408889634
 _C_TYPES = {
     "pack": "Pack",
@@ -25,38 +27,48 @@ _C_TYPES = {
     "attention": "Attend",
     "shift": "Shift",
     "crop": "Crop",
+    "pad": "Pad",
+    "depthwise": "Depthwise",
 }
 
 
-def _functions(linear: LinearSpec, region: RegionSpec) -> tuple[str, ...]:
+_COPIES = (window.SHIFT, window.CROP, depthwise.PAD)  # in every region on images
+
+
+def _functions(linear: LinearSpec, region: Region) -> tuple[str, ...]:
     """Its kernels, one for each lane count that the region has."""
-    lanes = WINDOW_LANES if region.window else panel.LANE_COUNTS
-    return tuple(linear.form.kernel(count, linear.act, region.window is not None) for count in lanes)
+    images = isinstance(region, ImageRegion)
+    return tuple(linear.form.kernel(lanes, linear.act, images) for lanes in (PIXELS if images else panel.LANE_COUNTS))
 
 
-def _array_of(linear: LinearSpec, region: RegionSpec) -> str:
+def _array_of(linear: LinearSpec, region: Region) -> str:
     """The C array of its kernels."""
     return f"linear_{_functions(linear, region)[0].removeprefix('spa_')}"
 
 
-def kernels_of(regions: Sequence[RegionSpec]) -> dict[str, tuple[str, ...]]:
+def kernels_of(regions: Sequence[Region]) -> dict[str, tuple[str, ...]]:
     """C array name -> the functions in it (one per lane count), for everything that the regions call."""
     arrays: dict[str, tuple[str, ...]] = {}
     for region in regions:
-        if region.window:
-            arrays |= {"shift": (window.SHIFT,), "crop": (window.CROP,)}
-            for linear in region.linears:
-                arrays[_array_of(linear, region)] = _functions(linear, region)
-            continue
-        for way in ("pack", "unpack"):
-            arrays[f"{way}_{region.layout}"] = tuple(f"spa_{way}_{region.layout}_{n}" for n in panel.LANE_COUNTS)
-        for linear in region.linears:
-            arrays[_array_of(linear, region)] = _functions(linear, region)
-        if region.attentions:
-            arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
-        if region.norms:
-            arrays["layernorm"] = tuple(layernorm.name(lanes) for lanes in panel.LANE_COUNTS)
+        arrays |= _kernels_of_images(region) if isinstance(region, ImageRegion) else _kernels_of_panels(region)
     return dict(sorted(arrays.items()))
+
+
+def _kernels_of_images(region: ImageRegion) -> dict[str, tuple[str, ...]]:
+    arrays = {_array_of(linear, region): _functions(linear, region) for linear in region.linears}
+    names = [depthwise.name(d.window, d.act) for d in region.depthwise]
+    return arrays | {n.removeprefix("spa_"): (n,) for n in (*names, *_COPIES)}
+
+
+def _kernels_of_panels(region: RegionSpec) -> dict[str, tuple[str, ...]]:
+    arrays = {way: tuple(f"spa_{way}_rows_{n}" for n in panel.LANE_COUNTS) for way in ("pack", "unpack")}
+    for linear in region.linears:
+        arrays[_array_of(linear, region)] = _functions(linear, region)
+    if region.attentions:
+        arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
+    if region.norms:
+        arrays["layernorm"] = tuple(layernorm.name(lanes) for lanes in panel.LANE_COUNTS)
+    return arrays
 
 
 def symbol(function: str, level: str) -> str:
@@ -68,7 +80,7 @@ def _c_float(value: float) -> str:
     return "-3.4028235e38f" if value < -3.4e38 else "3.4028235e38f" if value > 3.4e38 else f"{float(value).hex()}f"
 
 
-def write_c(regions: Sequence[RegionSpec], levels: Sequence[str]) -> str:
+def write_c(regions: Sequence[Region], levels: Sequence[str]) -> str:
     """regions.c of an artifact.
 
     Args:
@@ -80,7 +92,7 @@ def write_c(regions: Sequence[RegionSpec], levels: Sequence[str]) -> str:
     tables = sorted(numbers, key=lambda level: -numbers[level])
     out = ['/* Written by spa-compiler. */\n#include "region.h"\n']
     for region in regions:
-        body = "".join(f"  TRY({line});\n" for line in region.lines)
+        body = "".join(f"  {statement}\n" for statement in region.statements)
         out.append(f"static Status* {region.op_type}(const Run* r) {{\n{body}  return NULL;\n}}\n")
     for level in tables:
         out += [*_kernels(regions, level), *chain.from_iterable(_data(region, level) for region in regions)]
@@ -92,7 +104,7 @@ def write_c(regions: Sequence[RegionSpec], levels: Sequence[str]) -> str:
     return "\n".join(out)
 
 
-def _kernels(regions: Sequence[RegionSpec], level: str) -> list[str]:
+def _kernels(regions: Sequence[Region], level: str) -> list[str]:
     """Declarations, and an array for every step that has a kernel for each lane count."""
     out = []
     for array, functions in kernels_of(regions).items():
@@ -103,13 +115,11 @@ def _kernels(regions: Sequence[RegionSpec], level: str) -> list[str]:
     return out
 
 
-def _data(region: RegionSpec, level: str) -> list[str]:
+def _data(region: Region, level: str) -> list[str]:
     """The arrays that a row of the table points at."""
 
     def array(kind: str, what: str, items: Sequence[str]) -> list[str]:
-        name = symbol(f"{region.op_type}_{what}", level)
-        lines = ",\n  ".join(items)
-        return [f"static const {kind} {name}[] = {{\n  {lines}}};"] if items else []
+        return _array(region, level, kind, what, items)
 
     linears = [
         f"{{.n = {s.n}, .k = {s.k}, .rows = {s.form.rows}, .chunk = {s.form.chunk}, .k_block = {s.form.k_block}, "
@@ -117,6 +127,8 @@ def _data(region: RegionSpec, level: str) -> list[str]:
         f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = {symbol(_array_of(s, region), level)}}}"
         for s in region.linears
     ]
+    if isinstance(region, ImageRegion):
+        return [*array("LinearInfo", "linears", linears), *_data_of_images(region, level)]
     norms = [
         f"{{.features = {s.features}, .epsilon = {_c_float(s.epsilon)}, .kernels = {symbol('layernorm', level)}}}"
         for s in region.norms
@@ -130,38 +142,81 @@ def _data(region: RegionSpec, level: str) -> list[str]:
         *array("LinearInfo", "linears", linears),
         *array("NormInfo", "norms", norms),
         *array("AttentionInfo", "attentions", attentions),
-        *array("WindowInfo", "window", [_window(region.window, level)] if region.window else []),
     ]
 
 
-def _window(w: Window, level: str) -> str:
-    sizes = ", ".join(
-        f".{name} = {{{', '.join(map(str, values))}}}"
-        for name, values in (("size", w.size), ("stride", w.stride), ("dilation", w.dilation), ("pads", w.pads))
-    )
-    functions = f".shift = {symbol(window.SHIFT, level)}, .crop = {symbol(window.CROP, level)}"
-    return f"{{.axes = {w.axes}, .channels = {w.channels}, {sizes}, {functions}}}"
+def _array(region: Region, level: str, kind: str, what: str, items: Sequence[str]) -> list[str]:
+    name = symbol(f"{region.op_type}_{what}", level)
+    lines = ",\n  ".join(items)
+    return [f"static const {kind} {name}[] = {{\n  {lines}}};"] if items else []
 
 
-def _row(region: RegionSpec, level: str) -> str:
-    """A region in the table of a level. Behind a window there are no ways into panels and back."""
-    op, layout = region.op_type, region.layout
-    arrays = {what: getattr(region, what) for what in ("linears", "norms", "attentions", "window")}
+def _data_of_images(region: ImageRegion, level: str) -> list[str]:
+    seen = [i.window for i in region.images if i.window is not None] + [d.window for d in region.depthwise]
+    number = {w: i for i, w in enumerate(dict.fromkeys(seen))}
+    windows = symbol(f"{region.op_type}_windows", level)
+    depthwises = [
+        f"{{.channels = {d.window.channels}, .window = {windows} + {number[d.window]}, .low = {_c_float(d.low)}, "
+        f".high = {_c_float(d.high)}, .kernel = {symbol(depthwise.name(d.window, d.act), level)}}}"
+        for d in region.depthwise
+    ]
+    images = [
+        f"{{.channels = {i.channels}, .kind = IMAGE_{i.kind}, .source = {i.source}, "
+        f".window = {f'{windows} + {number[i.window]}' if i.window else 'NULL'}, .slot = {i.slot}}}"
+        for i in region.images
+    ]
+    return [
+        *_array(region, level, "WindowInfo", "windows", [_window(w) for w in number]),
+        *_array(region, level, "DepthwiseInfo", "depthwise", depthwises),
+        *_array(region, level, "ImageInfo", "images", images),
+        *_array(region, level, "ChainInfo", "chains", [f"{{{_list(pair)}}}" for pair in region.chains]),
+    ]
+
+
+def _window(w: Window) -> str:
+    parts = (("size", w.size), ("stride", w.stride), ("dilation", w.dilation), ("pads", w.pads))
+    return f"{{{', '.join(f'.{name} = {{{_list(values)}}}' for name, values in parts)}}}"
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _row(region: Region, level: str) -> str:
+    """A region in the table of a level."""
+    op = region.op_type
     fields = {
         "op": "SPA_CUSTOM_OP",
         "name": f'"{op}"',
         "run": op,
-        **({} if region.window else {way: symbol(f"{way}_{layout}", level) for way in ("pack", "unpack")}),
-        **{what: symbol(f"{op}_{what}", level) if there else "NULL" for what, there in arrays.items()},
-        "masks": region.masks,
-        "whole_sequences": int(bool(region.attentions)),
-        "scratch_rows": region.scratch_rows,
-        "input_features": f"{{{', '.join(map(str, region.input_features))}}}",
-        "output_features": f"{{{', '.join(map(str, region.output_features))}}}",
-        "layout": f"LAYOUT_{layout.upper()}",
+        "input_features": f"{{{_list(region.input_features)}}}",
+        "output_features": f"{{{_list(region.output_features)}}}",
         "inputs": len(region.input_features),
         "outputs": len(region.output_features),
+        "linears": symbol(f"{op}_linears", level) if region.linears else "NULL",
         "linear_count": len(region.linears),
-        "norm_count": len(region.norms),
     }
+    if isinstance(region, ImageRegion):
+        fields |= {
+            "depthwise": symbol(f"{op}_depthwise", level) if region.depthwise else "NULL",
+            "depthwise_count": len(region.depthwise),
+            "images": symbol(f"{op}_images", level),
+            "image_count": len(region.images),
+            "output_images": f"{{{_list(region.output_images)}}}",
+            "slots": region.slots,
+            "chains": symbol(f"{op}_chains", level) if region.chains else "NULL",
+            "chain_count": len(region.chains),
+            "axes": region.axes,
+            **{name.removeprefix("spa_"): symbol(name, level) for name in _COPIES},
+        }
+    else:
+        arrays = {what: getattr(region, what) for what in ("norms", "attentions")}
+        fields |= {
+            **{way: symbol(way, level) for way in ("pack", "unpack")},
+            **{what: symbol(f"{op}_{what}", level) if there else "NULL" for what, there in arrays.items()},
+            "masks": region.masks,
+            "whole_sequences": int(bool(region.attentions)),
+            "scratch_rows": region.scratch_rows,
+            "norm_count": len(region.norms),
+        }
     return f"  {{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}},"

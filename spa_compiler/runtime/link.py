@@ -21,19 +21,18 @@ from spa_compiler.errors import EnvironmentFault
 from spa_compiler.kernels import attention, depthwise, layernorm, panel, rx1, sliced, window
 from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.kernels.vector import Isa, isa_of
-from spa_compiler.runtime.generate import kernels_of, symbol, write_c
-from spa_compiler.runtime.region import RegionSpec
+from spa_compiler.runtime.generate import Region, kernels_of, symbol, write_c
 from spa_compiler.targets import AARCH64, host
 from spa_compiler.targets.machine import cache_dir
 
 GLIBC = "2.28"
 WORTH_PROCESSES = 24  # kernels to build: a process takes a second to load TVM, a kernel a tenth to build
 C_FOLDER = Path(__file__).parent / "c"
-SOURCES = ("register.c", "node.c", "steps.c", "window.c", "isa.c")
+SOURCES = ("register.c", "node.c", "panels.c", "steps.c", "images.c", "window.c", "depthwise.c", "isa.c")
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
 
 
-def link(regions: Sequence[RegionSpec], levels: Sequence[str], output: Path) -> None:
+def link(regions: Sequence[Region], levels: Sequence[str], output: Path) -> None:
     """Writes kernels.so.
 
     Args:
@@ -91,13 +90,15 @@ def kernel(called: str, level: str):  # type: ignore[no-untyped-def]  # a tvm.ti
 def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
     if name in (window.SHIFT, window.CROP):
         return window.shift_kernel() if name == window.SHIFT else window.crop_kernel()
+    if name == depthwise.PAD:
+        return depthwise.pad_kernel()
     if name.startswith("spa_depthwise_"):
         return depthwise.kernel(*depthwise.parse(name), isa)
     parts = name.removeprefix("spa_").split("_", 3)
     if parts[0] == "pack":
-        return panel.pack_kernel(parts[1], int(parts[2]), isa)
+        return panel.pack_kernel(int(parts[2]), isa)
     if parts[0] == "unpack":
-        return panel.unpack_kernel(parts[1], int(parts[2]), isa)
+        return panel.unpack_kernel(int(parts[2]), isa)
     if parts[0] == "attention":
         return attention.kernel(int(parts[1]), isa)
     if parts[0] == "layernorm":

@@ -1,6 +1,6 @@
-"""A region as data: which steps run on which panels, and where the panels lie in scratch.
+"""A region of token layers as data: which steps run on which panels, and where the panels lie in scratch.
 
-    b = RegionBuilder("rows")
+    b = RegionBuilder()
     x = b.pack(768)
     h = b.linear(x, LinearSpec(...gelu...))
     y = b.linear(h, LinearSpec(...), residual=x)
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 from spa_compiler.kernels import rx1
 from spa_compiler.kernels.form import Form
-from spa_compiler.kernels.window import Window
 
 MAX_INPUTS = 8  # of the C side: region.h
 MAX_OUTPUTS = 8
@@ -72,7 +71,6 @@ class AttentionSpec:
 class RegionSpec:
     """Everything about a region but its weights. `lines` are the C calls, in order."""
 
-    layout: str
     input_features: tuple[int, ...]
     output_features: tuple[int, ...]
     linears: tuple[LinearSpec, ...]
@@ -81,7 +79,11 @@ class RegionSpec:
     masks: int
     lines: tuple[str, ...]
     scratch_rows: int
-    window: Window | None = None  # of the one product that is all of such a region
+
+    @property
+    def statements(self) -> list[str]:
+        """The body of its function in C."""
+        return [f"TRY({line});" for line in self.lines]
 
     @property
     def op_type(self) -> str:
@@ -120,16 +122,14 @@ class _Step:
 
 @dataclass
 class RegionBuilder:
-    """Collects the steps of one region; `layout` is one of `panel.LAYOUTS`."""
+    """Collects the steps of one region."""
 
-    layout: str
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     linears: list[LinearSpec] = field(default_factory=list)
     norms: list[NormSpec] = field(default_factory=list)
     attentions: list[AttentionSpec] = field(default_factory=list)
     masks: int = 0
-    window: Window | None = None
     _panels: list[Panel] = field(default_factory=list)
     _steps: list[_Step] = field(default_factory=list)
 
@@ -157,16 +157,6 @@ class RegionBuilder:
         """The same, straight into the next output of the node: the panel exists chunk by chunk only."""
         self.outputs.append(spec.n)
         self._linear("_out", source, spec, residual, term, None)
-
-    def convolution(self, window: Window, spec: LinearSpec) -> None:
-        """act(W x + b) of the next input through a window, as the next output; nothing else may be in the region."""
-        if self._steps or self.layout != "planes" or spec.k != window.k:
-            raise ValueError(f"{window} takes {window.k} columns and a region of its own, on planes")
-        self.window = window
-        self.inputs.append(window.channels)
-        self.outputs.append(spec.n)
-        self.linears.append(spec)
-        self._add("spa_window(r)")
 
     def norm(self, source: Panel, spec: NormSpec) -> Panel:
         """LayerNormalization, into a panel of its own (the source may be a residual that is still needed)."""
@@ -205,7 +195,6 @@ class RegionBuilder:
             p.place = at
             placed.append(p)
         return RegionSpec(
-            self.layout,
             tuple(self.inputs),
             tuple(self.outputs),
             tuple(self.linears),
@@ -214,7 +203,6 @@ class RegionBuilder:
             self.masks,
             tuple(s.text.format(*(p.place for p in s.panels)) for s in self._steps),
             max((p.place + p.rows for p in placed), default=0),
-            self.window,
         )
 
     def _linear(
@@ -248,8 +236,6 @@ class RegionBuilder:
         return self._panels[-1]
 
     def _add(self, text: str, *panels: Panel) -> None:
-        if self.window and self._steps:
-            raise ValueError("a convolution with a window is a region of its own")
         for p in panels:
             p.dies = len(self._steps)
         self._steps.append(_Step(text, panels))

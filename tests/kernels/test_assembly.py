@@ -117,7 +117,7 @@ def test_products_of_other_kernels_stay_in_registers(name: str, products: int, l
 
 @pytest.mark.parametrize("level", ISAS)
 def test_a_transpose_is_cut_into_squares_that_fit_the_registers(level: str) -> None:
-    assembly = compile_module([panel.pack_kernel("rows", 64, ISAS[level])], level).inspect_source("asm")
+    assembly = compile_module([panel.pack_kernel(64, ISAS[level])], level).inspect_source("asm")
     body = max(loops(assembly), key=len)
     full = 16 * 16 // ISAS[level].width  # registers of a tile, each is stored once
     assert count(WORDS[level].store, spills(body, WORDS[level])) <= full // 2

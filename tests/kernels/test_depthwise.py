@@ -26,7 +26,7 @@ WINDOWS = (
     Window(1, (2, 3), (3, 1), (4, 5), (3, 0, 2, 6)),
 )
 ACTS = {w: activation.NAMES if i == 0 else ("none", "clip") for i, w in enumerate(WINDOWS)}
-NAMES = tuple(depthwise.name(w, act) for w, acts in ACTS.items() for act in acts)
+NAMES = (depthwise.PAD, *(depthwise.name(w, act) for w, acts in ACTS.items() for act in acts))
 
 
 def image(w: Window, height: int, width: int, channels: int = 1) -> np.ndarray:
@@ -101,3 +101,20 @@ def test_any_band_of_any_image(w: Window, data: st.DataObject) -> None:
 def test_a_name_says_all_that_the_kernel_is_made_of(w: Window) -> None:
     bare = dataclasses.replace(w, pads=(0, 0, 0, 0))
     assert depthwise.parse(depthwise.name(w, "gelu_erf")) == (bare, "gelu_erf")
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([1, 2]), st.integers(0, 6), st.integers(0, 40))
+def test_rows_are_padded_in_whole_registers(height: int, width: int, step: int, left: int, more: int) -> None:
+    w = Window(1, (1, 1), (1, step), (1, 1), (0, left, 0, 0))
+    pitch, top, bottom = -(-(left + width) // step) + more, more % 3, more % 2
+    rows = top + height + bottom
+    x = image(w, height, width)[0]
+    source = guarded(np.concatenate([x.reshape(-1), np.full(31, np.nan, np.float32)]))
+    padded, canaries = output((step, rows * pitch + -(-left // step) + 16))
+    sizes = (top, height, bottom, width, left, padded.shape[1], pitch, step)
+    call(NAMES, depthwise.PAD, source, padded, *sizes)
+    assert_untouched(canaries)
+    want = np.zeros((step, rows, pitch), np.float32)
+    want[:, top : top + height] = depthwise.padded_reference(x, w, pitch)
+    np.testing.assert_array_equal(padded[:, : rows * pitch].reshape(want.shape), want)

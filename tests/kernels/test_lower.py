@@ -34,10 +34,12 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
         "spa_layernorm_16",
         "spa_attention_4",
         "spa_pack_rows_32",
-        "spa_unpack_planes_8",
+        "spa_unpack_rows_8",
         "spa_rx1w_1_48_clip",
         "spa_shift",
         "spa_crop",
+        "spa_pad",
+        "spa_depthwise_5x5_2x2_1x1_silu",
     ],
 )
 def test_an_object_defines_its_kernel_and_needs_libc_alone(name: str, level: str, tmp_path: Path) -> None:
@@ -48,31 +50,31 @@ def test_an_object_defines_its_kernel_and_needs_libc_alone(name: str, level: str
 
 
 def test_the_second_build_comes_from_the_cache(tmp_path: Path) -> None:
-    first = lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path)
+    first = lower.build_object("spa_pack_rows_1", kernel, "x86-64-v4", tmp_path)
     stamp = first.stat().st_mtime_ns
-    assert lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path) == first
+    assert lower.build_object("spa_pack_rows_1", kernel, "x86-64-v4", tmp_path) == first
     assert first.stat().st_mtime_ns == stamp
     assert [p.name for p in tmp_path.iterdir()] == [first.name], "a partial file was left"
 
 
 def test_a_kernel_in_the_cache_is_not_parsed_again(tmp_path: Path) -> None:
-    first = lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path)
+    first = lower.build_object("spa_pack_rows_1", kernel, "x86-64-v4", tmp_path)
 
     def never(name: str, mcpu: str) -> None:
         raise AssertionError(name, mcpu)
 
-    assert lower.build_object("spa_pack_planes_1", never, "x86-64-v4", tmp_path) == first
+    assert lower.build_object("spa_pack_rows_1", never, "x86-64-v4", tmp_path) == first
 
 
 def test_an_edited_source_is_another_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path)
+    first = lower.build_object("spa_pack_rows_1", kernel, "x86-64-v4", tmp_path)
     monkeypatch.setattr(lower, "_sources", lambda: b"edited")
-    assert lower.build_object("spa_pack_planes_1", kernel, "x86-64-v4", tmp_path) != first
+    assert lower.build_object("spa_pack_rows_1", kernel, "x86-64-v4", tmp_path) != first
 
 
 def test_another_kernel_or_level_is_another_object(tmp_path: Path) -> None:
     paths = {
-        lower.build_object(f"spa_pack_planes_{lanes}", kernel, mcpu, tmp_path)
+        lower.build_object(f"spa_pack_rows_{lanes}", kernel, mcpu, tmp_path)
         for lanes in (1, 4)
         for mcpu in ("x86-64-v3", "x86-64-v4")
     }
@@ -89,7 +91,7 @@ def test_objects_are_the_same_bytes_every_time(tmp_path: Path) -> None:
 def test_two_builds_at_once_share_a_cache(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         paths = set(
-            pool.map(lambda _: lower.build_object("spa_unpack_planes_4", kernel, "x86-64-v4", tmp_path), range(4))
+            pool.map(lambda _: lower.build_object("spa_unpack_rows_4", kernel, "x86-64-v4", tmp_path), range(4))
         )
     assert len(paths) == 1
     assert len(list(tmp_path.iterdir())) == 1

@@ -146,7 +146,7 @@ def test_a_mask_of_another_length_is_refused(tmp_path: Path) -> None:
     shapes.infer(model)
     known = [shapes.fixed(model, feeds(model, *s)) for s in ((1, 16), (3, 5))]
     sites = find_sites(model)[0]
-    groups = join(model, sites, [], find_attention(model, known), known)
+    groups = join(model, sites, [], find_attention(model, known), [], known)
     link(insert(model, groups, {s.name: Blocks(4) for s in sites}, Packer()), (MCPU,), tmp_path / "kernels.so")
     session = open_session(to_proto(model).SerializeToString(), library=tmp_path / "kernels.so")
     x = feeds(load(proto), 1, 16) | {"mask": np.zeros((1, 1, 1, 15), np.float32)}
@@ -162,7 +162,7 @@ def test_the_region_computes_what_the_graph_computes(mask: str, threads: int, ra
     shapes.infer(model)
     known = [shapes.fixed(model, feeds(model, *s)) for s in ((1, 16), (3, 5))]
     sites = find_sites(model)[0]
-    groups = join(model, sites, find_norms(model), find_attention(model, known), known)
+    groups = join(model, sites, find_norms(model), find_attention(model, known), [], known)
     regions = insert(model, groups, {s.name: Blocks(4) for s in sites}, Packer())
     assert [n.domain for n in model.graph.nodes] == ["ai.spa"]
     calls = [line.split("(")[0] for line in regions[0].lines]

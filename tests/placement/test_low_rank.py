@@ -108,7 +108,7 @@ class Layer:
         ways = layouts(chain, {})
         forms = ways[self.choice % len(ways)].of(chain)
         fresh = [s for s in find_sites(model)[0] if s.name in forms]
-        groups = join(model, fresh, find_norms(model), [], known) if joined else [chain.group]
+        groups = join(model, fresh, find_norms(model), [], [], known) if joined else [chain.group]
         return model, insert(model, groups, forms, Packer())
 
 

@@ -20,6 +20,7 @@ from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.kernels import rx1
 from spa_compiler.placement.attention import find_attention
+from spa_compiler.placement.depthwise import find_depthwise
 from spa_compiler.placement.nodes import DOMAIN, Packer, insert
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.regions import join, single
@@ -153,6 +154,34 @@ CASES: dict[str, onnx.ModelProto] = {
 }
 
 
+CASES |= {
+    "inverted residual": network(
+        """g (float["b",16,"s","h"] x) => (float["b",24,"u","v"] y) {
+          a = Conv(x, w, p) r = Clip(a, zero, six)
+          d = Conv <group = 32, pads = [1, 1, 1, 1]> (r, e, p) c = Clip(d, zero, six) m = Conv(c, v) o = Add(m, x)
+          n = Conv(o, u) f = Conv <group = 32, strides = [2, 2], pads = [1, 1, 1, 1]> (n, e, p) y = Conv(f, t) }""",
+        w=pointwise(32, 16),
+        p=vector(32),
+        zero=np.float32(0),
+        six=np.float32(2),
+        e=vector(32 * 9).reshape(32, 1, 3, 3),
+        v=pointwise(16, 32),
+        u=pointwise(32, 16),
+        t=pointwise(24, 32),
+    ),
+    "bottleneck": network(
+        """g (float["b",16,"s","h"] x) => (float["b",32,"u","v"] y, float["b",8,"s","h"] z) {
+          a = Conv(x, w) z = Relu(a) c = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (z, e) d = Relu(c)
+          m = Conv(d, v, p) i = Conv <strides = [2, 2]> (x, u) o = Add(i, m) y = Relu(o) }""",
+        w=pointwise(8, 16),
+        e=np.ascontiguousarray(sparse(8 * 9, 8).T).reshape(8, 8, 3, 3),
+        v=pointwise(32, 8),
+        p=vector(32),
+        u=pointwise(32, 16),
+    ),
+}
+
+
 def at_random(seed: int) -> onnx.ModelProto:
     """MatMuls, biases, ReLUs, residuals and norms; what nothing reads is an output, values inside are read outside."""
     rng = np.random.default_rng(seed)
@@ -217,7 +246,7 @@ def rewrite(proto: onnx.ModelProto, joins: bool, rows: int | None = None) -> Rew
     chosen = {s.name: rx1.Blocks(rows or rx1.BLOCK_ROWS[i % len(rx1.BLOCK_ROWS)]) for i, s in enumerate(sites)}
     if joins:
         known = [graph_shapes.fixed(model, feeds_of(model, i)) for i in range(4)]
-        groups = join(model, sites, find_norms(model), find_attention(model, known), known)
+        groups = join(model, sites, find_norms(model), find_attention(model, known), find_depthwise(model), known)
     else:
         groups = single(sites)
     return Rewritten(proto, model, insert(model, groups, chosen, Packer()))

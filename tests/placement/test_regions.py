@@ -8,6 +8,7 @@ import pytest
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.attention import find_attention
+from spa_compiler.placement.depthwise import find_depthwise
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.regions import Group, join, single
 from spa_compiler.placement.sites import Site, find_sites
@@ -31,7 +32,7 @@ def joined(model: Model, *feeds: Feeds, only: set[str] | None = None) -> list[Gr
     given = feeds or ({"x": np.zeros((2, 3, 8), np.float32)},)
     known = [graph_shapes.fixed(model, feed) for feed in given]
     sites = [s for s in find_sites(model)[0] if only is None or s.name in only]
-    return join(model, sites, find_norms(model), find_attention(model, known), known)
+    return join(model, sites, find_norms(model), find_attention(model, known), find_depthwise(model), known)
 
 
 def elements(groups: list[Group]) -> list[list[str]]:
@@ -101,12 +102,44 @@ def test_an_activation_of_a_sum_that_is_read_elsewhere_stays_outside() -> None:
     assert elements([group]) == [["s"]]
 
 
-def test_a_convolution_with_a_window_is_a_region_of_its_own() -> None:
+def images(text: str, **weights: tuple[int, ...]) -> list[Group]:
+    """Of a model of one input x [1, 8, 6, 6], with weights of these shapes."""
+    model = model_of(text, **{name: np.ones(shape, np.float32) for name, shape in weights.items()})
+    return joined(model, {"x": np.zeros((1, 8, 6, 6), np.float32)})
+
+
+def test_windows_join_their_neighbours_and_take_a_residual() -> None:
     text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
-      a = Conv(x, w) b = Conv <pads = [1, 1, 1, 1]> (a, v) c = Conv(b, w) y = Add(b, c) }"""
-    weights = {"w": np.ones((8, 8, 1, 1), np.float32), "v": np.ones((8, 8, 3, 3), np.float32)}
-    groups = joined(model_of(text, **weights), {"x": np.zeros((1, 8, 6, 6), np.float32)})
-    assert elements(groups) == [["a"], ["b"], ["y"]]
+      a = Conv(x, w) b = Conv <pads = [1, 1, 1, 1]> (a, v) s = Add(b, x) r = Relu(s) y = Conv(r, w) }"""
+    (group,) = images(text, w=(8, 8, 1, 1), v=(8, 8, 3, 3))
+    assert elements([group]) == [["a", "r", "y"]]
+    assert [t.name for t in group.external()] == ["x"]
+
+
+def test_images_of_several_sizes_share_a_region() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,3,3] y) {
+      a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, v) b = Conv <strides = [2, 2]> (x, w) y = Add(a, b) }"""
+    (group,) = images(text, w=(8, 8, 1, 1), v=(8, 8, 3, 3))
+    assert elements([group]) == [["b", "y"]]
+
+
+def test_depthwise_convolutions_stay_inside() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,3,3] y) {
+      a = Conv(x, w) b = Conv <group = 8, strides = [2, 2], pads = [1, 1, 1, 1]> (a, d) r = Relu(b) y = Conv(r, w) }"""
+    (group,) = images(text, w=(8, 8, 1, 1), d=(8, 1, 3, 3))
+    assert elements([group]) == [["a", "r", "y"]]
+
+
+def test_a_depthwise_convolution_alone_is_left_to_onnx_runtime() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
+      a = Conv <group = 8> (x, d) t = Tanh(a) y = Conv(t, w) }"""
+    assert elements(images(text, w=(8, 8, 1, 1), d=(8, 1, 1, 1))) == [["y"]]
+
+
+def test_other_numbers_of_images_or_axes_forbid_a_merge() -> None:
+    text = """g (float[1,8,6,6] x) => (float[6,8,6] y) {
+      a = Conv(x, w) t = Transpose <perm = [2, 1, 3, 0]> (a) s = Squeeze(t) y = Conv(s, v) }"""
+    assert elements(images(text, w=(8, 8, 1, 1), v=(8, 8, 1))) == [["a"], ["y"]]
 
 
 def test_a_residual_behind_an_activation_stays_outside() -> None:

@@ -20,6 +20,7 @@ from spa_compiler.kernels import attention, panel
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime import link
 from spa_compiler.runtime.region import AttentionSpec, RegionBuilder, RegionSpec
+from tests.image_harness import NETWORKS, network
 from tests.kernel_harness import X86
 from tests.region_harness import CASES, case
 from tests.window_harness import CONVOLUTIONS
@@ -44,7 +45,7 @@ def qemu(name: str) -> str:
 
 
 def core() -> RegionSpec:
-    builder = RegionBuilder("rows")
+    builder = RegionBuilder()
     q, k, v = (builder.pack(HEADS * DEPTH) for _ in range(3))
     builder.unpack(builder.attention(q, k, v, AttentionSpec(HEADS, DEPTH, 0.3), builder.mask()))
     return builder.finish()
@@ -54,9 +55,13 @@ def records() -> Iterator[Record]:
     """Every region and what it gives, in float64 or by ONNX Runtime's own operator."""
     for name in CASES:
         c = case(name)
-        for dims in ((2, 7, 9), (1, 20, 20)) if name == "planes" else TOKENS:
+        for dims in TOKENS:
             feeds = c.feeds(dims)
             yield c.spec, (*feeds.values(), *c.arrays.values()), c.expected(feeds)
+    for name in NETWORKS:
+        n = network(name)
+        feeds = n.feeds(2, (37, 20)[2 - n.made_by.axes :])
+        yield n.spec, (*feeds.values(), *n.arrays.values()), n.expected(feeds)
     for convolution in CONVOLUTIONS.values():
         feeds = convolution.image(2, *(37, 20)[2 - convolution.window.axes :])
         yield convolution.region, (*feeds.values(), *convolution.packed.arrays.values()), convolution.expected(feeds)

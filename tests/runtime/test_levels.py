@@ -12,6 +12,7 @@ from numpy.testing import assert_equal
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime import link
 from spa_compiler.targets import host
+from tests.image_harness import NETWORKS, network
 from tests.kernel_harness import LEVELS, X86
 from tests.region_harness import CASES, assert_parity, case, run, session
 from tests.window_harness import CONVOLUTIONS
@@ -21,6 +22,7 @@ from tests.window_harness import CONVOLUTIONS
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("levels") / "kernels.so"
     regions = [case(name).spec for name in CASES] + [c.region for c in CONVOLUTIONS.values()]
+    regions += [network(name).spec for name in NETWORKS]
     link.link(regions, (request.param,), path)
     return path
 
@@ -32,12 +34,20 @@ def test_this_machine_runs_a_level_that_has_kernels() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_regions(library: Path, name: str) -> None:
     c = case(name)
-    sizes = [(2, 7, 9), (1, 20, 20)] if name == "planes" else [(1, 1), (1, 3), (1, 7), (1, 16), (3, 33), (1, 128)]
+    sizes = [(1, 1), (1, 3), (1, 7), (1, 16), (3, 33), (1, 128)]
     for threads in (1, 2):
         s = session(c.model(("n", "h", "w")[: len(sizes[0])]), threads, library)
         for dims in sizes:
             feeds = c.feeds(dims)
             assert_parity(run(s, feeds), c.expected(feeds))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_images(library: Path, name: str) -> None:
+    n = network(name)
+    for size in ((37, 20), (90, 112)):
+        feeds = n.feeds(2, size[2 - n.made_by.axes :])
+        assert_parity(run(session(n.model(), 2, library), feeds), n.expected(feeds))
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)

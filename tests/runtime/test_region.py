@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from spa_compiler.kernels import panel, rx1, window
 from spa_compiler.runtime import region
-from spa_compiler.runtime.generate import WINDOW_LANES, kernels_of, write_c
+from spa_compiler.runtime.generate import PIXELS, kernels_of, write_c
 from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
 from spa_compiler.runtime.region import (
     LinearSpec,
@@ -33,7 +33,7 @@ def linear(n: int, k: int, rows: int = 4, act: str = "none") -> LinearSpec:
 
 
 def chain(*features: int) -> tuple[RegionSpec, list[Panel]]:
-    b = RegionBuilder("rows")
+    b = RegionBuilder()
     panels = [b.pack(features[0])]
     for n in features[1:]:
         panels.append(b.linear(panels[-1], linear(n, panels[-1].features)))
@@ -42,7 +42,7 @@ def chain(*features: int) -> tuple[RegionSpec, list[Panel]]:
 
 
 def test_the_lines_are_the_steps_in_order() -> None:
-    b = RegionBuilder("rows")
+    b = RegionBuilder()
     x = b.pack(10)
     h = b.linear(x, linear(20, 10, act="relu"))
     y = b.norm(b.linear(h, linear(10, 20), residual=x), NormSpec(10, 1e-5))
@@ -59,7 +59,7 @@ def test_the_lines_are_the_steps_in_order() -> None:
 
 
 def test_a_sum_reads_both_panels_and_ends_with_the_second() -> None:
-    b = RegionBuilder("rows")
+    b = RegionBuilder()
     x = b.pack(40)
     thin = b.linear(x, linear(8, 40))
     y = b.linear(x, linear(24, 40), term=Term(thin, linear(24, 8, act="relu")))
@@ -75,7 +75,7 @@ def test_a_sum_reads_both_panels_and_ends_with_the_second() -> None:
 
 
 def test_products_with_other_chunks_cannot_be_added() -> None:
-    b = RegionBuilder("rows")
+    b = RegionBuilder()
     x = b.pack(40)
     with pytest.raises(ValueError, match="cut differently"):
         b.linear(x, linear(300, 40), term=Term(x, LinearSpec(300, 40, rx1.Blocks(4, 64, 40))))
@@ -104,7 +104,7 @@ def test_panels_are_whole_groups_of_sixteen_rows() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_panels_that_live_at_once_do_not_overlap(data: st.DataObject) -> None:
-    b = RegionBuilder("rows")
+    b = RegionBuilder()
     live = [b.pack(data.draw(st.integers(1, 50)))]
     for _ in range(data.draw(st.integers(1, 14))):
         source = data.draw(st.sampled_from(live))
@@ -145,7 +145,7 @@ def test_equal_regions_are_one_op_and_any_difference_another() -> None:
     assert one.op_type == other.op_type
     assert re.fullmatch(r"Region_[0-9a-f]{10}", one.op_type)
     changed = [
-        dataclasses.replace(one, layout="planes"),
+        dataclasses.replace(one, masks=1),
         dataclasses.replace(one, scratch_rows=999),
         dataclasses.replace(one, linears=(dataclasses.replace(one.linears[0], act="relu"),)),
         dataclasses.replace(one, linears=(dataclasses.replace(one.linears[0], high=1.0),)),
@@ -155,9 +155,7 @@ def test_equal_regions_are_one_op_and_any_difference_another() -> None:
 
 def test_kernels_of_names_one_function_per_lane_count() -> None:
     found = kernels_of([case(name).spec for name in CASES])
-    assert {"pack_rows", "unpack_rows", "pack_planes", "unpack_planes", "layernorm", "linear_rx1_4_1_gelu_erf"} <= set(
-        found
-    )
+    assert {"pack", "unpack", "layernorm", "linear_rx1_4_1_gelu_erf"} <= set(found)
     assert all(len(functions) == len(panel.LANE_COUNTS) for functions in found.values())
     for function, *_ in found.values():
         assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
@@ -195,14 +193,14 @@ def test_the_c_side_and_python_agree_on_sizes() -> None:
 def test_window_c_and_python_agree_on_the_layout() -> None:
     text = (C_FOLDER / "window.c").read_text()
     found = {name: int(re.search(rf"\b{name} = (\d+)", text)[1]) for name in ("PITCH_STEP", "REGISTER", "RUN")}
-    assert found == {"PITCH_STEP": window.PITCH_STEP, "REGISTER": WINDOW_LANES[0], "RUN": window.RUN}
-    assert tuple(i * window.ZMM for i in range(1, panel.MAX_LANES // window.ZMM + 1)) == WINDOW_LANES
+    assert found == {"PITCH_STEP": window.PITCH_STEP, "REGISTER": PIXELS[0], "RUN": window.RUN}
+    assert tuple(i * window.ZMM for i in range(1, panel.MAX_LANES // window.ZMM + 1)) == PIXELS
 
 
 def test_a_window_has_kernels_of_whole_registers_and_none_for_panels() -> None:
     found = kernels_of([CONVOLUTIONS["same"].region])
     assert set(found) == {"shift", "crop", "linear_rx1w_4_16_relu"}
-    assert len(found["linear_rx1w_4_16_relu"]) == len(WINDOW_LANES)
+    assert len(found["linear_rx1w_4_16_relu"]) == len(PIXELS)
     for function, *_ in found.values():
         assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
 

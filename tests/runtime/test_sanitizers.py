@@ -13,6 +13,7 @@ import pytest
 
 from spa_compiler.runtime import link
 from tests import deployment
+from tests.image_harness import NETWORKS, network
 from tests.region_harness import CASES, MCPU, case
 from tests.runtime_malformed import malformed
 from tests.window_harness import CONVOLUTIONS
@@ -37,8 +38,16 @@ def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> Path:
         feeds = convolution.image(2, *(37, 20)[2 - convolution.window.axes :])
         (folder / f"window {name}.onnx").write_bytes(convolution.model())
         np.savez(folder / f"window {name}_0.npz", **feeds, y0=convolution.expected(feeds)[0])
+    for name in NETWORKS:
+        n = network(name)
+        for i, size in enumerate(((37, 20), (112, 96))):
+            feeds = n.feeds(2, size[2 - n.made_by.axes :])
+            outputs = {f"y{j}": y for j, y in enumerate(n.expected(feeds))}
+            np.savez(folder / f"images {name}_{i}.npz", **feeds, **outputs)
+        (folder / f"images {name}.onnx").write_bytes(n.model())
     monkeypatch.setattr(link, "FLAGS", ("-O1", "-g", "-std=c11", "-fPIC", "-shared", *flags))
     regions = [case(name).spec for name in CASES] + [c.region for c in CONVOLUTIONS.values()]
+    regions += [network(name).spec for name in NETWORKS]
     link.link(regions, (MCPU,), folder / "kernels.so")
     return script
 

@@ -20,7 +20,7 @@ def resident() -> int:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["mlp", "planes"])
+@pytest.mark.parametrize("name", ["mlp", "wide"])
 def test_eight_python_threads_share_a_session(name: str, threads: int) -> None:
     c = case(name)
     s = session(c.model(("batch", "tokens")), threads)

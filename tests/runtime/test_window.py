@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa_compiler.runtime import link
-from spa_compiler.runtime.region import LinearSpec, RegionBuilder
 from tests.region_harness import MCPU, assert_parity, run, session
 from tests.window_harness import CONVOLUTIONS
 
@@ -145,17 +144,3 @@ def test_the_wrong_number_of_axes_is_refused() -> None:
     model = CONVOLUTIONS["line"].model(["n", 10, "h", "w"])
     with pytest.raises(Exception, match="must have 3 dimensions"):
         run(session(model, path=library()), {"x": np.zeros((1, 10, 5, 5), np.float32)})
-
-
-def test_a_region_holds_one_convolution_and_nothing_else() -> None:
-    c = CONVOLUTIONS["valid"]
-    p = c.packed
-    spec = LinearSpec(p.n, p.k, p.form)
-    builder = RegionBuilder("planes")
-    builder.convolution(c.window, spec)
-    with pytest.raises(ValueError, match="region of its own"):
-        builder.pack(6)
-    with pytest.raises(ValueError, match="region of its own"):
-        RegionBuilder("rows").convolution(c.window, spec)
-    with pytest.raises(ValueError, match="54 columns"):
-        RegionBuilder("planes").convolution(c.window, LinearSpec(p.n, 53, p.form))

@@ -1,6 +1,8 @@
-/* A region: neighbouring operators that run as one node, activations kept in panels in between.
+/* A region: neighbouring operators that run as one node, activations kept in panels or images in between.
  *
  * The compiler writes one function per region, a straight line of the steps below, and one table of all regions.
+ * Layers of tokens run on panels (panels.c, steps.c), convolutions on images (images.c, window.c, depthwise.c).
+ *
  * A panel of `features` rows is its tiles one after the other, each [spa_rows(features), lanes] floats; places in
  * scratch are given in rows, so that a plan made at compile time holds for any number of tokens.
  */
@@ -11,8 +13,9 @@
 #include "ort_abi.h"
 
 enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8 };
-enum { LAYOUT_ROWS, LAYOUT_PLANES };  /* [..., tokens, features]; [images, features, pixels...] */
-enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2 };
+enum { MAX_IMAGES = 256, REGISTER = 16 };
+enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2, DEPTHWISE_ARRAYS = 2 };
+enum { TAPS, DEPTHWISE_BIAS };
 enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
 
 typedef void Multiply(const float* panel, const int32_t* offsets, const int32_t* indptr, const int32_t* order,
@@ -22,6 +25,10 @@ typedef void Multiply(const float* panel, const int32_t* offsets, const int32_t*
 typedef void Shift(const float* x, float* to, int32_t top, int32_t rows, int32_t phases, int32_t height, int32_t width,
                    int32_t pitch, int32_t low, int32_t high, int32_t left, int32_t step);
 typedef void Crop(const float* tile, float* plane, const int32_t* runs, int32_t count);
+typedef void Depthwise(const float* buffer, const float* taps, const float* bias, float* out, int32_t height,
+                       int32_t width, int32_t plane, int32_t pitch, int32_t out_pitch, float low, float high);
+typedef void Pad(const float* x, float* buffer, int32_t top, int32_t rows, int32_t bottom, int32_t width, int32_t left,
+                 int32_t plane, int32_t pitch, int32_t step);
 typedef void Pack(const float* x, float* panel, int32_t tokens, int32_t features, int32_t stride);
 typedef void Unpack(const float* panel, float* y, int32_t tokens, int32_t features, int32_t stride);
 typedef void Attend(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
@@ -31,14 +38,31 @@ typedef void Norm(const float* x, const float* gamma, const float* beta, float* 
 typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, or, interleaved, sliced.py */
   int64_t n, k, rows, chunk, k_block, interleaved; /* rows: of a group. interleaved: each has columns of its own */
   float low, high;
-  Multiply* const* kernels; /* one per lane count; behind a window one for each of 1 to 4 registers */
+  Multiply* const* kernels; /* one per lane count; on images one for each of 1 to 4 registers */
 } LinearInfo;
 
 typedef struct { /* of a convolution, [height, width]: spa_compiler/kernels/window.py */
-  int64_t axes, channels, size[2], stride[2], dilation[2], pads[4]; /* axes: 1 or 2; pads: top, left, bottom, right */
-  Shift* shift;
-  Crop* crop;
+  int64_t size[2], stride[2], dilation[2], pads[4]; /* pads: top, left, bottom, right */
 } WindowInfo;
+
+typedef struct { /* spa_compiler/kernels/depthwise.py */
+  int64_t channels;
+  const WindowInfo* window;
+  float low, high;
+  Depthwise* kernel;
+} DepthwiseInfo;
+
+enum { IMAGE_INPUT, IMAGE_LINEAR, IMAGE_WINDOW, IMAGE_DEPTHWISE };
+typedef struct { /* what a step makes */
+  int64_t channels;
+  int kind, source; /* the input's number, or the image that it is made of and that gives its size */
+  const WindowInfo* window; /* that the size is seen through, or NULL */
+  int slot; /* of scratch; < 0: it is output -1 - slot of the node */
+} ImageInfo;
+
+typedef struct { /* images that are computed band by band: all but the last exist only for the band at hand */
+  int first, last;
+} ChainInfo;
 
 typedef struct {
   int64_t features;
@@ -62,10 +86,17 @@ typedef struct {
   const LinearInfo* linears;
   const NormInfo* norms;
   const AttentionInfo* attentions;
-  const WindowInfo* window; /* NULL, or the one step is spa_window */
+  const DepthwiseInfo* depthwise;
+  const ImageInfo* images; /* NULL: a region on panels */
+  const ChainInfo* chains;
+  Shift* shift;
+  Crop* crop;
+  Pad* pad;
   int64_t scratch_rows;
   int64_t input_features[MAX_INPUTS], output_features[MAX_OUTPUTS];
-  int layout, inputs, masks, outputs, linear_count, norm_count;
+  int inputs, masks, outputs, linear_count, norm_count, depthwise_count;
+  int output_images[MAX_OUTPUTS];
+  int image_count, chain_count, slots, axes; /* of the windows in a region on images: 1 or 2, 0 without any */
   int whole_sequences; /* rows are [batch, tokens, features] and tiles never cross a sequence */
 } Region;
 
@@ -76,6 +107,25 @@ typedef struct {
 } Table;
 extern const Table spa_tables[]; /* the highest level first; the same regions in each */
 extern const int spa_table_count, spa_region_count;
+
+struct Node;
+
+/* Calls and shapes, by kind of region. */
+extern Status* spa_compute_panels(const struct Node*, void* context);
+extern Status* spa_compute_images(const struct Node*, void* context);
+extern Status* spa_infer_panels(const Region*, void* context);
+extern Status* spa_infer_images(const Region*, void* context);
+/* Sets the shape of an output; what is unknown (< 0) and has no name in `names` gets one of its own. */
+extern Status* spa_set_shape(void* context, int output, const int64_t* dims, const char** names, size_t rank);
+
+/* "ai.spa::Region_1234 at site 'encoder/dense': ..." */
+extern Status* spa_refuse(const struct Node*, int code, const char* format, ...);
+extern Status* spa_shape_of(const void* value, int64_t* dims, size_t limit, size_t* rank);
+extern const char* spa_show(char text[160], const int64_t* dims, size_t rank);
+#define CHECK(node, condition, ...)                                                \
+  do {                                                                             \
+    if (!(condition)) return spa_refuse(node, CODE_INVALID_ARGUMENT, __VA_ARGS__); \
+  } while (0)
 
 /* The callbacks that all regions share. */
 extern const char* spa_name(const CustomOp*);
@@ -98,14 +148,23 @@ extern void spa_destroy(void*);
   }
 
 typedef const void* Arrays[LINEAR_ARRAYS];
-typedef struct { /* a node: initializers validated once, then read in place; nothing changes after creation */
+typedef struct Node { /* a node: initializers validated once, then read in place; nothing changes after creation */
   const Region* region;
   Arrays* linears;
   Arrays* norms;
-  int64_t weight_bytes;
+  Arrays* depthwise;
+  int64_t weight_bytes; /* of the linears */
   Allocator* allocator; /* the session's arena: a malloc of this size would fault its pages in every call */
   char site[256];
 } Node;
+
+typedef struct { /* where an image lies: channel by channel, row by row without gaps, in scratch with slack behind */
+  float* at;
+  int64_t pitch, height, width; /* pitch: floats from channel to channel */
+  int64_t base, held;           /* the row that `at` points at, and how many there are: all, outside of a chain */
+  int64_t first, rows;          /* what is to be computed of it now */
+  int in_scratch;
+} Image;
 
 struct Run { /* one call */
   const Node* node;
@@ -114,12 +173,15 @@ struct Run { /* one call */
   const float* mask[MAX_MASKS];      /* additive, [batch or 1, heads or 1, tokens or 1, tokens] */
   int64_t mask_stride[MAX_MASKS][3]; /* of the first three axes; 0 where the size is 1 */
   float* output[MAX_OUTPUTS];
-  int64_t sequences, tokens; /* tokens of each sequence: 1 sequence in rows, images and pixels in planes */
-  int64_t height, width, out_height, out_width; /* of an image, behind a window alone */
+  int64_t sequences, tokens; /* tokens of each sequence: 1 sequence, unless whole_sequences */
   int64_t tiles_per_sequence, lanes;
   int64_t first_tile, tiles; /* what is computed now: a band of all tiles, whose panels stay in L2 */
   int lane_index;
   float* scratch;
+  Image* images; /* of a region on images, the one at hand of a batch */
+  int32_t* offsets; /* two tables of `table` offsets each */
+  int64_t table;
+  const int64_t* band_rows; /* of the last image of each chain */
 };
 
 enum { ACCUMULATE, START_BIAS, START_RESIDUAL }; /* how the sums of a product begin: modes of a Multiply */
@@ -143,10 +205,21 @@ Status* spa_norm(const Run*, int norm, int64_t from, int64_t to);
 /* `mask` < 0: none. q, k, v and `to` are panels of heads x depth features. */
 Status* spa_attention(const Run*, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to);
 Status* spa_unpack(const Run*, int output, int64_t from);
-Status* spa_window(const Run*); /* input 0 and linear 0 to output 0, through the region's window */
+
+/* Steps on images, which are named by their numbers; `residual` < 0 and `second` < 0: none. */
+Status* spa_image_in(const Run*, int to);
+Status* spa_image_linear(const Run*, int linear, int from, int second, int second_from, int residual, int to);
+Status* spa_image_window(const Run*, int linear, int from, int residual, int to);
+Status* spa_image_depthwise(const Run*, int depthwise, int from, int to);
+Status* spa_image_out(const Run*, int from, int output);
+int spa_image_band(const Run*, int chain, int64_t number); /* sets the rows of a chain's images; 0: there is no such band */
 
 int64_t spa_window_outputs(const WindowInfo*, int axis, int64_t size); /* 0: the input is smaller than the window */
-int64_t spa_window_scratch(const Run*);                                /* floats */
+/* Floats of scratch that a window on `channels` needs for any number of rows up to `rows` of an image. */
+int64_t spa_window_scratch(const WindowInfo*, int64_t channels, const Image* to, int64_t rows);
+void spa_clear_slack(const Image*, int64_t channel); /* what lies behind a channel is read with it: no denormals there */
+/* The place of the first pixel to compute of `to`, in a channel of an image of the same size. */
+static inline int64_t spa_first_pixel(const Image* to, const Image* in) { return (to->first - in->base) * to->width; }
 
 typedef struct { /* where the rows of a tile lie */
   float* at;

@@ -1,4 +1,5 @@
-/* The steps of a region: each is one ParallelFor on ONNX Runtime's own threads. No two items write one cache line. */
+/* The steps of a region on panels: each is one ParallelFor on ONNX Runtime's own threads. No two items write one cache
+ * line. */
 #include "region.h"
 
 enum { FEATURE_BLOCK = 256 }; /* features of one pack or unpack item */
@@ -41,10 +42,6 @@ static int64_t tokens_in(const Run* r, int64_t tile) { return least(r->tokens - 
 /* Where feature `first` of a tile's first token lies in a tensor outside, and the stride that pack and unpack need. */
 static int64_t outside(const Run* r, int64_t tile, int64_t features, int64_t first, int32_t* stride) {
   int64_t sequence = sequence_of(r, tile), token = token_of(r, tile);
-  if (r->node->region->layout == LAYOUT_PLANES) {
-    *stride = (int32_t)r->tokens;
-    return (sequence * features + first) * r->tokens + token;
-  }
   *stride = (int32_t)features;
   return (sequence * r->tokens + token) * features + first;
 }
