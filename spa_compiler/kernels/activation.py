@@ -59,6 +59,8 @@ def reference(x: NDArray[np.float64], name: str, low: float = 0.0, high: float =
 
 def emit(x, name, low, high, width, isa):
     """The activation of `width` lanes as an expression; `low` and `high` are scalar expressions (clip alone)."""
+    if name not in NAMES:
+        raise ValueError(f"there is no activation {name!r}")
     if name == "none":
         return x
     x = T.bind(x)
