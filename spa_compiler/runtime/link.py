@@ -28,7 +28,7 @@ from spa_compiler.targets.machine import cache_dir
 GLIBC = "2.28"
 WORTH_PROCESSES = 24  # kernels to build: a process takes a second to load TVM, a kernel a tenth to build
 C_FOLDER = Path(__file__).parent / "c"
-SOURCES = ("register.c", "node.c", "panels.c", "steps.c", "images.c", "window.c", "depthwise.c", "isa.c")
+SOURCES = ("register.c", "node.c", "panels.c", "steps.c", "images.c", "pixels.c", "window.c", "depthwise.c", "isa.c")
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
 
 

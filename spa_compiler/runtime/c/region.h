@@ -1,7 +1,7 @@
 /* A region: neighbouring operators that run as one node, activations kept in panels or images in between.
  *
  * The compiler writes one function per region, a straight line of the steps below, and one table of all regions.
- * Layers of tokens run on panels (panels.c, steps.c), convolutions on images (images.c, window.c, depthwise.c).
+ * Layers of tokens run on panels (panels.c, steps.c), convolutions on images (images.c, pixels.c, window.c, depthwise.c).
  *
  * A panel of `features` rows is its tiles one after the other, each [spa_rows(features), lanes] floats; places in
  * scratch are given in rows, so that a plan made at compile time holds for any number of tokens.
@@ -13,7 +13,7 @@
 #include "ort_abi.h"
 
 enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8 };
-enum { MAX_IMAGES = 256, REGISTER = 16 };
+enum { MAX_IMAGES = 256, REGISTER = 16, SPA_SETS = 1024 }; /* floats between what shares the sets of L1 */
 enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2, DEPTHWISE_ARRAYS = 2 };
 enum { TAPS, DEPTHWISE_BIAS };
 enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
@@ -218,6 +218,7 @@ int64_t spa_window_outputs(const WindowInfo*, int axis, int64_t size); /* 0: the
 /* Floats of scratch that a window on `channels` needs for any number of rows up to `rows` of an image. */
 int64_t spa_window_scratch(const WindowInfo*, int64_t channels, const Image* to, int64_t rows);
 void spa_clear_slack(const Image*, int64_t channel); /* what lies behind a channel is read with it: no denormals there */
+static inline int64_t spa_pixels(const Image* image) { return image->height * image->width; }
 /* The place of the first pixel to compute of `to`, in a channel of an image of the same size. */
 static inline int64_t spa_first_pixel(const Image* to, const Image* in) { return (to->first - in->base) * to->width; }
 
