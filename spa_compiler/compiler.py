@@ -35,7 +35,6 @@ from spa_compiler.passes.recipe import Recipe
 from spa_compiler.passes.restore import restore
 from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.remote import RemoteTimer
 from spa_compiler.placement.timer import Contender, LocalTimer, Timer
 from spa_compiler.report import assemble, console
 from spa_compiler.report.report import Report
@@ -113,7 +112,7 @@ def compile(
         UsageError, ModelError, VerificationError, BudgetError, EnvironmentFault: see `errors`.
     """
     recipe = recipe or Recipe()
-    timer: Timer = RemoteTimer(tune_rpc) if tune_rpc else LocalTimer()
+    timer = _timer(tune_rpc)
     goal = _goal(target, timer, tune_rpc)
     origin = _Origin.of(model, recipe, output)
     write.check_target(origin.output, force, origin.files)  # before any work: `staging` asks again
@@ -349,6 +348,15 @@ def _rename(portable: Path, folder: Path) -> None:
                 entry.value = "portable.onnx.data"
     onnx.save(proto, str(folder / "portable.onnx"))
     shutil.move(portable / "model.onnx.data", folder / "portable.onnx.data")
+
+
+def _timer(tune_rpc: str | None) -> Timer:
+    """What takes the times. The module that opens connections is not even loaded unless they are asked for."""
+    if not tune_rpc:
+        return LocalTimer()
+    from spa_compiler.placement.remote import RemoteTimer
+
+    return RemoteTimer(tune_rpc)
 
 
 def _goal(target: str, timer: Timer, tune_rpc: str | None) -> targets.Target:

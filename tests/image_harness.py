@@ -235,6 +235,15 @@ def _basic() -> Network:
     return r.finish()
 
 
+def _windowed() -> Network:
+    """A chain that ends in a window with a residual."""
+    r = Recorder()
+    x = r.input(24)
+    y = r.linear(x, 96, 4, "relu")
+    r.output(r.linear(y, 24, 4, "clip", window=Window(96, (3, 3), pads=SAME), residual=x))
+    return r.finish()
+
+
 def _sum() -> Network:
     """Sparse + low rank, and a residual that is another input."""
     r = Recorder()
@@ -281,6 +290,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "inverted": _inverted,
     "bottleneck": _bottleneck,
     "basic": _basic,
+    "windowed": _windowed,
     "sum": _sum,
     "two": _two,
     "line": _line,

@@ -198,7 +198,8 @@ class ImageBuilder:
                     image.dies = len(self._lines) - 1
         chains = self._chains()
         for first, last in chains:
-            self._keep_together(first.born, last.born)
+            for image in self._images[first.number + 1 : last.number + 1]:
+                image.born = first.born  # a loop makes all of them again and again
         slots, count = self._slots()
         return ImageRegion(
             max(axes, default=0),
@@ -237,14 +238,6 @@ class ImageBuilder:
             return False
         seen = any(i.window for i in chain)
         return not (seen and (following.window or following.weight > image.weight))
-
-    def _keep_together(self, first: int, last: int) -> None:
-        """Everything that the steps first .. last touch lives as long as all of them."""
-        for image in self._images:
-            if first <= image.born <= last:
-                image.born = first
-            if image.born <= last and any(first <= step <= last for step in (image.dies, *image.readers)):
-                image.dies = max(image.dies, last)
 
     def _looped(self, chains: list[tuple[Image, Image]]) -> list[str]:
         """The statements of all steps, those of a chain in a loop over its bands."""

@@ -46,6 +46,7 @@ def test_over_one_axis() -> None:
         ("group = 1", (6, 6, 3, 3)),
         ("group = 3", (6, 2, 3, 3)),
         ("group = 6", (12, 1, 3, 3)),  # two filters a channel
+        ("group = 3", (3, 2, 3, 3)),  # two channels a filter
         ('group = 6, auto_pad = "SAME_UPPER"', (6, 1, 3, 3)),
         ("group = 6, dilations = [90, 90]", (6, 1, 3, 3)),  # more rows than the buffer of the kernel has
     ],

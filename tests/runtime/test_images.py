@@ -34,7 +34,7 @@ def test_it_is_what_onnx_runtime_computes_at_every_size(data: st.DataObject) -> 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [(112, 112), (97, 101), (64, 64), (60, 240)])
-@pytest.mark.parametrize("name", ["inverted", "bottleneck", "basic", "direct"])
+@pytest.mark.parametrize("name", ["inverted", "bottleneck", "basic", "windowed", "direct"])
 def test_images_that_leave_the_cache_are_computed_in_bands(name: str, size: tuple[int, int], threads: int) -> None:
     n = network(name)
     feeds = n.feeds(2, size)
@@ -148,6 +148,7 @@ def form(n: int, k: int) -> LinearSpec:
 
 def test_chains_end_where_images_grow_and_before_a_second_window() -> None:
     assert network("inverted").spec.chains == ((1, 3), (4, 6))
+    assert network("windowed").spec.chains == ((1, 2),)
     assert network("basic").spec.chains == ()
     assert network("pointwise").spec.chains == ()  # an output is needed as a whole
     assert network("direct").spec.chains == ()

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_compiler.kernels import panel, rx1, window
-from spa_compiler.runtime import region
+from spa_compiler.kernels import depthwise, panel, rx1, window
+from spa_compiler.kernels.vector import ISAS
+from spa_compiler.kernels.window import Window
+from spa_compiler.runtime import images, region
 from spa_compiler.runtime.generate import PIXELS, kernels_of, write_c
 from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
 from spa_compiler.runtime.region import (
@@ -23,6 +25,7 @@ from spa_compiler.runtime.region import (
     RegionSpec,
     Term,
 )
+from tests.image_harness import NETWORKS, network
 from tests.kernel_harness import X86
 from tests.region_harness import CASES, case
 from tests.window_harness import CONVOLUTIONS
@@ -186,39 +189,59 @@ def test_the_c_side_and_python_agree_on_sizes() -> None:
     assert constant("LANE_COUNTS") == len(panel.LANE_COUNTS)
     assert constant("MAX_INPUTS") == region.MAX_INPUTS
     assert constant("MAX_OUTPUTS") == region.MAX_OUTPUTS
-    counts = re.search(r"lane_counts\[LANE_COUNTS\] = \{([\d, ]+)\}", (C_FOLDER / "node.c").read_text())[1]
+    assert constant("MAX_IMAGES") == images.MAX_IMAGES
+    assert constant("REGISTER") == PIXELS[0]
+    counts = re.search(r"lane_counts\[LANE_COUNTS\] = \{([\d, ]+)\}", (C_FOLDER / "panels.c").read_text())[1]
     assert tuple(map(int, counts.split(","))) == panel.LANE_COUNTS
 
 
 def test_window_c_and_python_agree_on_the_layout() -> None:
     text = (C_FOLDER / "window.c").read_text()
-    found = {name: int(re.search(rf"\b{name} = (\d+)", text)[1]) for name in ("PITCH_STEP", "REGISTER", "RUN")}
-    assert found == {"PITCH_STEP": window.PITCH_STEP, "REGISTER": PIXELS[0], "RUN": window.RUN}
+    found = {name: int(re.search(rf"\b{name} = (\d+)", text)[1]) for name in ("PITCH_STEP", "RUN")}
+    assert found == {"PITCH_STEP": window.PITCH_STEP, "RUN": window.RUN}
     assert tuple(i * window.ZMM for i in range(1, panel.MAX_LANES // window.ZMM + 1)) == PIXELS
 
 
 def test_a_window_has_kernels_of_whole_registers_and_none_for_panels() -> None:
     found = kernels_of([CONVOLUTIONS["same"].region])
-    assert set(found) == {"shift", "crop", "linear_rx1w_4_16_relu"}
+    assert set(found) == {"shift", "crop", "pad", "linear_rx1w_4_16_relu"}
     assert len(found["linear_rx1w_4_16_relu"]) == len(PIXELS)
     for function, *_ in found.values():
         assert kernel(function, "x86-64-v3").attrs["global_symbol"] == function
 
 
 def test_the_window_is_a_part_of_the_name() -> None:
-    spec = CONVOLUTIONS["same"].region
-    assert spec.window is not None
-    other = dataclasses.replace(spec, window=dataclasses.replace(spec.window, stride=(1, 2)))
-    assert other.op_type != spec.op_type
+    one, other = (
+        dataclasses.replace(CONVOLUTIONS["same"], window=Window(5, (3, 3), stride, pads=(1, 1, 1, 1))).region.op_type
+        for stride in ((1, 1), (1, 2))
+    )
+    assert one != other
+    assert one == CONVOLUTIONS["same"].region.op_type
+
+
+def test_depthwise_c_and_python_agree_on_the_buffer() -> None:
+    text = (C_FOLDER / "depthwise.c").read_text()
+    block = int(re.search(r"\bBLOCK = (\d+)", text)[1])
+    floats = int(re.search(r"\bBUFFER = (\d+) << 10", text)[1]) << 10
+    assert block == max(depthwise.rows_at_once(isa) for isa in ISAS.values())
+    # a kernel that sees as many rows as fit for one register of outputs, and one row more
+    rows = floats // 16 - (block - 1) - 1
+    assert images.fits_buffer(Window(1, (rows, 1)))
+    assert not images.fits_buffer(Window(1, (rows + 1, 1)))
+
+
+def spec_of(name: str) -> region.RegionSpec | images.ImageRegion:
+    """Of a case, a convolution or a network; "line" is a convolution here."""
+    if name in CONVOLUTIONS:
+        return CONVOLUTIONS[name].region
+    return network(name).spec if name in NETWORKS else case(name).spec
 
 
 @pytest.mark.parametrize("levels", [X86, ("aarch64",)], ids=["x86-64", "aarch64"])
-@pytest.mark.parametrize("names", [(), ("mlp",), tuple(CASES), ("mlp", "same", "line")])
+@pytest.mark.parametrize("names", [(), ("mlp",), tuple(CASES), ("mlp", "same", "line", *NETWORKS)])
 def test_the_c_compiles_without_a_warning(names: tuple[str, ...], levels: tuple[str, ...], tmp_path: Path) -> None:
     source = tmp_path / "regions.c"
-    source.write_text(
-        write_c([CONVOLUTIONS[name].region if name in CONVOLUTIONS else case(name).spec for name in names], levels)
-    )
+    source.write_text(write_c([spec_of(name) for name in names], levels))
     flags = [f for f in FLAGS if f not in ("-shared", "-s")]
     run_linker([*flags, "-Werror", f"-I{C_FOLDER}", "-c", str(source), "-o", str(tmp_path / "regions.o")], levels[0])
 
