@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime import link
 from spa_compiler.runtime.images import DepthwiseSpec, Image, ImageBuilder, ImageRegion
 from spa_compiler.runtime.region import LinearSpec
 from tests.kernel_harness import sparse
-from tests.region_harness import MCPU, run, session
+from tests.region_harness import linked, run, session
 
 SAME = (1, 1, 1, 1)
 
@@ -304,17 +302,9 @@ def network(name: str) -> Network:
     return NETWORKS[name]()
 
 
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="spa-tests-")
-
-
-@functools.cache
 def library() -> Path:
-    """kernels.so with all of NETWORKS, linked once per test run."""
-    path = Path(_folder().name) / "kernels.so"
-    link.link([network(name).spec for name in NETWORKS], (MCPU,), path)
-    return path
+    """That of all NETWORKS."""
+    return linked(*(network(name).spec for name in NETWORKS))
 
 
 @functools.cache

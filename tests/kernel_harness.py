@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spa_compiler.kernels import panel, rx1, sliced
+from spa_compiler.kernels import panel, rx1, sliced, sums
 from spa_compiler.kernels.lower import build_object
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.link import kernel, run_linker
@@ -79,7 +79,7 @@ def assert_untouched(canaries: F32) -> None:
 
 
 def level_in_use() -> str:
-    """What kernels are made for now."""
+    """The level that `using` named last, or the best of this machine."""
     return _level
 
 
@@ -121,7 +121,7 @@ def run_packed(
     for first in range(0, groups, per_chunk):
         count, row = min(per_chunk, groups - first), first * packed.form.rows
         for b in range(blocks):
-            mode = rx1.ACCUMULATE if b else rx1.BIAS if base is None else rx1.RESIDUAL
+            mode = sums.ACCUMULATE if b else sums.BIAS if base is None else sums.RESIDUAL
             call(
                 names,
                 name,

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import activation, rx1, sliced
 from spa_compiler.runtime import link
+from spa_compiler.runtime.generate import Region
 from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
 from tests.kernel_harness import LEVELS, sparse
 
@@ -269,11 +270,17 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @functools.cache
-def library() -> Path:
-    """kernels.so with all of CASES, linked once per test run."""
-    path = Path(_folder().name) / "kernels.so"
-    link.link([case(name).spec for name in CASES], (MCPU,), path)
+def linked(*specs: Region) -> Path:
+    """A library of these regions, linked once per test run; the loader knows libraries by their paths."""
+    folder = Path(_folder().name)
+    path = folder / f"kernels{len(list(folder.iterdir()))}.so"
+    link.link(specs, (MCPU,), path)
     return path
+
+
+def library() -> Path:
+    """That of all CASES."""
+    return linked(*(case(name).spec for name in CASES))
 
 
 def session(model: bytes, threads: int = 1, path: Path | None = None) -> ort.InferenceSession:

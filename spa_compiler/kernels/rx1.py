@@ -32,6 +32,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation
+from spa_compiler.kernels.sums import ACCUMULATE, BIAS, RESIDUAL, activate_in_place, add, fma, start
 from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, prefetch, spread, store
 
 F32 = NDArray[np.float32]
@@ -45,9 +46,6 @@ CHUNK_STEP = 16  # a multiple of every R, and a whole cache line of outputs
 SMALL = 64  # fewer rows are one chunk
 L1_COLUMNS, L2_COLUMNS = 128, 768  # x 64 lanes: 32 KiB and 192 KiB
 FULL = 0.9  # of the blocks stored
-
-# how a group's accumulators begin
-ACCUMULATE, BIAS, RESIDUAL = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -248,32 +246,21 @@ def _accumulator_sets(rows: int, vectors: int) -> int:
     return 2 if rows * vectors < 8 else 1
 
 
-def _start(regs, index, mode, bias, row, begin, position, width):
-    """Emits the first value of one accumulator; `begin` is what it begins with: the output so far, or a residual."""
-    if mode == ACCUMULATE:
-        store(regs, begin[at(position, width)], index, width)
-    elif mode == RESIDUAL:
-        store(regs, begin[at(position, width)] + spread(bias[row], width), index, width)
-    else:
-        store(regs, spread(bias[row], width), index, width)
-
-
-def _fma(regs, index, value, x, width):
-    store(regs, regs[at(index, width)] + value * x, index, width)
-
-
 def _place(offsets, column, lanes, window):
     """Where the activations of a column begin."""
     column = T.Cast("int32", column)
     return offsets[column] if window else column * lanes
 
 
-def _add(regs, index, other, width):
-    store(regs, regs[at(index, width)] + regs[at(other, width)], index, width)
+def _position(i, vectors, width, row, lane, pitch):
+    """Where sum number `i` of a group belongs, of rows that are `pitch` floats apart."""
+    return (row + T.truncdiv(i, vectors)) * pitch + lane + T.truncmod(i, vectors) * width
 
 
-def _activate_in_place(out, position, act, low, high, width, isa):
-    store(out, activation.emit(out[at(position, width)], act, low, high, width, isa), position, width)
+def _put(regs, i, out, row, lane, pitch, vectors, act, low, high, width, isa):
+    """Stores sum number `i` of a group, activated on the way."""
+    value = activation.emit(regs[at(i * width, width)], act, low, high, width, isa)
+    store(out, value, _position(i, vectors, width, row, lane, pitch), width)
 
 
 def _many_lanes(R, lanes, act, window, isa):
@@ -331,7 +318,7 @@ def _many_lanes(R, lanes, act, window, isa):
                 if mode == ACCUMULATE:
                     for r in T.unroll(Q):
                         for v in T.unroll(V):
-                            _start(
+                            start(
                                 regs,
                                 (r * V + v) * W,
                                 ACCUMULATE,
@@ -344,7 +331,7 @@ def _many_lanes(R, lanes, act, window, isa):
                 elif mode == RESIDUAL:
                     for r in T.unroll(Q):
                         for v in T.unroll(V):
-                            _start(
+                            start(
                                 regs,
                                 (r * V + v) * W,
                                 RESIDUAL,
@@ -357,7 +344,7 @@ def _many_lanes(R, lanes, act, window, isa):
                 else:
                     for r in T.unroll(Q):
                         for v in T.unroll(V):
-                            _start(regs, (r * V + v) * W, BIAS, bias, row + r, out, 0, W)
+                            start(regs, (r * V + v) * W, BIAS, bias, row + r, out, 0, W)
                 for i in T.unroll((U - 1) * Q * V):
                     store(regs, const(0.0, W), (Q * V + i) * W, W)
                 if not inline_prefetch:
@@ -371,7 +358,7 @@ def _many_lanes(R, lanes, act, window, isa):
                         prefetch(columns, begin + j * U + AHEAD // R)
                     for u in T.unroll(U):
                         for i in T.unroll(Q * V):
-                            _fma(
+                            fma(
                                 regs,
                                 (u * Q * V + row_of(i) * V + vector_of(i)) * W,
                                 spread(values[(begin + j * U + u) * R + first + row_of(i)], W),
@@ -388,7 +375,7 @@ def _many_lanes(R, lanes, act, window, isa):
                 if U > 1:
                     for j in T.serial(T.truncmod(count, U)):
                         for i in T.unroll(Q * V):
-                            _fma(
+                            fma(
                                 regs,
                                 (row_of(i) * V + vector_of(i)) * W,
                                 spread(values[(begin + count - 1 - j) * R + first + row_of(i)], W),
@@ -404,45 +391,24 @@ def _many_lanes(R, lanes, act, window, isa):
                             )
                     for u in T.unroll(U - 1):
                         for i in T.unroll(Q * V):
-                            _add(regs, i * W, ((u + 1) * Q * V + i) * W, W)
+                            add(regs, i * W, ((u + 1) * Q * V + i) * W, W)
                 if short:  # known while the script is parsed; `last` is not
                     if last != 0:
                         for i in T.unroll(Q * V):
-                            store(
-                                out,
-                                activation.emit(regs[at(i * W, W)], act, low, high, W, isa),
-                                (row + T.truncdiv(i, V)) * (out_pitch if window else lanes)
-                                + lane
-                                + T.truncmod(i, V) * W,
-                                W,
-                            )
+                            _put(regs, i, out, row, lane, out_pitch if window else lanes, V, act, low, high, W, isa)
                     else:
                         for i in T.unroll(Q * V):
-                            store(
-                                out,
-                                regs[at(i * W, W)],
-                                (row + T.truncdiv(i, V)) * (out_pitch if window else lanes)
-                                + lane
-                                + T.truncmod(i, V) * W,
-                                W,
-                            )
+                            _put(regs, i, out, row, lane, out_pitch if window else lanes, V, "none", low, high, W, isa)
                 else:
                     for i in T.unroll(Q * V):
-                        store(
-                            out,
-                            regs[at(i * W, W)],
-                            (row + T.truncdiv(i, V)) * (out_pitch if window else lanes) + lane + T.truncmod(i, V) * W,
-                            W,
-                        )
+                        _put(regs, i, out, row, lane, out_pitch if window else lanes, V, "none", low, high, W, isa)
                 if epilogue:
                     # a loop over what was just stored, not over registers: one copy of the polynomial's code
                     if last != 0:
                         for i in T.serial(Q * V):
-                            _activate_in_place(
+                            activate_in_place(
                                 out,
-                                (row + T.truncdiv(i, V)) * (out_pitch if window else lanes)
-                                + lane
-                                + T.truncmod(i, V) * W,
+                                _position(i, V, W, row, lane, out_pitch if window else lanes),
                                 act,
                                 low,
                                 high,
@@ -503,7 +469,7 @@ def _one_lane(R, act, isa):
                 prefetch(values, (begin + j * U) * R + AHEAD)
                 prefetch(columns, begin + j * U + AHEAD // R)
                 for u in T.unroll(U):
-                    _fma(
+                    fma(
                         regs,
                         u * R,
                         values[at((begin + j * U + u) * R, R)],
@@ -511,7 +477,7 @@ def _one_lane(R, act, isa):
                         R,
                     )
             for j in T.serial(T.truncmod(count, U)):
-                _fma(
+                fma(
                     regs,
                     0,
                     values[at((begin + count - 1 - j) * R, R)],
@@ -519,10 +485,10 @@ def _one_lane(R, act, isa):
                     R,
                 )
             for u in T.unroll(U - 1):
-                _add(regs, 0, (u + 1) * R, R)
+                add(regs, 0, (u + 1) * R, R)
             store(out, regs[at(0, R)], row, R)
             if epilogue:
                 if last != 0:
-                    _activate_in_place(out, row, act, low, high, R, isa)
+                    activate_in_place(out, row, act, low, high, R, isa)
 
     return rx1

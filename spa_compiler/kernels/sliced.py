@@ -32,7 +32,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation
-from spa_compiler.kernels.rx1 import ACCUMULATE, AHEAD, ARRAYS, RESIDUAL, default_blocking, pad_bias
+from spa_compiler.kernels.rx1 import AHEAD, ARRAYS, default_blocking, pad_bias
+from spa_compiler.kernels.sums import ACCUMULATE, RESIDUAL, activate_in_place, add, fma, start
 from spa_compiler.kernels.vector import ANY, AVX512, Isa, at, const, gather, prefetch, spread, store
 
 F32 = NDArray[np.float32]
@@ -198,14 +199,6 @@ def kernel(lanes: int, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
     return _one_lane(act, isa) if lanes == 1 else _many_lanes(lanes, act, isa)
 
 
-def _fma(regs, index, value, x, width):
-    store(regs, regs[at(index, width)] + value * x, index, width)
-
-
-def _add(regs, index, other, width):
-    store(regs, regs[at(index, width)] + regs[at(other, width)], index, width)
-
-
 def _begin(regs, index, mode, bias, begin, places, isa):
     """The first values of a register of rows; `begin` is what they begin with: the output so far, or a residual."""
     W = isa.width
@@ -281,7 +274,7 @@ def _one_lane(act, isa):
                     if u % 2 == 0:
                         prefetch(columns, (begin + j * U + u) * ROWS + AHEAD)
                 for i in T.unroll(U * V):
-                    _fma(
+                    fma(
                         regs,
                         i * W,
                         values[at((begin + j * U) * ROWS + i * W, W)],
@@ -290,7 +283,7 @@ def _one_lane(act, isa):
                     )
             for j in T.serial(T.truncmod(count, U)):
                 for v in T.unroll(V):
-                    _fma(
+                    fma(
                         regs,
                         v * W,
                         values[at((begin + count - 1 - j) * ROWS + v * W, W)],
@@ -298,7 +291,7 @@ def _one_lane(act, isa):
                         W,
                     )
             for i in T.unroll((U - 1) * V):
-                _add(regs, T.truncmod(i, V) * W, (V + i) * W, W)
+                add(regs, T.truncmod(i, V) * W, (V + i) * W, W)
             if epilogue:
                 if last != 0:
                     for v in T.unroll(V):
@@ -315,19 +308,6 @@ def _shape(lanes, isa):
     sums = isa.registers // 2
     vectors = next(v for v in (4, 3, 2, 1) if total % v == 0 and 4 * v <= sums)
     return W, vectors, next(r for r in (16, 8, 4) if r * vectors <= sums)
-
-
-def _first(regs, index, mode, bias, row, begin, position, width):
-    if mode == ACCUMULATE:
-        store(regs, begin[at(position, width)], index, width)
-    elif mode == RESIDUAL:
-        store(regs, begin[at(position, width)] + spread(bias[row], width), index, width)
-    else:
-        store(regs, spread(bias[row], width), index, width)
-
-
-def _activate_in_place(out, position, act, low, high, width, isa):
-    store(out, activation.emit(out[at(position, width)], act, low, high, width, isa), position, width)
 
 
 def _many_lanes(lanes, act, isa):
@@ -374,7 +354,7 @@ def _many_lanes(lanes, act, isa):
                 if mode == ACCUMULATE:
                     for r in T.unroll(R):
                         for v in T.unroll(V):
-                            _first(
+                            start(
                                 regs,
                                 (r * V + v) * W,
                                 ACCUMULATE,
@@ -387,7 +367,7 @@ def _many_lanes(lanes, act, isa):
                 elif mode == RESIDUAL:
                     for r in T.unroll(R):
                         for v in T.unroll(V):
-                            _first(
+                            start(
                                 regs,
                                 (r * V + v) * W,
                                 RESIDUAL,
@@ -400,13 +380,13 @@ def _many_lanes(lanes, act, isa):
                 else:
                     for r in T.unroll(R):
                         for v in T.unroll(V):
-                            _first(regs, (r * V + v) * W, None, bias, order[g * ROWS + first + r], None, 0, W)
+                            start(regs, (r * V + v) * W, None, bias, order[g * ROWS + first + r], None, 0, W)
                 for j in T.serial(count):
                     prefetch(values, (begin + j) * ROWS + AHEAD)
                     prefetch(columns, (begin + j) * ROWS + AHEAD)
                     for r in T.unroll(R):
                         for v in T.unroll(V):
-                            _fma(
+                            fma(
                                 regs,
                                 (r * V + v) * W,
                                 spread(values[(begin + j) * ROWS + first + r], W),
@@ -425,7 +405,7 @@ def _many_lanes(lanes, act, isa):
                     # a loop over what was just stored, not over registers: one copy of the polynomial's code
                     if last != 0:
                         for i in T.serial(R * V):
-                            _activate_in_place(
+                            activate_in_place(
                                 out,
                                 order[g * ROWS + first + T.truncdiv(i, V)] * lanes + lane + T.truncmod(i, V) * W,
                                 act,

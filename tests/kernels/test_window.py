@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import signal
 
-from spa_compiler.kernels import activation, rx1, window
+from spa_compiler.kernels import activation, rx1, sums, window
 from spa_compiler.kernels.window import Window
 from tests.kernel_harness import assert_close, assert_untouched, call, guarded, output, sparse
 
@@ -150,7 +150,7 @@ def test_the_product_reads_columns_where_the_offsets_say(
     out, canaries = output((groups * rows, out_pitch), data.draw(st.integers(0, 3), "slack"))
     out[:] = 7.0
     base = guarded(rng.standard_normal((groups * rows, base_pitch)).astype(np.float32))
-    first_mode = data.draw(st.sampled_from([rx1.BIAS, rx1.RESIDUAL]), "mode")
+    first_mode = data.draw(st.sampled_from([sums.BIAS, sums.RESIDUAL]), "mode")
     blocks = -(-packed.k // packed.k_block)
     assert packed.chunk >= packed.n
     for b in range(blocks):
@@ -167,7 +167,7 @@ def test_the_product_reads_columns_where_the_offsets_say(
             base,
             out,
             groups,
-            rx1.ACCUMULATE if b else first_mode,
+            sums.ACCUMULATE if b else first_mode,
             int(b == blocks - 1),
             base_pitch,
             out_pitch,
@@ -176,10 +176,10 @@ def test_the_product_reads_columns_where_the_offsets_say(
         )
     assert_untouched(canaries)
     assert (out[:, lanes:] == 7.0).all()
-    sums = window.reference(x, rx1.unpack(packed), packed.bias[:19], w).reshape(19, -1)
+    dense = window.reference(x, rx1.unpack(packed), packed.bias[:19], w).reshape(19, -1)
     for lane, length, place in window.runs_reference(first, lanes, *size):
-        want = sums[:, place : place + length]
-        if first_mode == rx1.RESIDUAL:
+        want = dense[:, place : place + length]
+        if first_mode == sums.RESIDUAL:
             want = want + base[:19, lane : lane + length]
         assert_close(out[:19, lane : lane + length], activation.reference(want, act, -0.75, 0.5), w.k + 4)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import resource
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,21 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_compiler.runtime import link
-from tests.region_harness import MCPU, assert_parity, run, session
+from tests.region_harness import assert_parity, linked, run, session
 from tests.window_harness import CONVOLUTIONS
 
 
-@functools.cache
-def folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="spa-tests-")
-
-
-@functools.cache
 def library() -> Path:
-    path = Path(folder().name) / "kernels.so"
-    link.link([c.region for c in CONVOLUTIONS.values()], (MCPU,), path)
-    return path
+    return linked(*(c.region for c in CONVOLUTIONS.values()))
 
 
 @functools.cache
