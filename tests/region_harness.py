@@ -70,6 +70,7 @@ class Recorder:
         self, source: Value, n: int, rows: int, act: str, residual: Value | None, options: dict[str, Any]
     ) -> tuple[LinearSpec, Term | None, Evaluate]:
         bounds = options.pop("low", 0.0), options.pop("high", 0.0)
+        factor: Value | None = options.pop("factor", None)
         second: tuple[Value, int, float] | None = options.pop("term", None)  # what it reads, R, density
         packed, product = self._product(source, n, rows, options)
         parts, term = [product], None
@@ -81,15 +82,18 @@ class Recorder:
 
         def evaluate(inputs: Sequence[F64]) -> F64:
             y = sum(part(inputs) for part in parts) + packed.bias[:n].astype(np.float64)
-            return activation.reference(y + residual.evaluate(inputs) if residual else y, act, *bounds)
+            y = activation.reference(y + residual.evaluate(inputs) if residual else y, act, *bounds)
+            return y * factor.evaluate(inputs) if factor else y
 
         return spec, term, evaluate
 
     def linear(
         self, source: Value, n: int, rows: int, act: str = "none", residual: Value | None = None, **options: Any
     ) -> Value:
+        factor: Value | None = options.get("factor")
         spec, term, evaluate = self._weight(source, n, rows, act, residual, options)
-        return Value(self.builder.linear(source.panel, spec, residual.panel if residual else None, term), evaluate)
+        panels = [None if v is None else v.panel for v in (residual, factor)]
+        return Value(self.builder.linear(source.panel, spec, panels[0], term, panels[1]), evaluate)
 
     def linear_out(
         self, source: Value, n: int, rows: int, act: str = "none", residual: Value | None = None, **options: Any
@@ -98,17 +102,19 @@ class Recorder:
         self.builder.linear_out(source.panel, spec, residual.panel if residual else None, term)
         self.outputs.append(evaluate)
 
-    def norm(self, source: Value) -> Value:
+    def norm(self, source: Value, centred: bool = True) -> Value:
         features, number = source.panel.features, len(self.builder.norms)
         gamma, beta = self.rng.standard_normal((2, features)).astype(np.float32)
-        self.norms += [(f"gamma{number}", gamma), (f"beta{number}", beta)]
+        self.norms.append((f"gamma{number}", gamma))
+        if centred:
+            self.norms.append((f"beta{number}", beta))
 
         def evaluate(inputs: Sequence[F64]) -> F64:
             x = source.evaluate(inputs)
-            centred = x - x.mean(axis=1, keepdims=True)
-            return centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + EPSILON) * gamma + beta
+            x = x - x.mean(axis=1, keepdims=True) if centred else x
+            return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + EPSILON) * gamma + (beta if centred else 0)
 
-        return Value(self.builder.norm(source.panel, NormSpec(features, EPSILON)), evaluate)
+        return Value(self.builder.norm(source.panel, NormSpec(features, EPSILON, centred)), evaluate)
 
     def unpack(self, source: Value) -> None:
         self.builder.unpack(source.panel)
@@ -249,6 +255,21 @@ def _few() -> Case:
     return r.finish()
 
 
+def _gated() -> Case:
+    """A Llama's feed-forward part: RMS norms and gates, of odd sizes, in several chunks, with a residual and a sum."""
+    r = Recorder(np.random.default_rng(8))
+    x = r.pack(101)
+    normed = r.norm(x, centred=False)
+    gate = r.linear(normed, 301, 4, "silu", chunk=128)
+    y = r.linear(r.linear(normed, 301, 1, factor=gate), 101, 1, residual=x)
+    r.unpack(y)
+    z = r.linear(
+        r.norm(y, centred=False), 40, 4, "relu", residual=r.linear(r.norm(y), 40, 8), factor=r.linear(x, 40, 4)
+    )
+    r.linear_out(r.linear(z, 40, 1, "silu", term=(x, 4, 0.5), factor=z), 35, INTERLEAVED)
+    return r.finish()
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": _mlp,
     "single": _single,
@@ -256,6 +277,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "sum": _sum,
     "thin": _thin,
     "few": _few,
+    "gated": _gated,
 }
 
 

@@ -169,10 +169,12 @@ def _assemble_panels(
     for element in group.elements:
         output, wanted = element.output, any(element.output is r for r in results)
         if isinstance(element, NormSite):
-            made = builder.norm(panel(element.source, element.features), NormSpec(element.features, element.epsilon))
+            spec_of_norm = NormSpec(element.features, element.epsilon, element.beta is not None)
+            made = builder.norm(panel(element.source, element.features), spec_of_norm)
             norm_arrays += [
                 gs.Constant(f"{output.name}.{what}", np.ascontiguousarray(values))
                 for what, values in (("gamma", element.gamma), ("beta", element.beta))
+                if values is not None
             ]
         elif isinstance(element, AttentionSite):
             width = element.heads * element.depth
@@ -189,11 +191,12 @@ def _assemble_panels(
             if element.term is not None and other is not None:
                 term = Term(panel(element.term.source, element.term.k), other)
             residual = None if element.residual is None else panel(element.residual, element.n)
-            if wanted and id(output) not in inside:
+            factor = None if element.factor is None else panel(element.factor, element.n)
+            if wanted and id(output) not in inside and factor is None:
                 builder.linear_out(source, spec, residual, term)
                 order.append(output)
                 continue
-            made = builder.linear(source, spec, residual, term)
+            made = builder.linear(source, spec, residual, term, factor)
         else:
             raise TypeError(f"{type(element).__name__} does not run on panels")
         panels[id(output)] = made

@@ -1,4 +1,8 @@
-"""LayerNormalization over the last axis, as one op or as exporters decompose it."""
+"""LayerNormalization and RMS normalization over the last axis, as one op or as exporters decompose them.
+
+x - ReduceMean - Sub - Pow - ReduceMean - Add epsilon - Sqrt - Div - Mul gamma - Add beta
+x - Pow - ReduceMean - Add epsilon - Sqrt - Div (or Reciprocal, Div 1, and Mul) - Mul gamma
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,16 @@ F32 = NDArray[np.float32]
 
 @dataclass(eq=False)
 class NormSite:
-    """(source - mean) / sqrt(variance + epsilon) * gamma + beta over the last axis, computed by `nodes`."""
+    """(source - mean) / sqrt(variance + epsilon) * gamma + beta over the last axis, computed by `nodes`.
+
+    Without a `beta` it is the RMS norm: no mean is taken off, and the variance is the mean of squares.
+    """
 
     source: gs.Variable
     output: gs.Variable
     nodes: list[gs.Node]
     gamma: F32
-    beta: F32
+    beta: F32 | None
     epsilon: float
 
     @property
@@ -36,17 +43,27 @@ class NormSite:
         return len(self.gamma)
 
 
+#: SimplifiedLayerNormalization is ONNX Runtime's; it is in the standard domain in files that its optimizer wrote.
+_RMS_OPS = {"RMSNormalization": ("",), "SimplifiedLayerNormalization": ("", "com.microsoft")}
+
+
 def find_norms(model: Model) -> list[NormSite]:
-    """Every LayerNormalization over the last axis with constant float32 parameters, in topological order."""
-    found, outputs = [], held(model.graph)
+    """Every norm over the last axis with constant float32 parameters, in topological order."""
+    found: list[NormSite] = []
+    outputs, taken = held(model.graph), set[int]()
     for node in model.graph.nodes:
         site = None
+        if id(node) in taken:  # the second half of a LayerNormalization is the RMS norm of what is centred
+            continue
         if node.op == "LayerNormalization" and not node.domain:
             site = _operator(node, outputs)
+        elif node.op in _RMS_OPS and node.domain in _RMS_OPS[node.op]:
+            site = _rms_operator(node, outputs)
         elif node.op == "ReduceMean":
-            site = _decomposed(node, outputs)
+            site = _decomposed(node, outputs) or _rms(node, outputs)
         if site is not None:
             found.append(site)
+            taken |= {id(n) for n in site.nodes}
     return found
 
 
@@ -58,12 +75,70 @@ def _vector(tensor: gs.Tensor, rank: int | None = None) -> F32 | None:
     return values.reshape(-1) if values.ndim and values.size == values.shape[-1] and values.size > 1 else None
 
 
-def _operator(node: gs.Node, outputs: Sequence[gs.Variable]) -> NormSite | None:
+def _of_last_axis(node: gs.Node, outputs: Sequence[gs.Variable]) -> bool:
+    """Whether an operator normalizes the last axis, and nobody reads its statistics."""
     rank = len(node.inputs[0].shape) if node.inputs[0].shape is not None else None
     axis = int(node.attrs.get("axis", -1))
     if axis != -1 and (rank is None or axis != rank - 1):
+        return False
+    return not any(o.outputs or any(o is held for held in outputs) for o in node.outputs[1:])
+
+
+def _rms_operator(node: gs.Node, outputs: Sequence[gs.Variable]) -> NormSite | None:
+    source = node.inputs[0]
+    if not isinstance(source, gs.Variable) or not _of_last_axis(node, outputs):
         return None
-    if any(o.outputs or any(o is held for held in outputs) for o in node.outputs[1:]):
+    # where sums are taken in another type than float32, the float32 kernel is no replacement
+    if int(node.attrs.get("stash_type", 1)) != 1 or len(node.inputs) != 2:
+        return None
+    gamma = _vector(node.inputs[1], None if source.shape is None else len(source.shape))
+    if gamma is None or not _fits(source, gamma):
+        return None
+    return NormSite(source, node.outputs[0], [node], gamma, None, float(node.attrs.get("epsilon", 1e-5)))
+
+
+def _rms(mean: gs.Node, outputs: Sequence[gs.Variable]) -> NormSite | None:
+    """Pow or Mul, ReduceMean, Add, Sqrt, then x over it, each step but the source read by the next alone."""
+    squared = mean.inputs[0]
+    square = squared.inputs[0] if isinstance(squared, gs.Variable) and len(squared.inputs) == 1 else None
+    if square is None or square.domain or only_reader(squared, outputs) is not mean or not _over_last(mean):
+        return None
+    source = square.inputs[0]
+    if not isinstance(source, gs.Variable) or not _is_square(square, source):
+        return None
+    add = _then(mean, "Add", outputs)
+    root = _then(add, "Sqrt", outputs)
+    epsilon = None if add is None else _scalar(add)
+    found = None if root is None or epsilon is None else _over(source, root, outputs)
+    if add is None or root is None or epsilon is None or found is None:
+        return None
+    scale = _then(found[-1], "Mul", outputs)
+    gamma = None if scale is None else _operand(scale, found[-1].outputs[0])
+    if scale is None or gamma is None or not _fits(source, gamma):
+        return None
+    nodes = [square, mean, add, root, *found, scale]
+    return NormSite(source, scale.outputs[0], nodes, gamma, None, epsilon)
+
+
+def _over(source: gs.Variable, root: gs.Node, outputs: Sequence[gs.Variable]) -> list[gs.Node] | None:
+    """The nodes of source / root: Div, or the reciprocal and Mul."""
+    reader = only_reader(root.outputs[0], outputs)
+    if reader is None or reader.domain:
+        return None
+    if reader.op == "Div" and reader.inputs[0] is source and reader.inputs[1] is root.outputs[0]:
+        return [reader]
+    inverse = reader.op == "Reciprocal" or (
+        reader.op == "Div" and reader.inputs[1] is root.outputs[0] and _scalar(reader) == 1.0
+    )
+    product = _then(reader, "Mul", outputs) if inverse else None
+    if product is None or not any(i is source for i in product.inputs):
+        return None
+    return [reader, product]
+
+
+def _operator(node: gs.Node, outputs: Sequence[gs.Variable]) -> NormSite | None:
+    rank = len(node.inputs[0].shape) if node.inputs[0].shape is not None else None
+    if not _of_last_axis(node, outputs):
         return None
     gamma = _vector(node.inputs[1], rank)
     beta = _vector(node.inputs[2], rank) if len(node.inputs) > 2 and node.inputs[2].name else None

@@ -77,6 +77,8 @@ def inputs_of(element: Element) -> Iterator[gs.Variable]:
             yield element.term.source
         if element.residual is not None:
             yield element.residual
+        if element.factor is not None:
+            yield element.factor
 
 
 def single(sites: Sequence[Site]) -> list[Group]:
@@ -103,7 +105,13 @@ def join(
     for site in sites:
         _take_residual(site, outputs, shapes, taken)
     made = {id(site.output) for site in sites}
-    elements: list[Element] = [*sites, *(n for n in norms if id(n.source) in made)]
+    for site in sites:
+        _take_factor(site, made, outputs, shapes, taken)
+    made = {id(site.output) for site in sites}
+    # Of what others made, a norm comes along where a residual needs the same panel anyway, as in front of a block.
+    packed, read = {id(site.residual) for site in sites}, {id(site.source) for site in sites}
+    behind = (n for n in norms if id(n.source) in made or (id(n.source) in packed and id(n.output) in read))
+    elements: list[Element] = [*sites, *behind]
     elements += [a for a in attentions if all(id(t) in made for t in inputs_of(a))]
     elements += depthwise
     groups = [Group([e], e.layout if isinstance(e, Site | DepthwiseSite) else "rows") for e in elements]
@@ -160,14 +168,34 @@ def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, t
     if add is None or add.op != "Add" or add.domain or id(add) in taken:
         return
     other = next((i for i in add.inputs if i is not site.output), None)
-    if not isinstance(other, gs.Variable) or not all(
-        s.get(other.name) is not None and s.get(other.name) == s.get(site.output.name) for s in shapes
-    ):
+    if not isinstance(other, gs.Variable) or not _alike(site.output, other, shapes):
         return
     taken.add(id(add))
     site.residual, site.output = other, add.outputs[0]
     site.nodes = [*site.nodes, add]
     take_epilogue(site, outputs)
+
+
+def _take_factor(site: Site, made: set[int], outputs: Sequence[gs.Variable], shapes: Shapes, taken: set[int]) -> None:
+    """act(W x + b) * other: the Mul right behind a site, if another site of `made` gives the other operand.
+
+    As in SwiGLU, where one of the two sites takes the Mul. What others made would have to be packed, which costs what
+    the Mul costs.
+    """
+    mul = only_reader(site.output, outputs)
+    if site.layout != "rows" or mul is None or mul.op != "Mul" or mul.domain or id(mul) in taken:
+        return
+    other = next((i for i in mul.inputs if i is not site.output), None)
+    if not isinstance(other, gs.Variable) or id(other) not in made or not _alike(site.output, other, shapes):
+        return
+    taken.add(id(mul))
+    site.factor, site.output = other, mul.outputs[0]
+    site.nodes = [*site.nodes, mul]
+
+
+def _alike(one: gs.Variable, other: gs.Variable, shapes: Shapes) -> bool:
+    """Whether two tensors have one shape at every binding."""
+    return all(known.get(one.name) is not None and known.get(one.name) == known.get(other.name) for known in shapes)
 
 
 def _fit_together(groups: Sequence[Group], shapes: Shapes) -> bool:

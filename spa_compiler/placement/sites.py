@@ -32,7 +32,8 @@ class Site:
     `source` is x, `output` the result, `nodes` what computes it now. `layout` is that of `kernels/panel.py`.
     A convolution that looks at more than a pixel has a `window`, its x is what the window sees there: k values a pixel.
     `residual` is set when a residual Add right behind the site is taken in, `term` when it is the sum of two sites:
-    act(W x + V z + b + residual), with z and V those of the other one, whose bias is in `bias`.
+    act(W x + V z + b + residual), with z and V those of the other one, whose bias is in `bias`. `factor` is what the
+    result is multiplied with, as in SwiGLU.
     """
 
     op: WeightedOp
@@ -45,6 +46,7 @@ class Site:
     low: float = 0.0
     high: float = 0.0
     residual: gs.Variable | None = None
+    factor: gs.Variable | None = None
     term: Site | None = None
     window: Window | None = None
     _weight: F32 | None = field(default=None, repr=False)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from spa_compiler.kernels import attention, depthwise, layernorm, panel, window
+from spa_compiler.kernels import attention, depthwise, gate, layernorm, panel, rmsnorm, window
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.images import ImageRegion
-from spa_compiler.runtime.region import LinearSpec, RegionSpec
+from spa_compiler.runtime.region import LinearSpec, NormSpec, RegionSpec
 from spa_compiler.targets import level_number
 
 Region = RegionSpec | ImageRegion
@@ -24,6 +24,8 @@ _C_TYPES = {
     "unpack": "Unpack",
     "linear": "Multiply",
     "layernorm": "Norm",
+    "rmsnorm": "Norm",
+    "gate": "Gate",
     "attention": "Attend",
     "shift": "Shift",
     "crop": "Crop",
@@ -46,6 +48,10 @@ def _array_of(linear: LinearSpec, region: Region) -> str:
     return f"linear_{_functions(linear, region)[0].removeprefix('spa_')}"
 
 
+def _array_of_norm(norm: NormSpec) -> str:
+    return "layernorm" if norm.centred else "rmsnorm"
+
+
 def kernels_of(regions: Sequence[Region]) -> dict[str, tuple[str, ...]]:
     """C array name -> the functions in it (one per lane count), for everything that the regions call."""
     arrays: dict[str, tuple[str, ...]] = {}
@@ -66,8 +72,11 @@ def _kernels_of_panels(region: RegionSpec) -> dict[str, tuple[str, ...]]:
         arrays[_array_of(linear, region)] = _functions(linear, region)
     if region.attentions:
         arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
-    if region.norms:
-        arrays["layernorm"] = tuple(layernorm.name(lanes) for lanes in panel.LANE_COUNTS)
+    if region.gates:
+        arrays["gate"] = (gate.NAME,)
+    for norm in region.norms:
+        name = layernorm.name if norm.centred else rmsnorm.name
+        arrays[_array_of_norm(norm)] = tuple(name(lanes) for lanes in panel.LANE_COUNTS)
     return arrays
 
 
@@ -130,7 +139,8 @@ def _data(region: Region, level: str) -> list[str]:
     if isinstance(region, ImageRegion):
         return [*array("LinearInfo", "linears", linears), *_data_of_images(region, level)]
     norms = [
-        f"{{.features = {s.features}, .epsilon = {_c_float(s.epsilon)}, .kernels = {symbol('layernorm', level)}}}"
+        f"{{.features = {s.features}, .epsilon = {_c_float(s.epsilon)}, .arrays = {s.arrays}, "
+        f".kernels = {symbol(_array_of_norm(s), level)}}}"
         for s in region.norms
     ]
     attentions = [
@@ -214,9 +224,11 @@ def _row(region: Region, level: str) -> str:
         fields |= {
             **{way: symbol(way, level) for way in ("pack", "unpack")},
             **{what: symbol(f"{op}_{what}", level) if there else "NULL" for what, there in arrays.items()},
+            "gate": symbol(gate.NAME, level) if region.gates else "NULL",
             "masks": region.masks,
             "whole_sequences": int(bool(region.attentions)),
             "scratch_rows": region.scratch_rows,
             "norm_count": len(region.norms),
+            "norm_arrays": sum(s.arrays for s in region.norms),
         }
     return f"  {{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}},"

@@ -52,10 +52,16 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """LayerNormalization over `features`."""
+    """LayerNormalization over `features`; not `centred`: RMS normalization, which takes no mean off and has no beta."""
 
     features: int
     epsilon: float
+    centred: bool = True
+
+    @property
+    def arrays(self) -> int:
+        """Initializers of its own: gamma, and beta."""
+        return 2 if self.centred else 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class RegionSpec:
     norms: tuple[NormSpec, ...]
     attentions: tuple[AttentionSpec, ...]
     masks: int
+    gates: bool  # whether a product is multiplied with a panel
     lines: tuple[str, ...]
     scratch_rows: int
 
@@ -130,6 +137,7 @@ class RegionBuilder:
     norms: list[NormSpec] = field(default_factory=list)
     attentions: list[AttentionSpec] = field(default_factory=list)
     masks: int = 0
+    _gates: bool = False
     _panels: list[Panel] = field(default_factory=list)
     _steps: list[_Step] = field(default_factory=list)
 
@@ -140,15 +148,23 @@ class RegionBuilder:
         self._add(f"spa_pack(r, {len(self.inputs) - 1}, {{0}})", to)
         return to
 
-    def linear(self, source: Panel, spec: LinearSpec, residual: Panel | None = None, term: Term | None = None) -> Panel:
-        """act(W source + b + residual) as a panel; the activation is that of `spec`.
+    def linear(
+        self,
+        source: Panel,
+        spec: LinearSpec,
+        residual: Panel | None = None,
+        term: Term | None = None,
+        factor: Panel | None = None,
+    ) -> Panel:
+        """act(W source + b + residual) x factor as a panel; the activation is that of `spec`.
 
         Args:
             term: a second product, added in the same pass over the output's chunks; its bias is not read, and the
                 activation is its own, since it comes last.
+            factor: a panel of as many features; what an activation gave is multiplied with it.
         """
         to = self._new(spec.n)
-        self._linear("", source, spec, residual, term, to)
+        self._linear("_times" if factor else "", source, spec, residual, term, to, factor)
         return to
 
     def linear_out(
@@ -159,7 +175,7 @@ class RegionBuilder:
         self._linear("_out", source, spec, residual, term, None)
 
     def norm(self, source: Panel, spec: NormSpec) -> Panel:
-        """LayerNormalization, into a panel of its own (the source may be a residual that is still needed)."""
+        """A norm, into a panel of its own (the source may be a residual that is still needed)."""
         self.norms.append(spec)
         to = self._new(spec.features)
         self._add(f"spa_norm(r, {len(self.norms) - 1}, {{0}}, {{1}})", source, to)
@@ -201,6 +217,7 @@ class RegionBuilder:
             tuple(self.norms),
             tuple(self.attentions),
             self.masks,
+            self._gates,
             tuple(s.text.format(*(p.place for p in s.panels)) for s in self._steps),
             max((p.place + p.rows for p in placed), default=0),
         )
@@ -213,6 +230,7 @@ class RegionBuilder:
         residual: Panel | None,
         term: Term | None,
         to: Panel | None,
+        factor: Panel | None = None,
     ) -> None:
         panels: list[Panel] = []
 
@@ -227,7 +245,11 @@ class RegionBuilder:
                 raise ValueError(f"two products that are cut differently: {spec} and {term.spec}")
             self.linears.append(term.spec)
             arguments += [str(len(self.linears) - 1), place(term.source)]
-        arguments += [place(residual) if residual else "-1", place(to) if to else str(len(self.outputs) - 1)]
+        arguments.append(place(residual) if residual else "-1")
+        if factor:
+            arguments.append(place(factor))
+            self._gates = True
+        arguments.append(place(to) if to else str(len(self.outputs) - 1))
         call = f"spa_{'linear' if term is None else 'sum'}{way}"
         self._add(f"{call}({', '.join(arguments)})", *panels)
 

@@ -153,6 +153,14 @@ def test_one_token_uses_no_512_bit_registers() -> None:
     ],
 )
 def test_nothing_made_for_a_level_needs_a_higher_one(level: str, foreign: str) -> None:
-    for name in ("spa_rx1_4_64_gelu_erf", "spa_attention_64", "spa_layernorm_48", "spa_pack_rows_64", "spa_shift"):
+    for name in (
+        "spa_rx1_4_64_gelu_erf",
+        "spa_attention_64",
+        "spa_layernorm_48",
+        "spa_rmsnorm_48",
+        "spa_rmsnorm_1",
+        "spa_pack_rows_64",
+        "spa_shift",
+    ):
         text = compile_module([kernel(name, level)], level).inspect_source("asm")
         assert not re.search(foreign, text, re.MULTILINE), name

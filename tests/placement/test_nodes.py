@@ -45,6 +45,12 @@ def pointwise(n: int, k: int) -> F32:
     return np.ascontiguousarray(sparse(k, n).T).reshape(n, k, 1, 1)
 
 
+def rms(x: str, number: str) -> str:
+    q, m, e, r, d = (f"{name}{number}" for name in "qmerd")
+    return f"""{q} = Pow({x}, {{2.0}}) {m} = ReduceMean <axes = [-1]> ({q}) {e} = Add({m}, {{1e-6}}) {r} = Sqrt({e})
+               {d} = Div({x}, {r}) n{number} = Mul({d}, gamma)"""
+
+
 GELU = "d = Div(a, {1.4142135381698608}) e = Erf(d) f = Add(e, {1.0}) t = Mul(a, f) h = Mul(t, {0.5})"
 
 CASES: dict[str, onnx.ModelProto] = {
@@ -76,6 +82,17 @@ CASES: dict[str, onnx.ModelProto] = {
         u=sparse(40, 24),
         gamma=vector(24),
         beta=vector(24),
+    ),
+    "a block with RMS norms and gates": network(
+        f"""g (float["b","s",24] x) => (float["b","s",24] y) {{
+          {rms("x", "1")} g0 = MatMul(n1, w) s = Sigmoid(g0) g = Mul(g0, s) u = MatMul(n1, v) h = Mul(g, u)
+          k = MatMul(h, d) z = Add(x, k) {rms("z", "2")} o = MatMul(n2, e) y = Add(o, z) }}""",
+        '<ir_version: 8, opset_import: ["" : 17]>\n',
+        w=sparse(24, 70),
+        v=sparse(24, 70, 1),
+        d=sparse(70, 24),
+        e=sparse(24, 24),
+        gamma=vector(24),
     ),
     "siblings": network(
         """g (float["b","s",32] x) => (float["b","s",32] q, float["b","s",32] k, float["b","s",32] v) {

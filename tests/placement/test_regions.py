@@ -257,6 +257,74 @@ def test_a_norm_alone_is_left_to_onnx_runtime() -> None:
     assert elements(joined(model_of(text, w=SQUARE["w"], **VECTORS))) == [["m"]]
 
 
+GATES = "a = MatMul(x, w) s = Sigmoid(a) h = Mul(a, s) b = MatMul(x, v)"
+
+
+@pytest.mark.parametrize("operands", ["h, b", "b, h"])
+def test_a_gate_is_multiplied_inside(operands: str) -> None:
+    text = f"g (float[N,S,8] x) => (float[N,S,8] y) {{ {GATES} m = Mul({operands}) y = MatMul(m, u) }}"
+    (group,) = joined(model_of(text, **SQUARE))
+    assert elements([group]) == [["b", "m", "y"]] or elements([group]) == [["h", "m", "y"]]
+    taker = group.elements[1]
+    assert isinstance(taker, Site)
+    assert taker.factor is group.elements[0].output
+    assert [t.name for t in group.external()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "z = Tanh(x) m = Mul(h, z) n = Tanh(b)",  # the factor is none of ours
+        "m = Div(h, b) n = Tanh(x)",
+        "m = Mul(h, b) n = Add(h, b)",  # both are read elsewhere, too
+        "k = Transpose <perm = [1, 0, 2]> (b) m = Mul(h, k) n = Tanh(x)",
+        "m = Mul(b, b) n = Tanh(h)",
+    ],
+)
+def test_other_products_stay_outside(rest: str) -> None:
+    text = f"g (float[N,N,8] x) => (float[N,N,8] y) {{ {GATES} {rest} p = MatMul(m, u) y = Add(p, n) }}"
+    groups = joined(model_of(text, **SQUARE), {"x": np.zeros((3, 3, 8), np.float32)})
+    assert "m" not in {name for names in elements(groups) for name in names}
+    assert all(site.factor is None for g in groups for site in g.products)
+
+
+def test_a_gate_that_is_broadcast_at_one_of_the_shapes_stays_outside() -> None:
+    text = """g (float[N,8] x, float[M,8] z) => (float[N,8] y) {
+      a = MatMul(x, w) b = MatMul(z, v) m = Mul(a, b) y = MatMul(m, u) }"""
+    one, two = np.zeros((1, 8), np.float32), np.zeros((2, 8), np.float32)
+    assert "m" in str(elements(joined(model_of(text, **SQUARE), {"x": two, "z": two})))
+    assert "m" not in str(elements(joined(model_of(text, **SQUARE), {"x": two, "z": two}, {"x": two, "z": one})))
+
+
+RMS = (
+    "q = Pow(x, {2.0}) m = ReduceMean <axes = [-1]> (q) e = Add(m, {1e-6}) r = Sqrt(e) d = Div(x, r) n = Mul(d, gamma)"
+)
+OPSET_17 = '<ir_version: 8, opset_import: ["" : 17]>\n'
+
+
+def test_a_norm_in_front_of_a_block_comes_along() -> None:
+    """The residual needs the panel of x anyway."""
+    text = f"g (float[N,S,8] x) => (float[N,S,8] y) {{ {RMS} a = MatMul(n, w) b = MatMul(a, v) y = Add(x, b) }}"
+    (group,) = joined(model_of(text, OPSET_17, **SQUARE, gamma=VECTORS["gamma"]))
+    assert elements([group]) == [["n", "a", "y"]]
+    assert [t.name for t in group.external()] == ["x"]
+
+
+def test_a_norm_of_what_others_made_stays_outside_without_a_residual_or_a_reader() -> None:
+    for rest in ("a = MatMul(n, w) y = MatMul(a, v)", "a = MatMul(x, w) b = Add(a, x) y = Sub(b, n)"):
+        text = f"g (float[N,S,8] x) => (float[N,S,8] y) {{ {RMS} {rest} }}"
+        groups = joined(model_of(text, OPSET_17, **SQUARE, gamma=VECTORS["gamma"]))
+        assert all("n" not in names for names in elements(groups))
+
+
+def test_a_norm_that_others_read_too_comes_out() -> None:
+    text = f"""g (float[N,S,8] x) => (float[N,S,8] y, float[N,S,8] z) {{
+      {RMS} a = MatMul(n, w) y = Add(x, a) z = Tanh(n) }}"""
+    model = model_of(text, OPSET_17, **SQUARE, gamma=VECTORS["gamma"])
+    (group,) = joined(model)
+    assert [t.name for t in group.results(model.graph.outputs)] == ["n", "y"]
+
+
 def test_values_inside_that_others_read_come_out() -> None:
     text = """g (float[N,S,8] x) => (float[N,S,8] y, float[N,S,8] z, float[N,S,8] h) {
       h = MatMul(x, w) y = MatMul(h, v) z = Tanh(h) }"""

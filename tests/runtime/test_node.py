@@ -16,7 +16,7 @@ from tests.region_harness import CASES, MCPU, assert_parity, case, run, session
 from tests.runtime_malformed import BAD, case_of, edited
 
 TOKENS = (0, 1, 3, 7, 16, 33, 64, 65, 128, 200)
-ROWS = ("mlp", "single", "wide", "sum", "thin")
+ROWS = ("mlp", "single", "wide", "sum", "thin", "gated")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -137,8 +137,18 @@ def test_another_element_type_is_refused(array: str, dtype: str) -> None:
 @pytest.mark.parametrize("array", ["gamma0", "beta0"])
 def test_norms_are_checked_too(array: str) -> None:
     c = case("mlp")
-    with pytest.raises(Exception, match="norm 0: gamma and beta must have 100 elements, not 99"):
+    with pytest.raises(Exception, match=f"norm 0: {array[:-1]} must have 100 elements, not 99"):
         session(c.model(replace={array: c.arrays[array][:99]}))
+
+
+def test_an_rms_norm_has_no_beta_and_is_checked_too() -> None:
+    c = case("gated")
+    assert [name for name in c.arrays if name.startswith(("gamma", "beta"))] == ["gamma0", "gamma1", "gamma2", "beta2"]
+    for array, norm, count in (("gamma0", 0, 101), ("gamma1", 1, 101), ("beta2", 2, 101)):
+        with pytest.raises(Exception, match=f"norm {norm}: {array[:-1]} must have {count} elements, not {count - 1}"):
+            session(c.model(replace={array: c.arrays[array][:-1]}))
+    with pytest.raises(Exception, match=r"gamma\) must be an initializer"):
+        session(c.model(replace={"gamma1": None}))
 
 
 def test_the_second_weight_is_named() -> None:

@@ -137,10 +137,10 @@ static Status* initialize(Node* node, const void* info) {
                                                 sizeof(uint16_t) * (size_t)own_columns(&region->linears[i]));
   }
   for (int i = 0; i < region->norm_count; ++i)
-    for (int a = 0; a < NORM_ARRAYS; ++a) {
+    for (int a = 0; a < region->norms[i].arrays; ++a) {
       TRY(initializer(node, info, input++, a ? "beta" : "gamma", 1, dims, &node->norms[i][a]));
-      CHECK(node, dims[0] == region->norms[i].features, "norm %d: gamma and beta must have %lld elements, not %lld", i,
-            (long long)region->norms[i].features, (long long)dims[0]);
+      CHECK(node, dims[0] == region->norms[i].features, "norm %d: %s must have %lld elements, not %lld", i,
+            a ? "beta" : "gamma", (long long)region->norms[i].features, (long long)dims[0]);
     }
   for (int i = 0; i < region->depthwise_count; ++i) {
     const DepthwiseInfo* d = &region->depthwise[i];
@@ -221,7 +221,7 @@ const char* spa_provider(const CustomOp* op) { return (void)op, "CPUExecutionPro
 
 size_t spa_input_count(const CustomOp* op) {
   const Region* r = (const Region*)(const void*)op;
-  return (size_t)(r->inputs + r->masks + r->linear_count * LINEAR_ARRAYS + r->norm_count * NORM_ARRAYS +
+  return (size_t)(r->inputs + r->masks + r->linear_count * LINEAR_ARRAYS + r->norm_arrays +
                   r->depthwise_count * DEPTHWISE_ARRAYS);
 }
 

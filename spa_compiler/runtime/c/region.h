@@ -14,7 +14,7 @@
 
 enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8 };
 enum { MAX_IMAGES = 256, REGISTER = 16, SPA_SETS = 1024 }; /* floats between what shares the sets of L1 */
-enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2, DEPTHWISE_ARRAYS = 2 };
+enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2, DEPTHWISE_ARRAYS = 2 }; /* NORM_ARRAYS: at most */
 enum { TAPS, DEPTHWISE_BIAS };
 enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
 
@@ -33,6 +33,7 @@ typedef void Pack(const float* x, float* panel, int32_t tokens, int32_t features
 typedef void Unpack(const float* panel, float* y, int32_t tokens, int32_t features, int32_t stride);
 typedef void Attend(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
                     float* out, int32_t depth, int32_t keys, int32_t part, float scale);
+typedef void Gate(float* x, const float* factor, int32_t count);
 typedef void Norm(const float* x, const float* gamma, const float* beta, float* out, int32_t features, float epsilon);
 
 typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, or, interleaved, sliced.py */
@@ -67,6 +68,7 @@ typedef struct { /* images that are computed band by band: all but the last exis
 typedef struct {
   int64_t features;
   float epsilon;
+  int arrays; /* gamma; a LayerNormalization has beta, too */
   Norm* const* kernels;
 } NormInfo;
 
@@ -83,6 +85,7 @@ typedef struct {
   Status* (*run)(const Run*);
   Pack* const* pack;
   Unpack* const* unpack;
+  Gate* gate;
   const LinearInfo* linears;
   const NormInfo* norms;
   const AttentionInfo* attentions;
@@ -94,7 +97,7 @@ typedef struct {
   Pad* pad;
   int64_t scratch_rows;
   int64_t input_features[MAX_INPUTS], output_features[MAX_OUTPUTS];
-  int inputs, masks, outputs, linear_count, norm_count, depthwise_count;
+  int inputs, masks, outputs, linear_count, norm_count, norm_arrays, depthwise_count;
   int output_images[MAX_OUTPUTS];
   int image_count, chain_count, slots, axes; /* of the windows in a region on images: 1 or 2, 0 without any */
   int whole_sequences; /* rows are [batch, tokens, features] and tiles never cross a sequence */
@@ -201,6 +204,10 @@ Status* spa_linear_out(const Run*, int linear, int64_t from, int64_t residual, i
  * second. Both have the same chunks. */
 Status* spa_sum(const Run*, int first, int64_t from, int second, int64_t second_from, int64_t residual, int64_t to);
 Status* spa_sum_out(const Run*, int first, int64_t from, int second, int64_t second_from, int64_t residual, int output);
+/* The same, times the panel `factor` behind the activation. */
+Status* spa_linear_times(const Run*, int linear, int64_t from, int64_t residual, int64_t factor, int64_t to);
+Status* spa_sum_times(const Run*, int first, int64_t from, int second, int64_t second_from, int64_t residual,
+                      int64_t factor, int64_t to);
 Status* spa_norm(const Run*, int norm, int64_t from, int64_t to);
 /* `mask` < 0: none. q, k, v and `to` are panels of heads x depth features. */
 Status* spa_attention(const Run*, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to);

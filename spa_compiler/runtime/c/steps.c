@@ -18,7 +18,7 @@ typedef struct {
   const NormInfo* norm;
   const void* const* arrays;
   const float* from;
-  float *residual, *to;
+  float *residual, *factor, *to;
   int64_t features;
   const AttentionInfo* attention;
   const float *k, *v, *mask;
@@ -110,6 +110,8 @@ static void linear_item(void* user, size_t item) {
   add_product(r, &s->product[0], tile, chunk, s->residual ? START_RESIDUAL : START_BIAS, s->products == 1,
               s->residual ? s->residual + in_panel : out, out);
   if (s->products == 2) add_product(r, &s->product[1], tile, chunk, ACCUMULATE, 1, out, out);
+  if (s->factor)
+    r->node->region->gate(out, s->factor + in_panel, (int32_t)(least(w->n - row, w->chunk) * r->lanes));
   if (s->edge >= 0) {
     int32_t stride;
     int64_t at = outside(r, tile, w->n, row, &stride);
@@ -177,8 +179,9 @@ static Product product(const Run* r, int linear, int64_t from) {
 
 /* `second` < 0: one product alone */
 static Status* linear_step(const Run* r, int first, int64_t from, int second, int64_t second_from, int64_t residual,
-                           float* to, int edge) {
+                           int64_t factor, float* to, int edge) {
   Step s = {.run = r, .residual = residual < 0 ? NULL : panel_at(r, residual), .to = to, .edge = edge, .products = 1};
+  s.factor = factor < 0 ? NULL : panel_at(r, factor);
   s.product[0] = product(r, first, from);
   if (second >= 0) s.product[s.products++] = product(r, second, second_from);
   const LinearInfo* w = s.product[0].linear;
@@ -186,20 +189,29 @@ static Status* linear_step(const Run* r, int first, int64_t from, int second, in
 }
 
 Status* spa_linear(const Run* r, int linear, int64_t from, int64_t residual, int64_t to) {
-  return linear_step(r, linear, from, -1, 0, residual, panel_at(r, to), -1);
+  return linear_step(r, linear, from, -1, 0, residual, -1, panel_at(r, to), -1);
 }
 
 Status* spa_linear_out(const Run* r, int linear, int64_t from, int64_t residual, int output) {
-  return linear_step(r, linear, from, -1, 0, residual, r->output[output], output);
+  return linear_step(r, linear, from, -1, 0, residual, -1, r->output[output], output);
+}
+
+Status* spa_linear_times(const Run* r, int linear, int64_t from, int64_t residual, int64_t factor, int64_t to) {
+  return linear_step(r, linear, from, -1, 0, residual, factor, panel_at(r, to), -1);
 }
 
 Status* spa_sum(const Run* r, int first, int64_t from, int second, int64_t second_from, int64_t residual, int64_t to) {
-  return linear_step(r, first, from, second, second_from, residual, panel_at(r, to), -1);
+  return linear_step(r, first, from, second, second_from, residual, -1, panel_at(r, to), -1);
 }
 
 Status* spa_sum_out(const Run* r, int first, int64_t from, int second, int64_t second_from, int64_t residual,
                     int output) {
-  return linear_step(r, first, from, second, second_from, residual, r->output[output], output);
+  return linear_step(r, first, from, second, second_from, residual, -1, r->output[output], output);
+}
+
+Status* spa_sum_times(const Run* r, int first, int64_t from, int second, int64_t second_from, int64_t residual,
+                      int64_t factor, int64_t to) {
+  return linear_step(r, first, from, second, second_from, residual, factor, panel_at(r, to), -1);
 }
 
 Status* spa_attention(const Run* r, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to) {
