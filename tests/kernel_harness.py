@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spa_compiler.kernels import panel, rx1, sliced, sums
+from spa_compiler.kernels import panel, rx1, sums
+from spa_compiler.kernels.form import Packed
 from spa_compiler.kernels.lower import build_object
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.link import kernel, run_linker
@@ -98,7 +99,7 @@ def _argument(value: Any) -> Any:
 
 def run_packed(
     names: Iterable[str],
-    packed: rx1.Packed | sliced.Packed,
+    packed: Packed,
     tile: F32,
     act: str = "none",
     low: float = 0.0,
@@ -107,25 +108,28 @@ def run_packed(
     slack: int = 0,
 ) -> F32:
     """What `steps.c` does with one token tile [k, lanes]: all chunks and blocks -> [n, lanes]."""
-    lanes, groups, per_chunk = tile.shape[1], len(packed.bias) // packed.form.rows, packed.chunk // packed.form.rows
-    blocks, entry = -(-packed.k // packed.k_block), 0
-    name = packed.form.kernel(lanes, act, False)
-    x = guarded(tile, slack)
+    form, lanes = packed.form, tile.shape[1]
+    assert form.chunk
+    assert form.k_block
     indptr, order, columns, values, bias = (guarded(a, slack) for a in packed.arrays.values())
+    groups, per_chunk = len(bias) // form.rows, form.chunk // form.rows
+    blocks, entry = -(-packed.k // form.k_block), 0
+    name = form.kernel(lanes, act, False)
+    x = guarded(tile, slack)
     base = None
     if residual is not None:
-        padded = np.zeros((len(packed.bias), lanes), np.float32)
+        padded = np.zeros((len(bias), lanes), np.float32)
         padded[: packed.n] = residual
         base = guarded(padded, slack)
-    out, canaries = output((len(packed.bias), lanes), slack)
+    out, canaries = output((len(bias), lanes), slack)
     for first in range(0, groups, per_chunk):
-        count, row = min(per_chunk, groups - first), first * packed.form.rows
+        count, row = min(per_chunk, groups - first), first * form.rows
         for b in range(blocks):
             mode = sums.ACCUMULATE if b else sums.BIAS if base is None else sums.RESIDUAL
             call(
                 names,
                 name,
-                x[b * packed.k_block :],
+                x[b * form.k_block :],
                 np.zeros(0, np.int32),
                 indptr[entry:],
                 order[entry:],
@@ -147,9 +151,10 @@ def run_packed(
     return np.array(out[: packed.n])
 
 
-def sparse(rng: np.random.Generator, n: int, k: int, rows: int, density: float) -> F32:
-    """A weight [n, k] whose zeros come in `rows` x 1 blocks."""
-    keep = np.repeat(rng.random((-(-n // rows), k)) < density, rows, axis=0)[:n]
+def sparse(rng: np.random.Generator, n: int, k: int, rows: int, density: float, cols: int = 1) -> F32:
+    """A weight [n, k] whose zeros come in `rows` x `cols` blocks; the last ones may be short."""
+    keep = rng.random((-(-n // rows), -(-k // cols))) < density
+    keep = np.repeat(np.repeat(keep, rows, axis=0)[:n], cols, axis=1)[:, :k]
     return (rng.standard_normal((n, k)) * keep).astype(np.float32)
 
 

@@ -14,7 +14,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from spa_compiler.kernels import activation, rx1, sliced
+from spa_compiler.kernels import activation, rx1, rxc, sliced
+from spa_compiler.kernels.form import Packed
 from spa_compiler.runtime import link
 from spa_compiler.runtime.generate import Region
 from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
@@ -40,7 +41,7 @@ class Value:
 class Recorder:
     """`RegionBuilder` that draws the weights too and remembers what numpy has to do.
 
-    `rows` of a step: R of its blocks; INTERLEAVED: slices.
+    `rows` of a step: R of its blocks; INTERLEAVED: slices. `cols`: C, if it is not 1.
     """
 
     rng: np.random.Generator
@@ -59,9 +60,13 @@ class Recorder:
 
     def _product(self, source: Value, n: int, rows: int, options: dict[str, Any]) -> tuple[Any, Evaluate]:
         k = source.panel.features
-        weight = sparse(self.rng, n, k, rows or 1, options.pop("density", 0.3)) / np.float32(k**0.5)
+        cols = options.pop("cols", 1)
+        weight = sparse(self.rng, n, k, rows or 1, options.pop("density", 0.3), cols) / np.float32(k**0.5)
         bias = self.rng.standard_normal(n).astype(np.float32)
-        packed = rx1.pack(weight, bias, rows, **options) if rows else sliced.pack(weight, bias, **options)
+        if cols > 1:
+            packed: Packed = rxc.pack(weight, bias, rows, cols, **options)
+        else:
+            packed = rx1.pack(weight, bias, rows, **options) if rows else sliced.pack(weight, bias, **options)
         number, self.weights = self.weights, self.weights + 1
         self.linears += [(f"{a}{number}", v) for a, v in packed.arrays.items()]
         return packed, lambda inputs: source.evaluate(inputs) @ weight.T.astype(np.float64)
@@ -270,6 +275,18 @@ def _gated() -> Case:
     return r.finish()
 
 
+def _blocks() -> Case:
+    """R x C blocks: several blocks of columns, a short last group, added up with others, both ways out."""
+    r = Recorder(np.random.default_rng(8))
+    x = r.pack(100)
+    hidden = r.linear(x, 389, 4, "gelu_erf", cols=4, k_block=48, chunk=64)
+    r.unpack(hidden)
+    y = r.norm(r.linear(r.linear(x, 200, 1, cols=4), 100, 8, "silu", residual=x, cols=2))
+    r.unpack(r.linear(y, 40, 2, cols=2, residual=r.linear(x, 40, 2, cols=4), term=(x, 1, 0.1)))
+    r.linear_out(y, 50, 4, "clip", cols=4, low=-0.5, high=0.5, k_block=64)
+    return r.finish()
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": _mlp,
     "single": _single,
@@ -278,6 +295,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "thin": _thin,
     "few": _few,
     "gated": _gated,
+    "blocks": _blocks,
 }
 
 

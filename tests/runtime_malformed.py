@@ -71,10 +71,32 @@ BAD |= {
     "slices: too few values": ("values0", lambda a: a[:-1], "rows of values"),
 }
 
+BAD |= {
+    "blocks: column whose block ends past the tile": (
+        "columns0",
+        lambda a: edited(a, 3, 45),
+        "column 45 is out of range, the block has 48",
+    ),
+    "blocks: column past the last tile": ("columns0", lambda a: edited(a, -1, 1), "out of range, the block has 4"),
+    "blocks: column near 65535": ("columns0", lambda a: edited(a, 3, 65535), "column 65535 is out of range"),
+    "blocks: values of columns": ("values0", lambda a: a[:, :4], "values must be [entries, 16]"),
+    "blocks: too few values": ("values0", lambda a: a[:-1], "rows of values"),
+    "blocks: indptr ends late": ("indptr0", lambda a: edited(a, -1, a[-1] + 1), "indptr must run from 0"),
+    "blocks: order repeats a group": (
+        "order0",
+        lambda a: edited(a, 0, a[1]),
+        "order is not a permutation of 16 groups",
+    ),
+    "blocks: bias too short": ("bias0", lambda a: a[:-1], "bias must have 392 elements, it has 391"),
+}
+
+CASE_OF = {"slices": "few", "blocks": "blocks"}
+"""The region of entries of BAD by what stands before the colon; else a single layer."""
+
 
 def case_of(label: str) -> Case:
     """The region whose arrays an entry of BAD changes."""
-    return case("few" if label.startswith("slices") else "single")
+    return case(CASE_OF.get(label.partition(":")[0], "single"))
 
 
 def malformed() -> Iterator[tuple[str, bytes]]:

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from spa_compiler.kernels import activation, rx1
+from spa_compiler.kernels import activation, rx1, rxc
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.images import ImageBuilder, ImageRegion
 from spa_compiler.runtime.region import LinearSpec
@@ -21,25 +21,28 @@ LOW, HIGH = -0.5, 0.75
 
 @dataclass(frozen=True)
 class Convolution:
-    """A weight behind a window, as R x 1 blocks."""
+    """A weight behind a window, as R x C blocks."""
 
     window: Window
     n: int
     rows: int
     act: str = "none"
     density: float = 0.3
+    cols: int = 1
 
     @functools.cached_property
     def weight(self) -> np.ndarray:
         rng = np.random.default_rng(self.n)
-        return sparse(rng, self.n, self.window.k, self.rows, self.density) / np.float32(self.window.k**0.5)
+        return sparse(rng, self.n, self.window.k, self.rows, self.density, self.cols) / np.float32(self.window.k**0.5)
 
     @functools.cached_property
     def bias(self) -> np.ndarray:
         return np.random.default_rng(1).standard_normal(self.n).astype(np.float32)
 
     @functools.cached_property
-    def packed(self) -> rx1.Packed:
+    def packed(self) -> rx1.Packed | rxc.Packed:
+        if self.cols > 1:
+            return rxc.pack(self.weight, self.bias, self.rows, self.cols)
         return rx1.pack(self.weight, self.bias, self.rows)
 
     @property
@@ -103,5 +106,7 @@ CONVOLUTIONS = {
     "odd": Convolution(Window(4, (2, 5), (1, 3), (3, 2), (0, 4, 2, 1)), 9, 1),
     "line": Convolution(Window(10, (1, 3), (1, 2), (1, 1), (0, 1, 0, 1), axes=1), 33, 4, "gelu_erf"),
     "large": Convolution(Window(64, (3, 3), pads=(1, 1, 1, 1)), 300, 4, density=0.1),
+    "blocks": Convolution(Window(8, (3, 3), pads=(1, 1, 1, 1)), 37, 4, "relu", cols=4),
+    "wide blocks": Convolution(Window(12, (2, 3), (2, 1)), 22, 1, "silu", 0.2, cols=2),
     "empty": Convolution(Window(2, (3, 3), pads=(1, 1, 1, 1)), 5, 1, density=0.0),
 }

@@ -18,7 +18,7 @@ import joblib
 from joblib.externals.loky import get_reusable_executor
 
 from spa_compiler.errors import EnvironmentFault
-from spa_compiler.kernels import attention, depthwise, gate, layernorm, panel, rmsnorm, rx1, sliced, window
+from spa_compiler.kernels import attention, depthwise, gate, layernorm, panel, rmsnorm, rx1, rxc, sliced, window
 from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.kernels.vector import Isa, isa_of
 from spa_compiler.runtime.generate import Region, kernels_of, symbol, write_c
@@ -107,6 +107,9 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return layernorm.kernel(int(parts[1]), isa)
     if parts[0] == "rmsnorm":
         return rmsnorm.kernel(int(parts[1]), isa)
+    if parts[0] in ("rxc", "rxcw"):
+        rows, cols = map(int, parts[1].split("x"))
+        return rxc.kernel(rows, cols, int(parts[2]), parts[3], parts[0] == "rxcw", isa)
     if parts[0] == "sliced":
         return sliced.kernel(int(parts[1]), "_".join(parts[2:]), isa)
     return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa)

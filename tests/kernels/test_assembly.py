@@ -104,6 +104,21 @@ def test_accumulators_stay_in_registers(rows: int, lanes: int, level: str) -> No
 
 
 @pytest.mark.parametrize("level", ISAS)
+@pytest.mark.parametrize("block", ["1x2", "2x4", "4x4", "8x2", "8x4"])
+@pytest.mark.parametrize("lanes", [1, 16, 64])
+def test_blocks_of_columns_keep_their_sums_in_full_registers(block: str, lanes: int, level: str) -> None:
+    words, isa = WORDS[level], ISAS[level]
+    assembly = compile_module([kernel(f"spa_rxc_{block}_{lanes}_none", level)], level).inspect_source("asm")
+    assert not re.search(words.call, assembly), "a call in a kernel"
+    body = max(loops(assembly), key=lambda b: count(words.any_multiply, b))
+    rows, cols = map(int, block.split("x"))
+    if lanes > 1 or rows * cols >= isa.width:
+        assert count(words.multiply, body) == count(words.any_multiply, body) > 0, "a narrower one"
+    assert not spills(body, words)
+    assert not count(words.store, body), "a sum is stored in the loop"
+
+
+@pytest.mark.parametrize("level", ISAS)
 @pytest.mark.parametrize(
     "name, products", [("spa_attention_64", 2), ("spa_attention_16", 2), ("spa_rx1w_4_64_relu", 1)]
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spa_compiler.kernels import rx1
-from spa_compiler.kernels.forms import FULL, forms_of
+from spa_compiler.kernels import rx1, rxc
+from spa_compiler.kernels.forms import FULL, block_of, forms_of
 from tests.kernel_harness import sparse
 
 
@@ -32,3 +32,49 @@ def test_names_are_those_of_patterns_and_say_what_is_unusual() -> None:
     assert rx1.Blocks(4, 128, 64).name == "block:4x1 in 128x64"
     assert rx1.Blocks(1, k_block=64).name == "unstructured in x64"
     assert rx1.Blocks(4, 128, 64).pattern == FULL.pattern == "block:4x1"
+
+
+@pytest.mark.parametrize(
+    "rows, cols, found",
+    [
+        (4, 4, (4, 4)),
+        (8, 4, (8, 4)),
+        (16, 16, (8, 4)),
+        (1, 4, (1, 4)),
+        (2, 4, (2, 4)),
+        (6, 2, (2, 2)),
+        (3, 4, (1, 4)),
+        (4, 3, (4, 1)),
+        (4, 1, (4, 1)),
+        (1, 1, (1, 1)),
+        (3, 3, (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("density", [0.02, 0.5])
+def test_the_blocks_that_a_weight_was_pruned_in_are_found(
+    rows: int, cols: int, found: tuple[int, int], density: float
+) -> None:
+    weight = sparse(np.random.default_rng(0), 192, 384, rows, density, cols)
+    assert block_of(weight) == found
+    forms = [f for f in forms_of(weight) if isinstance(f, rxc.Rectangles)]
+    assert forms == ([rxc.Rectangles(*found)] if found[1] > 1 else [])
+
+
+def test_blocks_that_are_zero_here_and_there_are_blocks_still() -> None:
+    rng = np.random.default_rng(0)
+    weight = sparse(rng, 256, 256, 4, 0.2, 4)
+    assert block_of(weight * (rng.random(weight.shape) < 0.98)) == (4, 4)
+    assert block_of(weight * (rng.random(weight.shape) < 0.8)) == (1, 1)
+
+
+@pytest.mark.parametrize("n, k, found", [(1, 64, (1, 4)), (70, 64, (4, 4)), (64, 66, (4, 2)), (64, 65, (4, 1))])
+def test_blocks_fit_the_weight(n: int, k: int, found: tuple[int, int]) -> None:
+    """Rows are padded where that costs next to nothing, columns never."""
+    weight = sparse(np.random.default_rng(1), n, k, 4, 0.3, 4)
+    assert block_of(weight) == found
+    assert block_of(np.zeros_like(weight)) in [(r, found[1]) for r in (1, 2, 4, 8)]
+
+
+def test_names_of_blocks_are_those_of_patterns() -> None:
+    assert rxc.Rectangles(4, 2).name == rxc.Rectangles(4, 2).pattern == "block:4x2"
+    assert rxc.Rectangles(4, 2, 128).name == "block:4x2 in 128x"

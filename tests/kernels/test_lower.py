@@ -31,6 +31,8 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
     [
         "spa_rx1_4_64_gelu_erf",
         "spa_rx1_1_1_silu",
+        "spa_rxc_4x4_1_silu",
+        "spa_rxcw_2x4_32_relu",
         "spa_layernorm_16",
         "spa_attention_4",
         "spa_pack_rows_32",

@@ -59,6 +59,7 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
   const uint16_t* columns = node->linears[which][COLUMNS];
   int64_t groups = (w->n + w->rows - 1) / w->rows, per_chunk = w->chunk / w->rows;
   int64_t blocks = (w->k + w->k_block - 1) / w->k_block, own = own_columns(w), entry = 0, entries = groups * blocks;
+  int64_t cols = block_columns(w);
   CHECK(node, size[INDPTR] == entries + 1, "weight %d: indptr must have %lld elements, it has %lld", which,
         (long long)entries + 1, (long long)size[INDPTR]);
   CHECK(node, size[ORDER] == entries, "weight %d: order must have %lld elements, it has %lld", which,
@@ -67,7 +68,7 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
         (long long)(groups * w->rows), (long long)size[BIAS]);
   CHECK(node, size[COLUMNS] == size[VALUES], "weight %d: %lld columns, but %lld rows of values", which,
         (long long)size[COLUMNS], (long long)size[VALUES]);
-  CHECK(node, size[VALUES] < INT32_MAX / w->rows, "weight %d: too many values", which);
+  CHECK(node, size[VALUES] < INT32_MAX / (w->rows * cols), "weight %d: too many values", which);
   CHECK(node, indptr[0] == 0 && indptr[entries] == size[VALUES], "weight %d: indptr must run from 0 to %lld", which,
         (long long)size[VALUES]);
   for (int64_t first = 0; first < groups; first += per_chunk)
@@ -84,7 +85,7 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
         CHECK(node, indptr[entry] <= indptr[entry + 1] && indptr[entry + 1] <= size[VALUES],
               "weight %d: indptr must not decrease", which);
         for (int64_t j = indptr[entry] * own; j < indptr[entry + 1] * own; ++j)
-          CHECK(node, columns[j] < width, "weight %d: column %d is out of range, the block has %lld", which, columns[j],
+          CHECK(node, columns[j] + cols <= width, "weight %d: column %d is out of range, the block has %lld", which, columns[j],
                 (long long)width);
       }
     }
@@ -129,12 +130,12 @@ static Status* initialize(Node* node, const void* info) {
       int wide = a == VALUES || (w->interleaved && (a == ORDER || a == COLUMNS));
       TRY(initializer(node, info, input++, linear_names[a], wide ? 2 : 1, dims, &node->linears[i][a]));
       size[a] = dims[0];
-      CHECK(node, !wide || dims[1] == w->rows, "weight %d: %s must be [entries, %lld]", i, linear_names[a],
-            (long long)w->rows);
+      int64_t across = a == VALUES ? w->rows * block_columns(w) : w->rows;
+      CHECK(node, !wide || dims[1] == across, "weight %d: %s must be [entries, %lld]", i, linear_names[a],
+            (long long)across);
     }
     TRY(check_linear(node, i, size));
-    node->weight_bytes += size[VALUES] * (int64_t)(sizeof(float) * (size_t)region->linears[i].rows +
-                                                sizeof(uint16_t) * (size_t)own_columns(&region->linears[i]));
+    node->weight_bytes += size[VALUES] * entry_bytes(&region->linears[i]);
   }
   for (int i = 0; i < region->norm_count; ++i)
     for (int a = 0; a < region->norms[i].arrays; ++a) {

@@ -126,7 +126,7 @@ Status* spa_image_linear(const Run* r, int linear, int from, int second, int sec
     s.product[s.products].from = source;
     s.product[s.products++].offsets = offsets;
     const int32_t* indptr = node->linears[linears[p]][INDPTR];
-    bytes += indptr[blocks_of(w->n, w->rows) * blocks_of(w->k, w->k_block)] * (w->rows * (int64_t)sizeof(float) + 2);
+    bytes += indptr[blocks_of(w->n, w->rows) * blocks_of(w->k, w->k_block)] * entry_bytes(w);
   }
   CHECK(node, !s.residual || (s.residual->height == s.to->height && s.residual->width == s.to->width),
         "a residual of %lld x %lld pixels is added to %lld x %lld", (long long)(s.residual ? s.residual->height : 0),

@@ -36,8 +36,9 @@ typedef void Attend(const float* q, const float* k, const float* v, const float*
 typedef void Gate(float* x, const float* factor, int32_t count);
 typedef void Norm(const float* x, const float* gamma, const float* beta, float* out, int32_t features, float epsilon);
 
-typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, or, interleaved, sliced.py */
+typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, with `cols` rxc.py, interleaved sliced.py */
   int64_t n, k, rows, chunk, k_block, interleaved; /* rows: of a group. interleaved: each has columns of its own */
+  int64_t cols; /* of a block, from its column on; 0: one */
   float low, high;
   Multiply* const* kernels; /* one per lane count; on images one for each of 1 to 4 registers */
 } LinearInfo;
@@ -194,6 +195,10 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t blocks_of(int64_t total, int64_t size) { return (total + size - 1) / size; }
 /* Rows of a group with a place and columns of their own; else they have both together. */
 static inline int64_t own_columns(const LinearInfo* w) { return w->interleaved ? w->rows : 1; }
+static inline int64_t block_columns(const LinearInfo* w) { return w->cols ? w->cols : 1; }
+static inline int64_t entry_bytes(const LinearInfo* w) { /* values and columns of what `indptr` counts */
+  return w->rows * block_columns(w) * (int64_t)sizeof(float) + own_columns(w) * (int64_t)sizeof(uint16_t);
+}
 static inline int64_t spa_rows(int64_t features) { return (features + 15) / 16 * 16; }
 
 /* The steps. Panels are named by their place in scratch; `residual` < 0: none. */
