@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime.images import DepthwiseSpec, Image, ImageBuilder, ImageRegion
+from spa_compiler.runtime.images import CombineSpec, DepthwiseSpec, Image, ImageBuilder, ImageRegion
 from spa_compiler.runtime.region import LinearSpec
 from tests.kernel_harness import sparse
 from tests.region_harness import linked, run, session
@@ -83,6 +83,47 @@ class Recorder:
         made = self.builder.depthwise(source.image, DepthwiseSpec(window, act, 0.0, 2.0))
         return Value(made, self._activated(y, act))
 
+    def largest(self, source: Value, window: Window) -> Value:
+        made = self.builder.largest(source.image, window)
+        w, axes = window, self.axes
+        pads = [w.pads[i + 2 - axes] for i in (*range(axes), *range(2, 2 + axes))]
+        sizes = {
+            "kernel_shape": w.size[2 - axes :],
+            "strides": w.stride[2 - axes :],
+            "dilations": w.dilation[2 - axes :],
+        }
+        return Value(made, self._node("MaxPool", [source.name], pads=pads, **sizes))
+
+    def mean(self, source: Value) -> Value:
+        return Value(self.builder.mean(source.image, self.axes), self._node("GlobalAveragePool", [source.name]))
+
+    def combine(self, op: str, source: Value, other: Value | None = None, act: str = "none") -> Value:
+        made = self.builder.combine(source.image, CombineSpec(op, act, 0.25, 0.75), other and other.image)
+        y = source.name
+        if other is not None:
+            y = self._node("Add" if op == "add" else "Mul", [y, other.name])
+        return Value(made, self._activated(y, act, 0.25, 0.75))
+
+    def repeat(self, source: Value, grow: tuple[int, int]) -> Value:
+        own = (1, 1, *grow[2 - self.axes :])
+        scales = self._constant(np.array(own, np.float32))
+        modes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        y = self._node("Resize", [source.name, "", scales], **modes)
+        return Value(self.builder.repeat(source.image, grow, self.axes), y)
+
+    def unfold(self, source: Value, blocks: int) -> Value:
+        made = self.builder.unfold(source.image, (blocks, blocks))
+        return Value(made, self._node("DepthToSpace", [source.name], blocksize=blocks, mode="DCR"))
+
+    def part(self, source: Value, first: int, channels: int) -> Value:
+        bounds = [self._constant(np.array([v], np.int64)) for v in (first, first + channels, 1)]
+        y = self._node("Slice", [source.name, *bounds])
+        return Value(self.builder.part(source.image, first, channels), y)
+
+    def concat(self, *sources: Value) -> Value:
+        y = self._node("Concat", [s.name for s in sources], axis=1)
+        return Value(self.builder.concat([s.image for s in sources]), y)
+
     def output(self, value: Value) -> None:
         self.builder.output(value.image)
         self.outputs.append(value.name)
@@ -119,10 +160,15 @@ class Recorder:
             "Conv", inputs, group=group, strides=w.stride[2 - axes :], dilations=w.dilation[2 - axes :], pads=pads
         )
 
-    def _activated(self, name: str, act: str) -> str:
+    def _activated(self, name: str, act: str, low: float = 0.0, high: float = 2.0) -> str:
         if act == "clip":
-            return self._node("Clip", [name, *(self._constant(np.array(v, np.float32)) for v in (0.0, 2.0))])
-        return {"none": lambda: name, "relu": lambda: self._node("Relu", [name])}[act]()
+            return self._node("Clip", [name, *(self._constant(np.array(v, np.float32)) for v in (low, high))])
+        if act == "silu":
+            return self._node("Mul", [name, self._node("Sigmoid", [name])])
+        if act == "hard_sigmoid":
+            return self._node("HardSigmoid", [name], alpha=low, beta=high)
+        known = {"relu": "Relu", "sigmoid": "Sigmoid", "hard_swish": "HardSwish"}
+        return name if act == "none" else self._node(known[act], [name])
 
     def _node(self, op: str, inputs: Sequence[str], **attributes: object) -> str:
         name = f"t{len(self.nodes)}"
@@ -284,6 +330,75 @@ def _direct() -> Network:
     return r.finish()
 
 
+def _split() -> Network:
+    """Half of the channels go on, everything is put together; then pools of pools, as detectors have them."""
+    r = Recorder()
+    x = r.input(10)
+    y = r.linear(x, 24, 4, "silu")
+    left, right = r.part(y, 0, 12), r.part(y, 12, 12)
+    z = r.linear(right, 12, 1, "silu", window=Window(12, (3, 3), pads=SAME))
+    z = r.combine("add", right, r.linear(z, 12, 4, "silu", window=Window(12, (3, 3), pads=SAME)))
+    y = r.linear(r.concat(left, right, z), 8, 4, "hard_swish")
+    pools = [y]
+    for _ in range(3):
+        pools.append(r.largest(pools[-1], Window(8, (5, 5), pads=(2, 2, 2, 2))))
+    r.output(r.linear(r.concat(*pools), 16, 1))
+    r.output(r.part(z, 5, 3))
+    return r.finish()
+
+
+def _gated() -> Network:
+    """Squeeze and excitation: channels are scaled by what their means say."""
+    r = Recorder()
+    x = r.input(18)
+    y = r.depthwise(r.linear(x, 33, 4, "hard_swish"), Window(33, (3, 3), (2, 2), pads=SAME), "silu")
+    gate = r.linear(r.linear(r.mean(y), 9, 1, "relu", density=0.7), 33, 4, "sigmoid")
+    y = r.combine("scale", y, gate, "hard_sigmoid")
+    r.output(r.linear(y, 20, 4))
+    r.output(r.mean(y))
+    return r.finish()
+
+
+def _up_and_down() -> Network:
+    """A skip connection across a pool; pixels come back by repetition and out of channels."""
+    r = Recorder()
+    x = r.input(6)
+    skip = r.linear(x, 16, 4, "relu", window=Window(6, (3, 3), pads=SAME))
+    y = r.linear(r.largest(skip, Window(16, (2, 2), (2, 2), pads=(0, 0, 1, 1))), 32, 1, "relu")
+    y = r.concat(r.unfold(y, 2), r.repeat(r.linear(y, 5, 4), (2, 2)))
+    r.output(r.linear(y, 7, 4, "relu", window=Window(13, (3, 3), pads=SAME)))
+    r.output(r.repeat(y, (1, 3)))
+    r.output(skip)
+    return r.finish()
+
+
+def _together() -> Network:
+    """Put together of inputs, of parts, of the same image twice, of what is put together already; and as an output."""
+    r = Recorder()
+    x, other = r.input(7), r.input(9)
+    y = r.linear(x, 12, 4, "relu")
+    z = r.linear(other, 6, 1, residual=r.part(y, 3, 6))
+    first = r.concat(x, z, r.part(y, 0, 5), z)
+    second = r.concat(first, r.linear(first, 8, 4, "silu"))
+    r.output(r.linear(r.combine("mul", second, second), 10, 1))
+    r.output(second)
+    r.output(r.concat(r.linear(y, 6, 4), r.linear(r.part(x, 2, 4), 3, 1, window=Window(4, (3, 3), pads=SAME))))
+    r.output(r.combine("copy", r.part(other, 4, 5), act="sigmoid"))
+    return r.finish()
+
+
+def _dense() -> Network:
+    """Every step reads all that came before it, put together anew."""
+    r = Recorder()
+    x = r.linear(r.input(5), 9, 4)
+    seen = [x]
+    for _ in range(3):
+        y = r.depthwise(r.concat(*seen) if len(seen) > 1 else x, Window(9 + 4 * len(seen) - 4, (1, 1)), "relu")
+        seen.append(r.linear(y, 4, 4, window=Window(y.image.channels, (3, 3), pads=SAME)))
+    r.output(r.linear(r.concat(*seen), 6, 4))
+    return r.finish()
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     "pointwise": _pointwise,
     "inverted": _inverted,
@@ -294,6 +409,11 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "two": _two,
     "line": _line,
     "direct": _direct,
+    "split": _split,
+    "gated": _gated,
+    "up and down": _up_and_down,
+    "together": _together,
+    "dense": _dense,
 }
 
 

@@ -6,6 +6,10 @@
     gelu_erf    x/2 (1 + erf(x / sqrt 2))
     gelu_tanh   x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
     silu        x sigmoid(x)
+    sigmoid     1 / (1 + exp(-x))
+    hard_swish  x min(max(x / 6 + 1/2, 0), 1)
+    hard_sigmoid  min(max(low x + high, 0), 1): the bounds stand for its slope and its value at 0
+    leaky_relu  max(x, low x), of a slope below 1
 
 Absolute errors against float64 stay below 1e-6 of max(1, |x|); `tests/kernels/test_activation.py` measures them.
 """
@@ -21,7 +25,7 @@ from tvm.script import tirx as T
 
 from spa_compiler.kernels.vector import LOG2_E, const, exp2, horner, reciprocal, spread
 
-NAMES = ("none", "relu", "clip", "gelu_erf", "gelu_tanh", "silu")
+NAMES = ("none", "relu", "clip", "gelu_erf", "gelu_tanh", "silu", "sigmoid", "hard_swish", "hard_sigmoid", "leaky_relu")
 
 # erf(x) ~ x P(x^2) / Q(x^2) on [-4, 4]: Eigen's rational approximation, also in tvm.topi.fast_erf (Apache-2.0).
 _ERF_P = (
@@ -54,11 +58,19 @@ def reference(x: NDArray[np.float64], name: str, low: float = 0.0, high: float =
         return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
     if name == "silu":
         return np.asarray(x * scipy.special.expit(x))
+    if name == "sigmoid":
+        return np.asarray(scipy.special.expit(x))
+    if name == "hard_swish":
+        return x * np.minimum(np.maximum(x / 6.0 + 0.5, 0.0), 1.0)
+    if name == "hard_sigmoid":
+        return np.minimum(np.maximum(low * x + high, 0.0), 1.0)
+    if name == "leaky_relu":
+        return np.maximum(x, low * x)
     return x
 
 
 def emit(x, name, low, high, width, isa):
-    """The activation of `width` lanes as an expression; `low` and `high` are scalar expressions (clip alone)."""
+    """The activation of `width` lanes as an expression; `low` and `high` are scalar expressions."""
     if name not in NAMES:
         raise ValueError(f"there is no activation {name!r}")
     if name == "none":
@@ -69,6 +81,14 @@ def emit(x, name, low, high, width, isa):
         return T.max(const(0.0, width), x)
     if name == "clip":
         return T.min(spread(high, width), T.max(spread(low, width), x))
+    if name == "leaky_relu":
+        return T.max(spread(low, width) * x, x)
+    if name in ("hard_swish", "hard_sigmoid"):
+        slope, middle = (const(1 / 6, width), const(0.5, width))
+        if name == "hard_sigmoid":
+            slope, middle = spread(low, width), spread(high, width)
+        gate = T.min(const(1.0, width), T.max(const(0.0, width), slope * x + middle))
+        return x * gate if name == "hard_swish" else gate
     # Below these bounds the results are 0, but a large x times the last bit of the other factor would not be.
     x = T.bind(T.max(const(-4 * 2**0.5 if name == "gelu_erf" else -100.0, width), x))
     if name == "gelu_erf":
@@ -81,4 +101,5 @@ def emit(x, name, low, high, width, isa):
     y = x
     if name == "gelu_tanh":
         y = x * (const(2 * math.sqrt(2 / math.pi), width) + const(2 * math.sqrt(2 / math.pi) * 0.044715, width) * x * x)
-    return x * reciprocal(const(1.0, width) + exp2(y * const(-LOG2_E, width), width), width, isa)
+    sigmoid = reciprocal(const(1.0, width) + exp2(y * const(-LOG2_E, width), width), width, isa)
+    return sigmoid if name == "sigmoid" else x * sigmoid

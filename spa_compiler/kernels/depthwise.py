@@ -1,5 +1,7 @@
 """Depthwise convolution, one channel at a time: every output sums height x width inputs of its own channel.
 
+A largest value of a window is the same with max in place of the sum, and padding that is below everything.
+
     buffer    the rows of the channel that a band of outputs reads, padded; `step` phases side by side, `plane` floats
               each, rows `pitch` floats apart: phase p holds the padded columns p, p + step, p + 2 step, ...
 
@@ -25,6 +27,7 @@ from spa_compiler.kernels.window import Window
 
 F32 = NDArray[np.float32]
 PAD = "spa_pad"
+LOWEST = -3.4028234663852886e38  # what lies in the padding of a window whose largest value is taken
 
 
 def rows_at_once(isa: Isa) -> int:
@@ -32,10 +35,10 @@ def rows_at_once(isa: Isa) -> int:
     return 8 if isa.registers >= 32 else 4
 
 
-def buffer_reference(x: F32, window: Window, first: int, height: int, pitch: int) -> F32:
+def buffer_reference(x: F32, window: Window, first: int, height: int, pitch: int, fill: float = 0.0) -> F32:
     """`x` [H, W] -> what the outputs of rows first .. first + height read: [step, rows, pitch]."""
     step, rows = window.stride[1], (height - 1) * window.stride[0] + (window.size[0] - 1) * window.dilation[0] + 1
-    buffer = np.zeros((step, rows, pitch), np.float32)
+    buffer = np.full((step, rows, pitch), fill, np.float32)
     for phase in range(step):
         columns = np.arange(pitch) * step + phase - window.pads[1]
         inside = (columns >= 0) & (columns < x.shape[1])
@@ -44,6 +47,18 @@ def buffer_reference(x: F32, window: Window, first: int, height: int, pitch: int
             if 0 <= row < x.shape[0]:
                 buffer[phase, i, inside] = x[row, columns[inside]]
     return buffer
+
+
+def largest_reference(x: F32, window: Window) -> F32:
+    """The largest value that each output sees of `x` [channels, H, W]."""
+    top, left, bottom, right = window.pads
+    padded = np.pad(x, ((0, 0), (top, bottom), (left, right)), constant_values=LOWEST)
+    height, width = window.outputs(*x.shape[1:])
+    y = np.full((len(x), height, width), LOWEST, np.float32)
+    for tap_y, tap_x in np.ndindex(*window.size):
+        seen = padded[:, tap_y * window.dilation[0] :, tap_x * window.dilation[1] :]
+        y = np.maximum(y, seen[:, :: window.stride[0], :: window.stride[1]][:, :height, :width])
+    return y
 
 
 def reference(x: F32, weight: F32, bias: F32, window: Window) -> NDArray[np.float64]:
@@ -59,12 +74,12 @@ def reference(x: F32, weight: F32, bias: F32, window: Window) -> NDArray[np.floa
     return y
 
 
-def padded_reference(x: F32, window: Window, pitch: int) -> F32:
-    """All rows of `x` [H, W], as `spa_pad` lays them out: [step, H, pitch], zeros left and right of them."""
+def padded_reference(x: F32, window: Window, pitch: int, fill: float = 0.0) -> F32:
+    """All rows of `x` [H, W], as `spa_pad` lays them out: [step, H, pitch], `fill` left and right of them."""
     step, left = window.stride[1], window.pads[1]
     columns = np.arange(pitch * step) - left
     inside = (columns >= 0) & (columns < x.shape[1])
-    rows = np.zeros((x.shape[0], pitch * step), np.float32)
+    rows = np.full((x.shape[0], pitch * step), fill, np.float32)
     rows[:, inside] = x[:, columns[inside]]
     return np.ascontiguousarray(rows.reshape(-1, pitch, step).transpose(2, 0, 1))
 
@@ -75,8 +90,15 @@ def name(window: Window, act: str) -> str:
     return f"spa_depthwise_{sizes}_{act}"
 
 
+def largest_name(window: Window) -> str:
+    """Of the kernel that takes the largest value of a window."""
+    return f"{name(window, 'none').replace('depthwise', 'largest').removesuffix('_none')}"
+
+
 def parse(name: str) -> tuple[Window, str]:
-    """The window, without channels and padding, and the activation of a name."""
+    """The window, without channels and padding, and the activation of a name, `largest` for one of `largest_name`."""
+    if name.startswith("spa_largest_"):
+        name = f"{name.replace('largest', 'depthwise')}_largest"
     size, stride, dilation, act = name.removeprefix("spa_depthwise_").split("_", 3)
     return Window(1, _pair(size), _pair(stride), _pair(dilation)), act
 
@@ -86,8 +108,8 @@ def _pair(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _block(buffer, weight, regs, origin, plane, pitch, window, rows, width):
-    """Adds all taps to `rows` sums; `origin` is the place of the first output's first tap in phase 0."""
+def _block(buffer, weight, regs, origin, plane, pitch, window, rows, width, largest):
+    """Adds all taps to `rows` sums, or keeps the largest; `origin` is the place of the first output's first tap."""
     size, stride, dilation = window.size, window.stride, window.dilation
     for row in range((rows - 1) * stride[0] + (size[0] - 1) * dilation[0] + 1):
         uses = [
@@ -99,13 +121,18 @@ def _block(buffer, weight, regs, origin, plane, pitch, window, rows, width):
             phase, column = x * dilation[1] % stride[1], x * dilation[1] // stride[1]
             seen = T.bind(buffer[at(origin + phase * plane + row * pitch + column, width)])
             for t, y in uses:
-                tap = spread(weight[y * size[1] + x], width)
-                store(regs, regs[at(t * width, width)] + tap * seen, t * width, width)
+                so_far = regs[at(t * width, width)]
+                if largest:
+                    store(regs, T.max(so_far, seen), t * width, width)
+                else:
+                    store(regs, so_far + spread(weight[y * size[1] + x], width) * seen, t * width, width)
 
 
 def kernel(window: Window, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
     """void spa_depthwise_<size>_<stride>_<dilation>_<act>(buffer, weight, bias, out, height, width, plane, pitch,
     out_pitch, low, high)
+
+    `act` may be `largest`: the kernel of `largest_name`, which reads neither weight nor bias.
 
     A band of `height` rows of `width` outputs of one channel, `out_pitch` floats from row to row. Vectors are whole:
     where `width` is no multiple of a register the last one of a row begins early, and where a row is shorter than a
@@ -113,7 +140,8 @@ def kernel(window: Window, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
     float is written. The buffer must hold what is read for that, and the rows of a whole block of `rows_at_once`.
     """
     width, rows = isa.width, rows_at_once(isa)
-    step = window.stride[0]
+    step, largest = window.stride[0], act == "largest"
+    called, act = (largest_name(window), "none") if largest else (name(window, act), act)
 
     @T.prim_func(s_tir=True)
     def depthwise(
@@ -129,7 +157,7 @@ def kernel(window: Window, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
         low: T.float32,
         high: T.float32,
     ):
-        T.func_attr({"global_symbol": name(window, act), "tirx.noalias": True})
+        T.func_attr({"global_symbol": called, "tirx.noalias": True})
         buffer = T.decl_buffer((ANY,), "float32", data=buffer_)
         weight = T.decl_buffer((ANY,), "float32", data=weight_)
         bias = T.decl_buffer((ANY,), "float32", data=bias_)
@@ -138,9 +166,14 @@ def kernel(window: Window, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
             for strip in T.serial(T.truncdiv(columns + width - 1, width)):
                 first: T.let[T.int32] = T.max(T.min(strip * width, columns - width), 0)
                 regs = T.alloc_buffer((rows * width,), "float32", scope="local")
-                for t in T.unroll(rows):
-                    store(regs, spread(bias[0], width), t * width, width)
-                _block(buffer, weight, regs, block * (rows * step) * pitch + first, plane, pitch, window, rows, width)
+                if largest:
+                    for t in T.unroll(rows):
+                        store(regs, const(LOWEST, width), t * width, width)
+                else:
+                    for t in T.unroll(rows):
+                        store(regs, spread(bias[0], width), t * width, width)
+                origin: T.let[T.int32] = block * (rows * step) * pitch + first
+                _block(buffer, weight, regs, origin, plane, pitch, window, rows, width, largest)
                 for t in T.unroll(rows):
                     if block * rows + t < height:
                         store(
@@ -161,14 +194,15 @@ def _split(x, begin, buffer, even, odd):
 
 
 def pad_kernel() -> tirx.PrimFunc:
-    """void spa_pad(x, buffer, top, rows, bottom, width, left, plane, pitch, step): rows of an image, padded.
+    """void spa_pad(x, buffer, top, rows, bottom, width, left, plane, pitch, step, fill): rows of an image,
+    padded.
 
-    The buffer gets `top` rows of zeros, `rows` of the image, `bottom` of zeros. Registers are whole: up to 31 floats
+    The buffer gets `top` rows of `fill`, `rows` of the image, `bottom` of `fill`. Registers are whole: up to 31 floats
     behind the rows of the image are read, and of each phase up to 15 behind where one more row would have its first
     column are written. A step of 2 makes two phases, `plane` floats apart; every other step is taken for 1.
 
     Args (of the kernel):
-        left: columns of padding before the first of the image; what follows it up to the next row is zero, too.
+        left: columns of padding before the first of the image; what follows it up to the next row is `fill`, too.
     """
 
     @T.prim_func(s_tir=True)
@@ -183,6 +217,7 @@ def pad_kernel() -> tirx.PrimFunc:
         plane: T.int32,
         pitch: T.int32,
         step: T.int32,
+        fill: T.float32,
     ):
         T.func_attr({"global_symbol": PAD, "tirx.noalias": True})
         x = T.decl_buffer((ANY,), "float32", data=x_)
@@ -193,29 +228,29 @@ def pad_kernel() -> tirx.PrimFunc:
             even: T.let[T.int32] = T.truncmod(left, 2) * plane + begin
             odd: T.let[T.int32] = (1 - T.truncmod(left, 2)) * plane + begin + T.truncmod(left, 2)
             for i in T.serial(T.truncdiv(top * pitch + begin + ZMM, ZMM)):
-                store(buffer, const(0.0, ZMM), i * ZMM, ZMM)
-                store(buffer, const(0.0, ZMM), plane + i * ZMM, ZMM)
+                store(buffer, spread(fill, ZMM), i * ZMM, ZMM)
+                store(buffer, spread(fill, ZMM), plane + i * ZMM, ZMM)
             for y in T.serial(rows):
                 row: T.let[T.int32] = (top + y) * pitch
                 for i in T.serial(T.truncdiv(width + 2 * ZMM - 1, 2 * ZMM)):
                     _split(x, y * width + i * (2 * ZMM), buffer, even + row + i * ZMM, odd + row + i * ZMM)
                 for i in T.serial(T.truncdiv(pitch - width + half + ZMM - 1, ZMM)):
-                    store(buffer, const(0.0, ZMM), even + row + width - half + i * ZMM, ZMM)
+                    store(buffer, spread(fill, ZMM), even + row + width - half + i * ZMM, ZMM)
                 for i in T.serial(T.truncdiv(pitch - half + ZMM - 1, ZMM)):
-                    store(buffer, const(0.0, ZMM), odd + row + half + i * ZMM, ZMM)
+                    store(buffer, spread(fill, ZMM), odd + row + half + i * ZMM, ZMM)
             for i in T.serial(T.truncdiv(bottom * pitch + ZMM - 1, ZMM)):
-                store(buffer, const(0.0, ZMM), (top + rows) * pitch + i * ZMM, ZMM)
-                store(buffer, const(0.0, ZMM), plane + (top + rows) * pitch + i * ZMM, ZMM)
+                store(buffer, spread(fill, ZMM), (top + rows) * pitch + i * ZMM, ZMM)
+                store(buffer, spread(fill, ZMM), plane + (top + rows) * pitch + i * ZMM, ZMM)
         else:
             for i in T.serial(T.truncdiv(top * pitch + left + ZMM - 1, ZMM)):
-                store(buffer, const(0.0, ZMM), i * ZMM, ZMM)
+                store(buffer, spread(fill, ZMM), i * ZMM, ZMM)
             for y in T.serial(rows):
                 place: T.let[T.int32] = (top + y) * pitch + left
                 for i in T.serial(T.truncdiv(width + ZMM - 1, ZMM)):
                     store(buffer, x[at(y * width + i * ZMM, ZMM)], place + i * ZMM, ZMM)
                 for i in T.serial(T.truncdiv(pitch - width + ZMM - 1, ZMM)):
-                    store(buffer, const(0.0, ZMM), place + width + i * ZMM, ZMM)
+                    store(buffer, spread(fill, ZMM), place + width + i * ZMM, ZMM)
             for i in T.serial(T.truncdiv(bottom * pitch + ZMM - 1, ZMM)):
-                store(buffer, const(0.0, ZMM), (top + rows) * pitch + i * ZMM, ZMM)
+                store(buffer, spread(fill, ZMM), (top + rows) * pitch + i * ZMM, ZMM)
 
     return pad

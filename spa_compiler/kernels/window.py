@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from spa_compiler.kernels.vector import ANY, ZMM, at, const, store
+from spa_compiler.kernels.vector import ANY, ZMM, at, spread, store
 
 F32 = NDArray[np.float32]
 
@@ -133,12 +133,13 @@ def _copy_even(to, place, source, begin):
     store(to, tirx.Shuffle(pair, [tirx.IntImm("int32", 2 * i) for i in range(8)]), place, 8)
 
 
-def _zeros(to, place):
-    store(to, const(0.0, PITCH_STEP), place, PITCH_STEP)
+def _padding(to, place, fill):
+    store(to, spread(fill, PITCH_STEP), place, PITCH_STEP)
 
 
 def shift_kernel() -> tirx.PrimFunc:
-    """void spa_shift(x, to, top, rows, phases, height, width, pitch, low, high, left, step): one channel of one copy.
+    """void spa_shift(x, to, top, rows, phases, height, width, pitch, low, high, left, step, fill): one channel of one
+    copy.
 
     Args (of the kernel):
         x: the channel [height, width].
@@ -148,6 +149,7 @@ def shift_kernel() -> tirx.PrimFunc:
         low, high: outputs of a row that see a column of x; the others see padding.
         left: the column that output 0 sees; negative in the padding.
         step: the horizontal stride.
+        fill: what the padding holds.
     """
 
     @T.prim_func(s_tir=True)
@@ -164,6 +166,7 @@ def shift_kernel() -> tirx.PrimFunc:
         high: T.int32,
         left: T.int32,
         step: T.int32,
+        fill: T.float32,
     ):
         T.func_attr({"global_symbol": SHIFT, "tirx.noalias": True})
         X = T.decl_buffer((ANY,), "float32", data=x_)
@@ -189,12 +192,12 @@ def shift_kernel() -> tirx.PrimFunc:
                         for i in T.serial(high - low):
                             to[place + low + i] = X[begin + (low + i) * step]
                     for i in T.serial(low):
-                        to[place + i] = T.float32(0)
+                        to[place + i] = fill
                     for i in T.serial(pitch - high):
-                        to[place + high + i] = T.float32(0)
+                        to[place + high + i] = fill
                 else:
                     for i in T.serial(T.truncdiv(pitch, PITCH_STEP)):
-                        _zeros(to, place + i * PITCH_STEP)
+                        _padding(to, place + i * PITCH_STEP, fill)
 
     return shift
 

@@ -21,7 +21,7 @@ F32 = NDArray[np.float32]
 class DepthwiseSite:
     """act(w * x + b) of every channel by itself, computed by `nodes`; `taps` is [channels, height x width]."""
 
-    op: WeightedOp
+    name: str
     window: Window
     source: gs.Variable
     output: gs.Variable
@@ -34,12 +34,8 @@ class DepthwiseSite:
     layout: str = "planes"
 
     @property
-    def name(self) -> str:
-        return self.op.name
-
-    @property
     def n(self) -> int:
-        return self.op.n
+        return len(self.taps)
 
     @property
     def spec(self) -> DepthwiseSpec:
@@ -58,7 +54,7 @@ def find_depthwise(model: Model) -> list[DepthwiseSite]:
             bias = None if op.bias is None else np.asarray(op.bias, np.float32)
             taps = np.ascontiguousarray(op.rows(), np.float32)
             node = op.node
-            site = DepthwiseSite(op, window_of(op), node.inputs[0], node.outputs[0], [node], taps, bias)
+            site = DepthwiseSite(op.name, window_of(op), node.inputs[0], node.outputs[0], [node], taps, bias)
             take_epilogue(site, outputs)
             found.append(site)
     return found

@@ -22,6 +22,7 @@ F64 = NDArray[np.float64]
 # The far ends tell a bound of 100 from none; they are within float32, whose largest value exporters write for "none".
 _FAR = (40.0, 1e3, 1e6, 1e12, 3e38)
 _GRID: F64 = np.concatenate([np.linspace(-12.0, 12.0, 193), [-1e-3, 1e-3], _FAR, np.negative(_FAR)])
+_STEP = 0.125  # of the grid between its ends
 _F32_MAX = float(np.finfo(np.float32).max)
 _MOST_NODES = 12  # GELU with tanh takes eight
 _TOLERANCE = 2e-6  # relative to max(1, |y|): exporters write constants in float32
@@ -58,6 +59,11 @@ _OPS: dict[str, Callable[..., F64]] = {
         a, "gelu_tanh" if n.domain == "" and n.attrs.get("approximate") == "tanh" else "gelu_erf"
     ),
     "FastGelu": lambda n, a: activation.reference(a, "gelu_tanh"),
+    "HardSwish": lambda n, a: activation.reference(a, "hard_swish"),
+    "HardSigmoid": lambda n, a: activation.reference(
+        a, "hard_sigmoid", float(n.attrs.get("alpha", 0.2)), float(n.attrs.get("beta", 0.5))
+    ),
+    "LeakyRelu": lambda n, a: np.where(a < 0, float(n.attrs.get("alpha", 0.01)) * a, a),
     "Swish": lambda n, a: np.asarray(a * scipy.special.expit(float(n.attrs.get("alpha", 1.0)) * a)),
 }
 _DOMAINS = {"Gelu": ("", "com.microsoft"), "FastGelu": ("com.microsoft",)}
@@ -135,13 +141,23 @@ def _closed(tensor: gs.Variable, nodes: Sequence[gs.Node], output: gs.Variable, 
     return all(id(t) not in held and all(id(n) in inside for n in t.outputs) for t in between)
 
 
+def _slope(y: F64, left: float, right: float) -> tuple[float, float]:
+    """Of the line through two points of the grid, and its value at 0."""
+    first, second = (float(y[np.flatnonzero(x == _GRID)[0]]) for x in (left, right))
+    slope = (second - first) / (right - left)
+    return slope, first - slope * left
+
+
 def _name(y: F64) -> tuple[str, float, float] | None:
     if not np.isfinite(y).all():
         return None
     scale = np.maximum(1.0, np.abs(_GRID))
-    for name in ("relu", "gelu_erf", "gelu_tanh", "silu"):
+    for name in ("relu", "gelu_erf", "gelu_tanh", "silu", "sigmoid", "hard_swish"):
         if np.max(np.abs(activation.reference(_GRID, name) - y) / scale) < _TOLERANCE:
             return name, 0.0, 0.0
+    for name, low, high in (("leaky_relu", *_slope(y, -_STEP, 0.0)), ("hard_sigmoid", *_slope(y, 0.0, _STEP))):
+        if 0 < low < 1 and np.max(np.abs(activation.reference(_GRID, name, low, high) - y) / scale) < _TOLERANCE:
+            return name, low, high
     low, high = float(y.min()), float(y.max())
     low = low if low > _GRID.min() else -_F32_MAX
     high = high if high < _GRID.max() else _F32_MAX

@@ -13,6 +13,7 @@ import onnx_graphsurgeon as gs
 from spa_compiler.graph.model import Model
 from spa_compiler.kernels.form import Form, Packed
 from spa_compiler.placement.attention import AttentionSite
+from spa_compiler.placement.between import ImageOp
 from spa_compiler.placement.depthwise import DepthwiseSite
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.regions import Group, inputs_of
@@ -127,6 +128,9 @@ def _assemble_images(
                 gs.Constant(f"{output.name}.taps", element.taps),
                 gs.Constant(f"{output.name}.tap_bias", element.bias_or_zeros),
             ]
+        elif isinstance(element, ImageOp):
+            sources = zip(element.sources, element.channels, strict=True)
+            made = element.build(builder, [image(tensor, channels) for tensor, channels in sources])
         elif isinstance(element, Site):
             spec, term = _products(element, forms, packer, arrays)
             residual = None if element.residual is None else image(element.residual, element.n)
@@ -212,7 +216,8 @@ def node_name(group: Group) -> str:
 
 
 def _members(group: Group) -> list[str]:
-    return [p.name for e in group.elements for p in (e.products if isinstance(e, Site) else (e,))]
+    """Names of nodes of the source; the parts of a Split are one."""
+    return list(dict.fromkeys(p.name for e in group.elements for p in (e.products if isinstance(e, Site) else (e,))))
 
 
 def _cut_alike(site: Site, term: Site, forms: Mapping[str, Form], packer: Packer) -> bool:

@@ -19,6 +19,7 @@ from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.form import Form
 from spa_compiler.placement.attention import Shapes, find_attention
+from spa_compiler.placement.between import find_between
 from spa_compiler.placement.candidates import chain_classes, classes, stored_forms
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
@@ -232,7 +233,8 @@ def _joined(model: Model, forms: Mapping[str, Form], known: Shapes, attention: b
     twin = model.copy()
     sites = [s for s in find_sites(twin)[0] if s.name in forms]
     attentions = find_attention(twin, known) if attention else []
-    return twin, join(twin, sites, find_norms(twin), attentions, find_depthwise(twin), known)
+    between = [*find_depthwise(twin), *find_between(twin, known)]
+    return twin, join(twin, sites, find_norms(twin), attentions, between, known)
 
 
 def _sparse_plan(

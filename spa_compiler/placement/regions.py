@@ -15,14 +15,14 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.attention import AttentionSite, Shapes
-from spa_compiler.placement.depthwise import DepthwiseSite
+from spa_compiler.placement.between import Between, ImageOp, trim
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.sites import Site, held, only_reader, take_epilogue
 from spa_compiler.placement.sums import join_sums
 from spa_compiler.runtime.images import MAX_IMAGES
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS
 
-Element = Site | NormSite | AttentionSite | DepthwiseSite
+Element = Site | NormSite | AttentionSite | Between
 
 
 @dataclass(eq=False)
@@ -67,9 +67,12 @@ class Group:
 
 
 def inputs_of(element: Element) -> Iterator[gs.Variable]:
-    """The tensors that an element reads as panels."""
+    """The activations that an element reads."""
     if isinstance(element, AttentionSite):
         yield from (element.query, element.key, element.value)
+        return
+    if isinstance(element, ImageOp):
+        yield from element.sources
         return
     yield element.source
     if isinstance(element, Site):
@@ -91,13 +94,14 @@ def join(
     sites: Sequence[Site],
     norms: Sequence[NormSite],
     attentions: Sequence[AttentionSite],
-    depthwise: Sequence[DepthwiseSite],
+    between: Sequence[Between],
     shapes: Shapes,
 ) -> list[Group]:
     """Sites joined with their neighbours as far as that is legal; takes sums and residuals into the sites (in place).
 
     Args:
         sites: the sites that become kernels; others stay outside.
+        between: what images pass through on the way from one to the other.
     """
     outputs = held(model.graph)
     taken: set[int] = set()
@@ -113,20 +117,49 @@ def join(
     behind = (n for n in norms if id(n.source) in made or (id(n.source) in packed and id(n.output) in read))
     elements: list[Element] = [*sites, *behind]
     elements += [a for a in attentions if all(id(t) in made for t in inputs_of(a))]
-    elements += depthwise
-    groups = [Group([e], e.layout if isinstance(e, Site | DepthwiseSite) else "rows") for e in elements]
+    inside = {id(n) for e in elements for n in e.nodes}
+    for each in between:  # an activation belongs to what is found first
+        if inside.isdisjoint(nodes := {id(n) for n in each.nodes}):
+            elements.append(each)
+            inside |= nodes
+    groups = [Group([e], "rows" if isinstance(e, NormSite | AttentionSite) else e.layout) for e in elements]
     graph = _Contracted(model, groups)
 
     while _merge_one(graph, _neighbours(graph.groups), outputs, shapes):
         pass
     while _merge_one(graph, _siblings(graph.groups), outputs, shapes):
         pass
-    # a norm or a depthwise convolution alone is ONNX Runtime's
+    # without a product it is ONNX Runtime's
     kept = [g for g in graph.groups if any(isinstance(e, Site) for e in g.elements)]
+    for group in kept:
+        _trim(group, outputs)
     position = {id(n): i for i, n in enumerate(model.graph.nodes)}
     for group in kept:
         group.elements.sort(key=lambda e: max(position[id(n)] for n in e.nodes))
     return sorted(kept, key=lambda g: position[id(g.nodes[0])])
+
+
+def _trim(group: Group, outputs: Sequence[gs.Variable]) -> None:
+    """Takes out what is at its rim to no use, one by one, as long as the C side's limits hold."""
+    kept: set[int] = set()
+    while True:
+        read = {id(t) for e in group.elements for t in inputs_of(e)}
+        found = (op for op in trim(group.elements, lambda t: id(t) in read) if id(op) not in kept)  # noqa: B023
+        op = next(found, None)
+        if op is None:
+            return
+        without = Group([e for e in group.elements if e is not op], group.layout)
+        if _within_limits(without, outputs):
+            group.elements = without.elements
+        else:
+            kept.add(id(op))
+
+
+def _within_limits(group: Group, outputs: Sequence[gs.Variable]) -> bool:
+    """Those of the C side, of one node."""
+    images = len(group.external()) + sum(e.images if isinstance(e, ImageOp) else 1 for e in group.elements)
+    within = len(group.external()) <= MAX_INPUTS and len(group.results(outputs)) <= MAX_OUTPUTS
+    return within and len(group.masks()) <= MAX_MASKS and images <= MAX_IMAGES
 
 
 def _neighbours(groups: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
@@ -250,11 +283,9 @@ class _Contracted:
         self._refused.add((id(first), id(second)))
         union = Group([*first.elements, *second.elements], first.layout)
         self._alive.append(union)
-        if len(union.external()) > MAX_INPUTS or len(union.masks()) > MAX_MASKS:
+        if not _within_limits(union, outputs):
             return False
         if len({e.heads for e in union.elements if isinstance(e, AttentionSite)}) > 1:  # masks are checked against one
-            return False
-        if len(union.results(outputs)) > MAX_OUTPUTS or len(union.external()) + len(union.elements) > MAX_IMAGES:
             return False
         a, b = id(first), id(second)
         if self._detour(a, b) or self._detour(b, a):

@@ -156,7 +156,11 @@ def unfit_window(op: WeightedOp) -> str:
         return f"a convolution over {len(op.kernel)} axes has no sparse kernel yet"
     if op.node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return "its padding depends on the size of the input (auto_pad)"
-    window = window_of(op)
+    return unfit(window_of(op))
+
+
+def unfit(window: Window) -> str:
+    """The same for a window."""
     if not all(0 <= value <= _LARGEST for value in (*window.pads, *window.size, *window.dilation)):
         return f"its kernel, dilation or padding is larger than {_LARGEST}"
     extents = [(size - 1) * step + 1 for size, step in zip(window.size, window.dilation, strict=True)]

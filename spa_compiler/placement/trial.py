@@ -127,6 +127,12 @@ def _activation(site: Site, key: str, p: str, constants: list[onnx.TensorProto])
         return [helper.make_node("Relu", [p], [y])]
     if site.act == "clip":
         return [helper.make_node("Clip", [p, scalar("low", site.low), scalar("high", site.high)], [y])]
+    if site.act in ("sigmoid", "hard_swish"):
+        return [helper.make_node({"sigmoid": "Sigmoid", "hard_swish": "HardSwish"}[site.act], [p], [y])]
+    if site.act == "hard_sigmoid":
+        return [helper.make_node("HardSigmoid", [p], [y], alpha=site.low, beta=site.high)]
+    if site.act == "leaky_relu":
+        return [helper.make_node("LeakyRelu", [p], [y], alpha=site.low)]
     if site.act == "silu":
         return [helper.make_node("Sigmoid", [p], [f"s{key}"]), helper.make_node("Mul", [p, f"s{key}"], [y])]
     if site.act == "gelu_erf":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from spa_compiler.kernels import attention, depthwise, gate, layernorm, panel, rmsnorm, window
+from spa_compiler.kernels import attention, combine, depthwise, gate, layernorm, panel, rmsnorm, window
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.images import ImageRegion
@@ -31,6 +31,8 @@ _C_TYPES = {
     "crop": "Crop",
     "pad": "Pad",
     "depthwise": "Depthwise",
+    "largest": "Depthwise",
+    "combine": "Combine",
 }
 
 
@@ -63,6 +65,7 @@ def kernels_of(regions: Sequence[Region]) -> dict[str, tuple[str, ...]]:
 def _kernels_of_images(region: ImageRegion) -> dict[str, tuple[str, ...]]:
     arrays = {_array_of(linear, region): _functions(linear, region) for linear in region.linears}
     names = [depthwise.name(d.window, d.act) for d in region.depthwise]
+    names += [depthwise.largest_name(w) for w in region.largest] + [combine.name(c.op, c.act) for c in region.combines]
     return arrays | {n.removeprefix("spa_"): (n,) for n in (*names, *_COPIES)}
 
 
@@ -163,6 +166,7 @@ def _array(region: Region, level: str, kind: str, what: str, items: Sequence[str
 
 def _data_of_images(region: ImageRegion, level: str) -> list[str]:
     seen = [i.window for i in region.images if i.window is not None] + [d.window for d in region.depthwise]
+    seen += region.largest
     number = {w: i for i, w in enumerate(dict.fromkeys(seen))}
     windows = symbol(f"{region.op_type}_windows", level)
     depthwises = [
@@ -170,14 +174,27 @@ def _data_of_images(region: ImageRegion, level: str) -> list[str]:
         f".high = {_c_float(d.high)}, .kernel = {symbol(depthwise.name(d.window, d.act), level)}}}"
         for d in region.depthwise
     ]
+    largest = [
+        f"{{.channels = {w.channels}, .window = {windows} + {number[w]}, "
+        f".kernel = {symbol(depthwise.largest_name(w), level)}}}"
+        for w in region.largest
+    ]
+    combines = [
+        f"{{.scales = {int(c.op == 'scale')}, .low = {_c_float(c.low)}, .high = {_c_float(c.high)}, "
+        f".kernel = {symbol(combine.name(c.op, c.act), level)}}}"
+        for c in region.combines
+    ]
     images = [
         f"{{.channels = {i.channels}, .kind = IMAGE_{i.kind}, .source = {i.source}, "
-        f".window = {f'{windows} + {number[i.window]}' if i.window else 'NULL'}, .slot = {i.slot}}}"
+        f".window = {f'{windows} + {number[i.window]}' if i.window else 'NULL'}, .slot = {i.slot}, "
+        f".home = {i.home}, .first = {i.first}, .grow = {{{_list(i.grow)}}}}}"
         for i in region.images
     ]
     return [
         *_array(region, level, "WindowInfo", "windows", [_window(w) for w in number]),
         *_array(region, level, "DepthwiseInfo", "depthwise", depthwises),
+        *_array(region, level, "DepthwiseInfo", "largest", largest),
+        *_array(region, level, "CombineInfo", "combines", combines),
         *_array(region, level, "ImageInfo", "images", images),
         *_array(region, level, "ChainInfo", "chains", [f"{{{_list(pair)}}}" for pair in region.chains]),
     ]
@@ -210,6 +227,8 @@ def _row(region: Region, level: str) -> str:
         fields |= {
             "depthwise": symbol(f"{op}_depthwise", level) if region.depthwise else "NULL",
             "depthwise_count": len(region.depthwise),
+            "largest": symbol(f"{op}_largest", level) if region.largest else "NULL",
+            "combines": symbol(f"{op}_combines", level) if region.combines else "NULL",
             "images": symbol(f"{op}_images", level),
             "image_count": len(region.images),
             "output_images": f"{{{_list(region.output_images)}}}",

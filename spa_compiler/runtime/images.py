@@ -14,17 +14,23 @@ inputs in every call; images that do not live at the same time share slots of sc
 Steps in a **chain**, each of which alone reads what the one before makes, are computed band by band of rows, so that
 what lies between them never leaves L2. A chain sees a window once at most: rows around a band are computed for both of
 its neighbours, and that adds up.
+
+Channels of an image are a **view** of it, and images that are put together (`concat`) are written where they belong in
+what they make, as far as they are made here; others are copied. Neither is a step of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_OUTPUTS, LinearSpec
 
-MAX_IMAGES = 256  # of the C side: region.h
+MAX_IMAGES = 1024  # of the C side: region.h
+_IN_CHAINS = {"LINEAR", "WINDOW", "DEPTHWISE"}
+_EXACT = ("LINEAR", "WINDOW")  # steps that write no float behind an image
 _BLOCK, _BUFFER, _REGISTER, _STEP = 8, 16 << 10, 16, 8  # of depthwise.c
 
 
@@ -50,13 +56,25 @@ def fits_buffer(window: Window) -> bool:
 
 
 @dataclass(frozen=True)
+class CombineSpec:
+    """act(a), act(a + b), act(a b) or, with one pixel of b for each channel, act(a b[0]): `kernels/combine.py`."""
+
+    op: str
+    act: str = "none"
+    low: float = 0.0
+    high: float = 0.0
+
+
+@dataclass(frozen=True)
 class ImageSpec:
-    """What a step makes: `kind` is INPUT, LINEAR, WINDOW or DEPTHWISE.
+    """What a step makes: `kind` is that of region.h.
 
     Attributes:
         source: the input's number, or the image that it is made of and that gives its size.
         window: that the size is seen through; None keeps it.
         slot: of scratch; below 0 it is output -1 - slot of the node, written in place.
+        home: the image whose channels from `first` on it is; itself, where it is no part of another.
+        grow: rows and columns that each of the source becomes.
     """
 
     channels: int
@@ -64,6 +82,9 @@ class ImageSpec:
     source: int
     window: Window | None
     slot: int
+    home: int
+    first: int
+    grow: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,8 @@ class ImageRegion:
     output_images: tuple[int, ...]
     linears: tuple[LinearSpec, ...]
     depthwise: tuple[DepthwiseSpec, ...]
+    largest: tuple[Window, ...]
+    combines: tuple[CombineSpec, ...]
     images: tuple[ImageSpec, ...]
     slots: int
     chains: tuple[tuple[int, int], ...]  # the first and the last image of each
@@ -109,8 +132,22 @@ class Image:
     shrunk: float  # pixels, as a share of those of its input
     born: int
     dies: int
+    grow: tuple[int, int] = (1, 1)
     readers: list[int] = field(default_factory=list)  # steps
     outputs: list[int] = field(default_factory=list)
+    part_of: Image | None = None  # of whose channels, from `first` on, it is a view
+    first: int = 0
+    parts: list[Image] = field(default_factory=list)  # that are views of it
+
+    @property
+    def home(self) -> Image:
+        """The image that it lies in."""
+        return self if self.part_of is None else self.part_of.home
+
+    @property
+    def place(self) -> int:
+        """Its first channel there."""
+        return 0 if self.part_of is None else self.first + self.part_of.place
 
     @property
     def weight(self) -> float:
@@ -126,6 +163,9 @@ class ImageBuilder:
     outputs: list[Image] = field(default_factory=list)
     linears: list[LinearSpec] = field(default_factory=list)
     depthwises: list[DepthwiseSpec] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)  # whose largest values are taken
+    combines: list[CombineSpec] = field(default_factory=list)
+    _axes: set[int] = field(default_factory=set)
     _images: list[Image] = field(default_factory=list)
     _lines: list[str] = field(default_factory=list)
     _made_at: dict[int, int] = field(default_factory=dict)  # the image of each step
@@ -179,6 +219,64 @@ class ImageBuilder:
         self._lines.append(f"spa_image_depthwise(r, {len(self.depthwises) - 1}, {source.number}, {made.number})")
         return made
 
+    def largest(self, source: Image, window: Window) -> Image:
+        """The largest value of each channel that a window sees, in which padding is nothing."""
+        if window.channels != source.channels:
+            raise ValueError(f"{window} reads {source.channels} channels")
+        if not fits_buffer(window):
+            raise ValueError(f"{window} sees more than the buffer of a depthwise step holds")
+        self.windows.append(window)
+        made = self._made(source.channels, "LARGEST", source, window, [])
+        self._lines.append(f"spa_image_largest(r, {len(self.windows) - 1}, {source.number}, {made.number})")
+        return made
+
+    def mean(self, source: Image, axes: int) -> Image:
+        """The mean of each channel, an image of one pixel over `axes` axes."""
+        made = self._made(source.channels, "MEAN", source, None, [])
+        self._axes.add(axes)
+        self._lines.append(f"spa_image_mean(r, {source.number}, {made.number})")
+        return made
+
+    def combine(self, source: Image, spec: CombineSpec, other: Image | None = None) -> Image:
+        """An image and another one of its size, or of one pixel for `scale`, pixel by pixel."""
+        if (other is None) != (spec.op == "copy") or (other is not None and other.channels != source.channels):
+            raise ValueError(f"{spec} of {source.channels} and {other.channels if other else 'no'} channels")
+        self.combines.append(spec)
+        made = self._made(source.channels, "COMBINE", source, None, [other] if other else [])
+        arguments = f"{len(self.combines) - 1}, {source.number}, {other.number if other else -1}, {made.number}"
+        self._lines.append(f"spa_image_combine(r, {arguments})")
+        return made
+
+    def repeat(self, source: Image, grow: tuple[int, int], axes: int = 2) -> Image:
+        """Every pixel as often, down and to the right, as `grow` says."""
+        return self._grown("repeat", source, source.channels, grow, axes)
+
+    def unfold(self, source: Image, grow: tuple[int, int], axes: int = 2) -> Image:
+        """Channels (y, x, channel) of each pixel become its pixels (y, x) of every channel."""
+        if source.channels % (grow[0] * grow[1]):
+            raise ValueError(f"{source.channels} channels are not those of {grow[0]} x {grow[1]} pixels")
+        return self._grown("unfold", source, source.channels // (grow[0] * grow[1]), grow, axes)
+
+    def part(self, source: Image, first: int, channels: int) -> Image:
+        """Some channels of an image: a view, no step."""
+        if not 0 <= first < first + channels <= source.channels:
+            raise ValueError(f"channels {first} .. {first + channels} of {source.channels}")
+        made = self._view(source, channels, source.born)
+        made.part_of, made.first = source, first
+        source.parts.append(made)
+        return made
+
+    def concat(self, sources: Sequence[Image]) -> Image:
+        """Images one behind the other. What is made here and has no place yet is written to its place at once."""
+        pieces = _whole(sources)
+        pieces = [p if self._movable(p, pieces) else self.combine(p, CombineSpec("copy")) for p in pieces]
+        made = self._view(pieces[0], sum(p.channels for p in pieces), min(p.born for p in pieces))
+        made.dies = max(p.dies for p in pieces)
+        for piece in pieces:
+            piece.part_of, piece.first = made, sum(p.channels for p in made.parts)
+            made.parts.append(piece)
+        return made
+
     def output(self, image: Image) -> None:
         """The next output of the node."""
         image.outputs.append(len(self.outputs))
@@ -186,20 +284,21 @@ class ImageBuilder:
 
     def finish(self) -> ImageRegion:
         """Plans scratch."""
-        axes = {w.axes for w in (i.window for i in self._images) if w is not None}
+        axes = self._axes | {w.axes for w in (i.window for i in self._images) if w is not None}
         if len(axes) > 1 or len(self.inputs) > MAX_INPUTS or len(self.outputs) > MAX_OUTPUTS:
             raise ValueError("windows of one and of two axes, or too many inputs or outputs, in one region")
         if len(self._images) > MAX_IMAGES:
             raise ValueError(f"more than {MAX_IMAGES} images in one region")
         for image in self._images:
-            if not self._in_place(image):
+            if not self._in_place(image.home) or image.part_of is not None:
                 for output in image.outputs:
                     self._lines.append(f"spa_image_out(r, {image.number}, {output})")
-                    image.dies = len(self._lines) - 1
+                    _keep(image, len(self._lines) - 1)
         chains = self._chains()
         for first, last in chains:
             for image in self._images[first.number + 1 : last.number + 1]:
                 image.born = first.born  # a loop makes all of them again and again
+                image.home.born = min(image.home.born, image.born)
         slots, count = self._slots()
         return ImageRegion(
             max(axes, default=0),
@@ -208,7 +307,12 @@ class ImageBuilder:
             tuple(i.number for i in self.outputs),
             tuple(self.linears),
             tuple(self.depthwises),
-            tuple(ImageSpec(i.channels, i.kind, i.source, i.window, slots[i.number]) for i in self._images),
+            tuple(self.windows),
+            tuple(self.combines),
+            tuple(
+                ImageSpec(i.channels, i.kind, i.source, i.window, slots[i.home.number], i.home.number, i.place, i.grow)
+                for i in self._images
+            ),
             count,
             tuple((first.number, last.number) for first, last in chains),
             tuple(self._looped(chains)),
@@ -232,7 +336,9 @@ class ImageBuilder:
     def _continues(self, first: int, last: int) -> bool:
         """Whether the image behind `last` belongs to the chain from `first` to `last`."""
         chain, image, following = self._images[first : last + 1], self._images[last], self._images[last + 1]
-        if "INPUT" in (image.kind, following.kind) or following.source != last or following.born != image.born + 1:
+        if not {image.kind, following.kind} <= _IN_CHAINS or following.source != last:
+            return False
+        if following.born != image.born + 1 or image.part_of is not None or image.parts:
             return False
         if image.readers != [following.born] or image.outputs:
             return False
@@ -256,16 +362,20 @@ class ImageBuilder:
 
     def _in_place(self, image: Image) -> bool:
         """Whether it is written straight to an output: nothing reads it, since what reads, reads whole registers."""
-        return len(image.outputs) == 1 and not image.readers and image.kind in ("LINEAR", "WINDOW")
+        if len(image.outputs) != 1 or image.readers or image.part_of is not None:
+            return False
+        if image.kind == "VIEW":
+            return all(p.kind in _EXACT and not (p.outputs or p.readers or p.parts) for p in image.parts)
+        return image.kind in _EXACT and not image.parts
 
-    def _slots(self) -> tuple[list[int], int]:
-        """The slot of every image, and how many there are: of those free, the one that fits best."""
+    def _slots(self) -> tuple[dict[int, int], int]:
+        """The slot of every image that is no part of another, and how many there are: the free one that fits best."""
         sizes: list[float] = []
         free_from: list[int] = []
-        places = []
-        for image in self._images:
+        places: dict[int, int] = {}
+        for image in sorted((i for i in self._images if i.part_of is None), key=lambda i: i.born):
             if self._in_place(image):
-                places.append(-1 - image.outputs[0])
+                places[image.number] = -1 - image.outputs[0]
                 continue
             free = [s for s in range(len(sizes)) if free_from[s] <= image.born]
             if free:
@@ -276,7 +386,7 @@ class ImageBuilder:
                 free_from.append(0)
             sizes[slot] = max(sizes[slot], image.weight)
             free_from[slot] = image.dies + 1
-            places.append(slot)
+            places[image.number] = slot
         return places, len(sizes)
 
     def _number(self, spec: LinearSpec) -> int:
@@ -285,13 +395,55 @@ class ImageBuilder:
 
     def _made(self, channels: int, kind: str, source: Image, window: Window | None, others: list[Image]) -> Image:
         for image in (source, *others):
-            image.dies = len(self._lines)
+            _keep(image, len(self._lines))
             image.readers.append(len(self._lines))
         step = window.stride[0] * window.stride[1] if window else 1
         return self._new(channels, kind, source.number, window, source.shrunk / step)
+
+    def _grown(self, step: str, source: Image, channels: int, grow: tuple[int, int], axes: int) -> Image:
+        made = self._made(channels, "GROW", source, None, [])
+        made.grow, made.shrunk = grow, source.shrunk * grow[0] * grow[1]
+        self._axes.add(axes)
+        self._lines.append(f"spa_image_{step}(r, {source.number}, {made.number})")
+        return made
+
+    def _view(self, source: Image, channels: int, born: int) -> Image:
+        """An image that no step makes."""
+        made = Image(len(self._images), channels, "VIEW", source.number, None, source.shrunk, born, source.dies)
+        self._images.append(made)
+        return made
+
+    def _movable(self, image: Image, among: Sequence[Image]) -> bool:
+        """Whether it can lie in another image: nothing else says where."""
+        return image.kind != "INPUT" and image.part_of is None and sum(image is other for other in among) == 1
 
     def _new(self, channels: int, kind: str, source: int, window: Window | None, shrunk: float) -> Image:
         at = len(self._lines)
         self._made_at[at] = len(self._images)
         self._images.append(Image(len(self._images), channels, kind, source, window, shrunk, at, at))
         return self._images[-1]
+
+
+def _keep(image: Image, step: int) -> None:
+    """It is read at `step`, and with it all that it lies in."""
+    image.dies = max(image.dies, step)
+    if image.part_of is not None:
+        _keep(image.part_of, step)
+
+
+def _whole(sources: Sequence[Image]) -> list[Image]:
+    """Images that are put together, with parts that make up all of another one, in order, replaced by that."""
+    found: list[Image] = []
+    at = 0
+    while at < len(sources):
+        whole, end, channels = sources[at].part_of, at, 0
+        while end < len(sources) and whole and (sources[end].part_of, sources[end].first) == (whole, channels):
+            channels += sources[end].channels
+            end += 1
+        if whole is not None and channels == whole.channels:
+            found.append(whole)
+            at = end
+        else:
+            found.append(sources[at])
+            at += 1
+    return found

@@ -18,7 +18,19 @@ import joblib
 from joblib.externals.loky import get_reusable_executor
 
 from spa_compiler.errors import EnvironmentFault
-from spa_compiler.kernels import attention, depthwise, gate, layernorm, panel, rmsnorm, rx1, rxc, sliced, window
+from spa_compiler.kernels import (
+    attention,
+    combine,
+    depthwise,
+    gate,
+    layernorm,
+    panel,
+    rmsnorm,
+    rx1,
+    rxc,
+    sliced,
+    window,
+)
 from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.kernels.vector import Isa, isa_of
 from spa_compiler.runtime.generate import Region, kernels_of, symbol, write_c
@@ -28,7 +40,18 @@ from spa_compiler.targets.machine import cache_dir
 GLIBC = "2.28"
 WORTH_PROCESSES = 24  # kernels to build: a process takes a second to load TVM, a kernel a tenth to build
 C_FOLDER = Path(__file__).parent / "c"
-SOURCES = ("register.c", "node.c", "panels.c", "steps.c", "images.c", "pixels.c", "window.c", "depthwise.c", "isa.c")
+SOURCES = (
+    "register.c",
+    "node.c",
+    "panels.c",
+    "steps.c",
+    "images.c",
+    "pixels.c",
+    "window.c",
+    "depthwise.c",
+    "between.c",
+    "isa.c",
+)
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
 
 
@@ -94,13 +117,15 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return gate.kernel(isa)
     if name == depthwise.PAD:
         return depthwise.pad_kernel()
-    if name.startswith("spa_depthwise_"):
+    if name.startswith(("spa_depthwise_", "spa_largest_")):
         return depthwise.kernel(*depthwise.parse(name), isa)
     parts = name.removeprefix("spa_").split("_", 3)
     if parts[0] == "pack":
         return panel.pack_kernel(int(parts[2]), isa)
     if parts[0] == "unpack":
         return panel.unpack_kernel(int(parts[2]), isa)
+    if parts[0] == "combine":
+        return combine.kernel(parts[1], "_".join(parts[2:]), isa)
     if parts[0] == "attention":
         return attention.kernel(int(parts[1]), isa)
     if parts[0] == "layernorm":

@@ -59,6 +59,24 @@ def test_smooth_activations_keep_zero_and_nan(act: str, shape: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_sigmoid(shape: tuple[int, int]) -> None:
+    x = np.concatenate([np.linspace(-30, 30, 20_001), FAR, -FAR, [np.inf, -np.inf]]).astype(np.float32)
+    assert np.abs(apply(x, "sigmoid", shape) - reference(x, "sigmoid")).max() < 1e-6
+    assert np.isnan(apply(np.array([np.nan], np.float32), "sigmoid", shape)[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "act, low, high",
+    [("hard_swish", 0, 0), ("hard_sigmoid", 0.2, 0.5), ("hard_sigmoid", 0.5, -0.25), ("leaky_relu", 0.01, 0)],
+)
+def test_activations_of_straight_lines(act: str, low: float, high: float, shape: tuple[int, int]) -> None:
+    x = np.concatenate([np.linspace(-9, 9, 2001), FAR[:-1], -FAR[:-1], [np.nan, 0.0]]).astype(np.float32)
+    got, want = apply(x, act, shape, low, high), reference(x, act, low, high)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "act, low, high",
     [("relu", 0, 0), ("clip", 0.0, 6.0), ("clip", -1.5, 2.25), ("clip", -3.4028235e38, 1.0), ("none", 0, 0)],

@@ -26,7 +26,8 @@ WINDOWS = (
     Window(1, (2, 3), (3, 1), (4, 5), (3, 0, 2, 6)),
 )
 ACTS = {w: activation.NAMES if i == 0 else ("none", "clip") for i, w in enumerate(WINDOWS)}
-NAMES = (depthwise.PAD, *(depthwise.name(w, act) for w, acts in ACTS.items() for act in acts))
+LARGEST = tuple(map(depthwise.largest_name, WINDOWS))
+NAMES = (depthwise.PAD, *LARGEST, *(depthwise.name(w, act) for w, acts in ACTS.items() for act in acts))
 
 
 def image(w: Window, height: int, width: int, channels: int = 1) -> np.ndarray:
@@ -60,12 +61,12 @@ def computed(
     block = depthwise.rows_at_once(isa)
     rows = (-(-height // block) * block - 1) * w.stride[0] + (w.size[0] - 1) * w.dilation[0] + 1
     buffer = np.full((w.stride[1], rows, pitch), np.float32(np.nan))
-    known = depthwise.buffer_reference(x, w, first, height, pitch)
+    known = depthwise.buffer_reference(x, w, first, height, pitch, depthwise.LOWEST if act == "largest" else 0.0)
     buffer[:, : known.shape[1]] = known
     out, canaries = output((height * width + isa.width - 1,))
     call(
         NAMES,
-        depthwise.name(w, act),
+        depthwise.largest_name(w) if act == "largest" else depthwise.name(w, act),
         guarded(buffer),
         guarded(weight),
         guarded(np.array([bias], np.float32)),
@@ -97,24 +98,38 @@ def test_any_band_of_any_image(w: Window, data: st.DataObject) -> None:
     assert_close(got, want[first : first + height], w.k + 4)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(WINDOWS), st.data())
+def test_the_largest_of_any_band_of_any_image(w: Window, data: st.DataObject) -> None:
+    size = [smallest(w, axis) + data.draw(st.integers(0, 40), "size") for axis in range(2)]
+    outputs = w.outputs(*size)
+    first = data.draw(st.integers(0, outputs[0] - 1), "first")
+    height = data.draw(st.integers(1, outputs[0] - first), "height")
+    x = image(w, *size) - 3  # below the zeros that the padding of a sum has
+    got = computed(x[0], np.zeros((1, w.k), np.float32), 0.0, w, "largest", first, height)
+    np.testing.assert_array_equal(got, depthwise.largest_reference(x, w)[0, first : first + height])
+
+
 @pytest.mark.parametrize("w", WINDOWS)
 def test_a_name_says_all_that_the_kernel_is_made_of(w: Window) -> None:
     bare = dataclasses.replace(w, pads=(0, 0, 0, 0))
     assert depthwise.parse(depthwise.name(w, "gelu_erf")) == (bare, "gelu_erf")
+    assert depthwise.parse(depthwise.largest_name(w)) == (bare, "largest")
 
 
 @settings(max_examples=120, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([1, 2]), st.integers(0, 6), st.integers(0, 40))
 def test_rows_are_padded_in_whole_registers(height: int, width: int, step: int, left: int, more: int) -> None:
+    fill = float(np.float32(depthwise.LOWEST if more % 2 else 0.0))
     w = Window(1, (1, 1), (1, step), (1, 1), (0, left, 0, 0))
     pitch, top, bottom = -(-(left + width) // step) + more, more % 3, more % 2
     rows = top + height + bottom
     x = image(w, height, width)[0]
     source = guarded(np.concatenate([x.reshape(-1), np.full(31, np.nan, np.float32)]))
     padded, canaries = output((step, rows * pitch + -(-left // step) + 16))
-    sizes = (top, height, bottom, width, left, padded.shape[1], pitch, step)
+    sizes = (top, height, bottom, width, left, padded.shape[1], pitch, step, fill)
     call(NAMES, depthwise.PAD, source, padded, *sizes)
     assert_untouched(canaries)
-    want = np.zeros((step, rows, pitch), np.float32)
-    want[:, top : top + height] = depthwise.padded_reference(x, w, pitch)
+    want = np.full((step, rows, pitch), fill, np.float32)
+    want[:, top : top + height] = depthwise.padded_reference(x, w, pitch, fill)
     np.testing.assert_array_equal(padded[:, : rows * pitch].reshape(want.shape), want)

@@ -96,6 +96,7 @@ def shifted(x: np.ndarray, w: Window, first: int, height: int, slack: int) -> tu
                 high,
                 left,
                 step,
+                0.0,
             )
     return planes, canaries
 

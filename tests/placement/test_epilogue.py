@@ -76,6 +76,10 @@ def test_gelu_tanh(body: str) -> None:
         ("s = Sigmoid(p) y = Mul(s, p)", HEADER, "silu"),
         ("m = Neg(p) e = Exp(m) f = Add(e, {1.0}) y = Div(p, f)", HEADER, "silu"),
         ("m = Mul({-1.0}, p) e = Exp(m) f = Add({1.0}, e) y = Div(p, f)", HEADER, "silu"),
+        ("y = Sigmoid(p)", HEADER, "sigmoid"),
+        ("y = HardSwish(p)", HEADER, "hard_swish"),
+        ("a = Add(p, {3.0}) r = Clip(a, {0.0}, {6.0}) m = Mul(p, r) y = Div(m, {6.0})", HEADER, "hard_swish"),
+        ("h = HardSigmoid <alpha = 0.16666667> (p) y = Mul(h, p)", HEADER, "hard_swish"),
         ("y = Relu(p)", HEADER, "relu"),
         ("y = Max(p, {0.0})", HEADER, "relu"),
         ("y = Max({0.0}, p)", HEADER, "relu"),
@@ -109,6 +113,28 @@ def test_clip(body: str, header: str, low: float | None, high: float | None) -> 
     assert found is not None
     assert found.output.name == "y"
     assert (found.act, found.low, found.high) == (("relu", 0.0, 0.0) if low is None else ("clip", low, high))
+
+
+@pytest.mark.parametrize(
+    "body, act, low, high",
+    [
+        ("y = HardSigmoid(p)", "hard_sigmoid", 0.2, 0.5),
+        ("y = HardSigmoid <alpha = 0.4, beta = 0.25> (p)", "hard_sigmoid", 0.4, 0.25),
+        ("a = Add(p, {3.0}) r = Clip(a, {0.0}, {6.0}) y = Div(r, {6.0})", "hard_sigmoid", 1 / 6, 0.5),
+        ("y = LeakyRelu(p)", "leaky_relu", 0.01, 0.0),
+        ("m = Mul(p, {0.3}) y = Max(m, p)", "leaky_relu", 0.3, 0.0),
+    ],
+)
+def test_activations_with_slopes(body: str, act: str, low: float, high: float) -> None:
+    found = activation(body)
+    assert found is not None
+    assert (found.act, found.output.name) == (act, "y")
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-6)
+
+
+@pytest.mark.parametrize("body", ["y = LeakyRelu <alpha = -0.5> (p)", "y = LeakyRelu <alpha = 2.0> (p)", "y = Tanh(p)"])
+def test_what_is_none_of_them(body: str) -> None:
+    assert activation(body) is None
 
 
 @pytest.mark.parametrize("bound", [30.0, 45.0, 100.0, 20000.0])
@@ -147,11 +173,8 @@ QUICK = "u = Mul(p, {1.702}) s = Sigmoid(u) y = Mul(p, s)"
         (QUICK, HEADER),
         ("y = com.microsoft.QuickGelu(p)", WITH_MICROSOFT),
         ("y = Tanh(p)", HEADER),
-        ("y = Sigmoid(p)", HEADER),
-        ("y = LeakyRelu <alpha = 0.01> (p)", HEADER),
         ("y = Elu(p)", HEADER),
-        ("y = HardSwish(p)", HEADER),
-        ("a = Add(p, {3.0}) c = Clip(a, {0.0}, {6.0}) m = Mul(p, c) y = Div(m, {6.0})", HEADER),
+        ("a = Add(p, {3.0}) c = Clip(a, {0.0}, {6.0}) m = Mul(p, c) y = Div(m, {5.0})", HEADER),
         ("y = Mul(p, {1.0})", HEADER),
         ("y = Max(p, p)", HEADER),
         ("y = Max(p, {0.01})", None),

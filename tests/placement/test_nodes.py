@@ -20,6 +20,7 @@ from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.kernels import rx1
 from spa_compiler.placement.attention import find_attention
+from spa_compiler.placement.between import find_between
 from spa_compiler.placement.depthwise import find_depthwise
 from spa_compiler.placement.nodes import DOMAIN, Packer, insert
 from spa_compiler.placement.norms import find_norms
@@ -199,6 +200,50 @@ CASES |= {
 }
 
 
+CASES |= {
+    "split, put together, pooled": network(
+        """g (float["b",16,"s","h"] x) => (float["b",24,"s","h"] y, float["b",8,"s","h"] l) {
+          a = Conv(x, w, p) s = Sigmoid(a) m = Mul(a, s) l, k = Split <axis = 1, num_outputs = 2> (m)
+          c = Conv <pads = [1, 1, 1, 1]> (k, e) t = Sigmoid(c) o = Mul(c, t) q = Add(k, o) z = Concat <axis = 1> (l, k, q)
+          d = Conv(z, v) f = HardSwish(d) i = MaxPool <kernel_shape = [5, 5], pads = [2, 2, 2, 2]> (f)
+          j = MaxPool <kernel_shape = [5, 5], pads = [2, 2, 2, 2]> (i) u = Concat <axis = 1> (f, i, j) y = Conv(u, n) }""",
+        w=pointwise(16, 16),
+        p=vector(16),
+        e=np.ascontiguousarray(sparse(8 * 9, 8).T).reshape(8, 8, 3, 3),
+        v=pointwise(8, 24),
+        n=pointwise(24, 24),
+    ),
+    "squeeze and excitation": network(
+        """g (float["b",16,"s","h"] x) => (float["b",16,"s","h"] y, float["b",16,1,1] z) {
+          a = Conv(x, w, p) r = HardSwish(a) m = GlobalAveragePool(r) c = Conv(m, v) d = Relu(c) e = Conv(d, u)
+          g = HardSigmoid <alpha = 0.16666667> (e) k = Mul(g, r) y = Conv(k, t) f = BatchNormalization(y, q, o, o, n)
+          i = LeakyRelu <alpha = 0.1> (f) z = ReduceMean <keepdims = 1> (i, axes) }""",
+        w=pointwise(24, 16),
+        p=vector(24),
+        v=pointwise(8, 24),
+        u=pointwise(24, 8),
+        t=pointwise(16, 24),
+        q=vector(16),
+        o=vector(16),
+        n=np.abs(vector(16)) + np.float32(0.5),
+        axes=np.array([2, -1], np.int64),
+    ),
+    "down and up": network(
+        """g (float["b",16,"s","h"] x) => (float["b",16,"u","v"] y) {
+          a = Conv <pads = [1, 1, 1, 1]> (x, w) r = Relu(a) m = MaxPool <kernel_shape = [1, 1]> (r)
+          c = Conv(m, v) i = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
+            (c, , scales)
+          d = Conv(x, u) e = DepthToSpace <blocksize = 2> (d) f = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (e)
+          j = Resize <mode = "nearest"> (f, , scales) k = Concat <axis = -3> (i, j) y = Conv(k, t) }""",
+        w=np.ascontiguousarray(sparse(16 * 9, 16).T).reshape(16, 16, 3, 3),
+        v=pointwise(8, 16),
+        u=pointwise(32, 16),
+        t=pointwise(16, 16),
+        scales=np.array([1, 1, 2, 3], np.float32),
+    ),
+}
+
+
 def at_random(seed: int) -> onnx.ModelProto:
     """MatMuls, biases, ReLUs, residuals and norms; what nothing reads is an output, values inside are read outside."""
     rng = np.random.default_rng(seed)
@@ -263,7 +308,8 @@ def rewrite(proto: onnx.ModelProto, joins: bool, rows: int | None = None) -> Rew
     chosen = {s.name: rx1.Blocks(rows or rx1.BLOCK_ROWS[i % len(rx1.BLOCK_ROWS)]) for i, s in enumerate(sites)}
     if joins:
         known = [graph_shapes.fixed(model, feeds_of(model, i)) for i in range(4)]
-        groups = join(model, sites, find_norms(model), find_attention(model, known), find_depthwise(model), known)
+        between = [*find_depthwise(model), *find_between(model, known)]
+        groups = join(model, sites, find_norms(model), find_attention(model, known), between, known)
     else:
         groups = single(sites)
     return Rewritten(proto, model, insert(model, groups, chosen, Packer()))

@@ -8,6 +8,7 @@ import pytest
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.attention import find_attention
+from spa_compiler.placement.between import find_between
 from spa_compiler.placement.depthwise import find_depthwise
 from spa_compiler.placement.norms import find_norms
 from spa_compiler.placement.regions import Group, join, single
@@ -32,7 +33,8 @@ def joined(model: Model, *feeds: Feeds, only: set[str] | None = None) -> list[Gr
     given = feeds or ({"x": np.zeros((2, 3, 8), np.float32)},)
     known = [graph_shapes.fixed(model, feed) for feed in given]
     sites = [s for s in find_sites(model)[0] if only is None or s.name in only]
-    return join(model, sites, find_norms(model), find_attention(model, known), find_depthwise(model), known)
+    between = [*find_depthwise(model), *find_between(model, known)]
+    return join(model, sites, find_norms(model), find_attention(model, known), between, known)
 
 
 def elements(groups: list[Group]) -> list[list[str]]:
@@ -134,6 +136,44 @@ def test_a_depthwise_convolution_alone_is_left_to_onnx_runtime() -> None:
     text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
       a = Conv <group = 8> (x, d) t = Tanh(a) y = Conv(t, w) }"""
     assert elements(images(text, w=(8, 8, 1, 1), d=(8, 1, 1, 1))) == [["y"]]
+
+
+def test_a_split_and_a_concatenation_stay_inside() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
+      a = Conv(x, w) l, r = Split <axis = 1, num_outputs = 2> (a) c = Conv(r, u) t = Relu(c) s = Add(t, r)
+      k = Concat <axis = 1> (l, s) p = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (k) y = Conv(p, w) }"""
+    (group,) = images(text, w=(8, 8, 1, 1), u=(4, 4, 1, 1))
+    assert elements([group]) == [["a", "l", "r", "t", "s", "k", "p", "y"]]
+    assert [t.name for t in group.external()] == ["x"]
+
+
+def test_what_stands_at_the_rim_of_a_region_stays_outside() -> None:
+    """A pool on what others made, a concatenation of that, what is only taken apart or made larger on the way out."""
+    text = """g (float[1,8,6,6] x) => (float[1,4,6,6] l, float[1,4,6,6] r, float[1,8,12,12] z, float[1,16,6,6] o) {
+      p = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x) q = Concat <axis = 1> (p, x) a = Conv(q, w)
+      l, r = Split <axis = 1, num_outputs = 2> (a) z = Resize <mode = "nearest"> (a, , scales)
+      o = Concat <axis = 1> (x, a) }"""
+    model = model_of(text, w=matrix(16, 8).reshape(8, 16, 1, 1), scales=np.array([1, 1, 2, 2], np.float32))
+    assert elements(joined(model, {"x": np.zeros((1, 8, 6, 6), np.float32)})) == [["a"]]
+
+
+def test_a_pool_of_what_a_region_makes_comes_along_and_outputs_are_put_together_inside() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,1,1] g, float[1,16,6,6] o) {
+      a = Conv(x, w) g = GlobalAveragePool(a) b = Conv(a, w) o = Concat <axis = 1> (a, b) }"""
+    assert elements(images(text, w=(8, 8, 1, 1))) == [["a", "g", "b", "o"]]
+
+
+def test_channels_are_scaled_by_their_means() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
+      a = Conv(x, w) r = Relu(a) g = GlobalAveragePool(r) c = Conv(g, w) s = Sigmoid(c) m = Mul(s, r) y = Conv(m, w) }"""
+    assert elements(images(text, w=(8, 8, 1, 1))) == [["r", "g", "s", "m", "y"]]
+
+
+def test_an_activation_belongs_to_one_element() -> None:
+    """x sigmoid(x) behind a depthwise convolution is its activation, not a product of two images."""
+    text = """g (float[1,8,6,6] x) => (float[1,8,6,6] y) {
+      a = Conv(x, w) d = Conv <group = 8> (a, v) s = Sigmoid(d) m = Mul(d, s) y = Conv(m, w) }"""
+    assert elements(images(text, w=(8, 8, 1, 1), v=(8, 1, 1, 1))) == [["a", "m", "y"]]
 
 
 def test_other_numbers_of_images_or_axes_forbid_a_merge() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime.images import MAX_IMAGES, DepthwiseSpec, ImageBuilder
+from spa_compiler.runtime.images import MAX_IMAGES, CombineSpec, DepthwiseSpec, ImageBuilder
 from spa_compiler.runtime.region import LinearSpec
 from tests.image_harness import NETWORKS, SAME, Recorder, library, network, opened
-from tests.region_harness import assert_parity, run, session
+from tests.region_harness import assert_parity, linked, run, session
 
 
 @settings(max_examples=150, deadline=None)
@@ -25,7 +25,7 @@ from tests.region_harness import assert_parity, run, session
 def test_it_is_what_onnx_runtime_computes_at_every_size(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(list(NETWORKS)), "name")
     n, threads = network(name), data.draw(st.sampled_from([1, 2]), "threads")
-    inputs = 2 if name == "two" else 1
+    inputs = 2 if name == "two" else 1  # sizes of their own; other networks add or join what they read
     axes = n.made_by.axes
     sizes = [tuple(data.draw(st.integers(4, 40), "size") for _ in range(axes)) for _ in range(inputs)]
     feeds = n.feeds(data.draw(st.integers(0, 3), "images"), *sizes, seed=sum(sizes[0]))
@@ -170,6 +170,10 @@ def touched(call: str) -> list[int]:
     values = [int(v) for v in found[2].split(",")]
     if found[1] in ("in", "out"):
         return values[:1]
+    if found[1] in ("mean", "repeat", "unfold"):
+        return values
+    if found[1] == "combine":
+        return [i for i in values[1:] if i >= 0]
     if found[1] == "linear":
         _, source, second, second_source, residual, made = values
         return [i for i in (source, second_source if second >= 0 else -1, residual, made) if i >= 0]
@@ -179,26 +183,71 @@ def touched(call: str) -> list[int]:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_images_that_live_at_the_same_time_have_slots_of_their_own(name: str) -> None:
     spec = network(name).spec
+
+    def at_home(images: list[int]) -> list[int]:
+        return [spec.images[i].home for i in images]
+
     together: list[list[int]] = []  # the images of a step, or of all steps of a loop
     looping = False
     for line in spec.lines:
         if line.startswith("TRY"):
             if looping and together[-1] is not None:
-                together[-1] += touched(line)
+                together[-1] += at_home(touched(line))
             else:
-                together.append(touched(line))
+                together.append(at_home(touched(line)))
         elif line.startswith("for"):
             looping = True
             together.append([])
         else:
             looping = False
-    alive = {image: [at for at, images in enumerate(together) if image in images] for image in range(len(spec.images))}
+    homes = {i.home for i in spec.images}
+    alive = {image: [at for at, images in enumerate(together) if image in images] for image in homes}
     shared = 0
     for a, b in combinations(alive, 2):
         if spec.images[a].slot == spec.images[b].slot >= 0:
             shared += 1
             assert alive[a][-1] < alive[b][0] or alive[b][-1] < alive[a][0], (a, b)
     assert shared or name != "inverted"
+
+
+def test_what_is_put_together_is_written_to_its_place() -> None:
+    images, lines = network("split").spec.images, network("split").spec.lines
+    whole = {i: [j for j, image in enumerate(images) if image.home == i != j] for i in range(len(images))}
+    assert [len(parts) for parts in whole.values() if parts] == [
+        5,
+        4,
+    ]  # y with its halves, z and a part of it; four pools
+    assert not any("combine(r, 1" in line for line in lines), "nothing is copied"
+    outputs = [i for i in network("together").spec.images if i.slot == -3]
+    assert [(i.kind, i.first) for i in outputs] == [("LINEAR", 0), ("WINDOW", 6), ("VIEW", 0)]
+    assert network("dense").spec.combines == ()
+    assert len({i.home for i in network("dense").spec.images if i.channels in (9, 4, 13, 17, 21)}) == 4
+    copies = [c for c in network("together").spec.combines if c == CombineSpec("copy")]
+    assert len(copies) == 4  # an input, a part of an image, and an image twice
+
+
+def test_images_of_other_sizes_are_not_put_together() -> None:
+    r = Recorder()
+    a, b = r.input(4), r.input(4)
+    r.output(r.linear(r.concat(r.linear(a, 4, 4), r.linear(b, 4, 4)), 8, 4))
+    n = r.finish()
+    s = session(n.model(), path=linked(n.spec))
+    with pytest.raises(Exception, match="channels of 5 x 6 and 5 x 5 pixels are put together"):
+        run(s, n.feeds(1, (5, 5), (5, 6)))
+
+
+def test_images_of_other_sizes_are_not_combined() -> None:
+    r = Recorder()
+    a, b, c = r.input(4), r.input(4), r.input(4)
+    r.output(r.linear(r.combine("add", a, b), 8, 4))
+    r.output(r.combine("scale", a, c))
+    n = r.finish()
+    s = session(n.model(), path=linked(n.spec))
+    assert_parity(run(s, feeds := n.feeds(1, (5, 5), (5, 5), (1, 1))), n.expected(feeds))
+    with pytest.raises(Exception, match="5 x 5 pixels are combined with 5 x 6"):
+        run(s, n.feeds(1, (5, 5), (5, 6), (1, 1)))
+    with pytest.raises(Exception, match="5 x 5 pixels are combined with 5 x 5"):
+        run(s, n.feeds(1, (5, 5), (5, 5), (5, 5)))
 
 
 def test_equal_regions_are_one_op_and_any_difference_another() -> None:
@@ -220,6 +269,18 @@ def test_what_does_not_fit_together_is_refused() -> None:
         b.depthwise(x, DepthwiseSpec(Window(9, (3, 3))))
     with pytest.raises(ValueError, match="sees more than the buffer"):
         DepthwiseSpec(Window(8, (63, 63), dilation=(4, 4)))
+    with pytest.raises(ValueError, match="reads 8 channels"):
+        b.largest(x, Window(9, (3, 3)))
+    with pytest.raises(ValueError, match="sees more than the buffer"):
+        b.largest(x, Window(8, (63, 63), dilation=(4, 4)))
+    with pytest.raises(ValueError, match="of 8 and no channels"):
+        b.combine(x, CombineSpec("add"))
+    with pytest.raises(ValueError, match="of 8 and 3 channels"):
+        b.combine(x, CombineSpec("mul"), b.part(x, 0, 3))
+    with pytest.raises(ValueError, match=r"channels 6 \.\. 9 of 8"):
+        b.part(x, 6, 3)
+    with pytest.raises(ValueError, match="8 channels are not those of 3 x 1 pixels"):
+        b.unfold(x, (3, 1))
     b.depthwise(b.depthwise(x, DepthwiseSpec(Window(8, (3, 3)))), DepthwiseSpec(Window(8, (1, 3), axes=1)))
     with pytest.raises(ValueError, match="one and of two axes"):
         b.finish()

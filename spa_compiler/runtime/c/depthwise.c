@@ -1,4 +1,4 @@
-/* Depthwise convolution: an item is a channel, band by band through a buffer that stays in L1.
+/* Depthwise convolution and the largest value of a window: an item is a channel, band by band through a buffer that stays in L1.
  * spa_compiler/kernels/depthwise.py has its layout. */
 #include "region.h"
 
@@ -6,10 +6,13 @@ enum { STEP = 8, BLOCK = 8 };               /* floats that shift copies; rows th
 enum { BUFFER = 16 << 10, ROOM = 8 << 10 }; /* floats: of the buffer; of it that a band fills if a smaller one can */
 enum { READ_BEHIND = 31 };                  /* floats: of pad */
 
+#define LOWEST -3.4028234663852886e38f
+
 typedef struct {
   const Run* run;
   const DepthwiseInfo* info;
-  const void* const* arrays;
+  const void* const* arrays; /* NULL: no taps */
+  float fill;                /* what padding holds */
   const Image *from, *to;
   int64_t height, width; /* of a band */
 } Step;
@@ -35,7 +38,7 @@ static void fill(const Step* s, int64_t channel, int64_t top, int64_t rows, int6
   if (step <= 2 && left == 0 && w->pads[1] + width <= pitch * step && slack) {
     s->run->node->region->pad(x + (low - s->from->base) * width, buffer, (int32_t)(low - top), (int32_t)(high - low),
                               (int32_t)(top + rows - high), (int32_t)width, (int32_t)w->pads[1], (int32_t)plane,
-                              (int32_t)pitch, (int32_t)step);
+                              (int32_t)pitch, (int32_t)step, s->fill);
     return;
   }
   for (int64_t phase = 0; phase < step; ++phase) {
@@ -44,20 +47,20 @@ static void fill(const Step* s, int64_t channel, int64_t top, int64_t rows, int6
     int64_t end = most(begin, least(seen < width ? blocks_of(width - seen, step) : 0, pitch));
     s->run->node->region->shift(x, buffer + phase * plane, (int32_t)(top - s->from->base), (int32_t)rows, 1,
                                 (int32_t)s->from->held, (int32_t)width, (int32_t)pitch, (int32_t)begin, (int32_t)end,
-                                (int32_t)seen, (int32_t)step);
+                                (int32_t)seen, (int32_t)step, s->fill);
   }
 }
 
 /* Rows and columns first .. first + height and left .. left + width of the outputs. */
 static void band(const Step* s, int64_t channel, int64_t first, int64_t height, int64_t left, int64_t width) {
   const WindowInfo* w = s->info->window;
-  const float* taps = s->arrays[TAPS];
-  const float* bias = s->arrays[DEPTHWISE_BIAS];
+  const float* taps = s->arrays ? (const float*)s->arrays[TAPS] + channel * w->size[0] * w->size[1] : NULL;
+  const float* bias = s->arrays ? (const float*)s->arrays[DEPTHWISE_BIAS] + channel : NULL;
   int64_t rows = rows_for(w, height), pitch = pitch_for(w, width);
   int64_t seen = (height - 1) * w->stride[0] + (w->size[0] - 1) * w->dilation[0] + 1;
   _Alignas(64) float buffer[BUFFER];
   fill(s, channel, first * w->stride[0] - w->pads[0], seen, left, buffer, rows * pitch, pitch);
-  s->info->kernel(buffer, taps + channel * w->size[0] * w->size[1], bias + channel,
+  s->info->kernel(buffer, taps, bias,
                   s->to->at + channel * s->to->pitch + (first - s->to->base) * s->to->width + left, (int32_t)height,
                   (int32_t)width, (int32_t)(rows * pitch), (int32_t)pitch, (int32_t)s->to->width, s->info->low,
                   s->info->high);
@@ -75,10 +78,9 @@ static void item(void* user, size_t channel) {
   spa_clear_slack(s->to, (int64_t)channel);
 }
 
-Status* spa_image_depthwise(const Run* r, int depthwise, int from, int to) {
-  const DepthwiseInfo* info = &r->node->region->depthwise[depthwise];
+static Status* each_channel(const Run* r, const DepthwiseInfo* info, const void* const* arrays, int from, int to) {
   const WindowInfo* w = info->window;
-  Step s = {.run = r, .info = info, .arrays = r->node->depthwise[depthwise], .from = &r->images[from],
+  Step s = {.run = r, .info = info, .arrays = arrays, .fill = arrays ? 0.0f : LOWEST, .from = &r->images[from],
             .to = &r->images[to], .height = BLOCK, .width = r->images[to].width};
   int64_t lowest = rows_for(w, BLOCK) * w->stride[1];
   while (s.width > REGISTER && lowest * pitch_for(w, s.width) > ROOM)
@@ -86,4 +88,12 @@ Status* spa_image_depthwise(const Run* r, int depthwise, int from, int to) {
   while (s.height < s.to->rows && rows_for(w, s.height + BLOCK) * w->stride[1] * pitch_for(w, s.width) <= ROOM)
     s.height += BLOCK;
   return KernelContext_ParallelFor(r->context, item, (size_t)info->channels, 0, &s);
+}
+
+Status* spa_image_depthwise(const Run* r, int depthwise, int from, int to) {
+  return each_channel(r, &r->node->region->depthwise[depthwise], r->node->depthwise[depthwise], from, to);
+}
+
+Status* spa_image_largest(const Run* r, int largest, int from, int to) {
+  return each_channel(r, &r->node->region->largest[largest], NULL, from, to);
 }

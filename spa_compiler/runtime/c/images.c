@@ -58,6 +58,14 @@ static Status* bind_inputs(const Node* node, void* context, Edges* e) {
   return NULL;
 }
 
+/* The height (axis 0) or width of an image, by that of its source; < 0, if that is not known. */
+static int64_t size_of(const ImageInfo* info, int axis, int64_t source) {
+  if (info->kind == IMAGE_MEAN) return 1;
+  if (source < 0) return source;
+  if (info->window) return spa_window_outputs(info->window, axis, source);
+  return info->kind == IMAGE_GROW ? source * info->grow[axis] : source;
+}
+
 /* Heights and widths of all images, from those of the inputs. */
 static Status* measure(const Node* node, const Edges* e, Image* images) {
   const Region* region = node->region;
@@ -73,11 +81,13 @@ static Status* measure(const Node* node, const Edges* e, Image* images) {
       image->height = region->axes == 2 ? dims[2] : 1;
     } else {
       const Image* source = &images[info->source];
-      image->height = info->window ? spa_window_outputs(info->window, 0, source->height) : source->height;
-      image->width = info->window ? spa_window_outputs(info->window, 1, source->width) : source->width;
+      image->height = size_of(info, 0, source->height);
+      image->width = size_of(info, 1, source->width);
       /* ONNX Runtime takes an image without pixels whose padding alone is as large as the window; no kernel here does. */
       CHECK(node, !info->window || (source->height && source->width && image->height && image->width),
             "the input is smaller than the window, its shape is %s",
+            spa_show(text, e->dims[root_of(region, i)], e->rank));
+      CHECK(node, info->kind != IMAGE_MEAN || spa_pixels(source), "the mean of no pixels, the input's shape is %s",
             spa_show(text, e->dims[root_of(region, i)], e->rank));
     }
     CHECK(node, image->height == 0 || image->width <= INT32_MAX / 2 / most(info->channels, MAX_CHUNK) / image->height,
@@ -175,9 +185,9 @@ static int64_t plan(const Region* region, Image* images, int64_t* slots, int64_t
     const ImageInfo* info = &region->images[i];
     Image* image = &images[i];
     int64_t pixels = spa_pixels(image);
-    image->in_scratch = info->slot >= 0 && !(info->kind == IMAGE_INPUT && in_place(pixels));
+    image->in_scratch = info->slot >= 0 && !(region->images[info->home].kind == IMAGE_INPUT && in_place(pixels));
     image->pitch = image->in_scratch ? pitch_in_scratch(needed[i] * image->width) : pixels;
-    if (image->in_scratch) slots[info->slot] = most(slots[info->slot], info->channels * image->pitch);
+    if (image->in_scratch && info->home == i) slots[info->slot] = most(slots[info->slot], info->channels * image->pitch);
     if (info->kind == IMAGE_WINDOW)
       work = most(work, spa_window_scratch(info->window, region->images[info->source].channels, image, needed[i]));
   }
@@ -219,11 +229,14 @@ Status* spa_compute_images(const Node* node, void* context) {
     for (int i = 0; i < region->image_count; ++i) {
       const ImageInfo* info = &region->images[i];
       int64_t size = info->channels * spa_pixels(&images[i]);
+      if (info->home != i) continue;
       if (info->kind == IMAGE_INPUT) r.input[info->source] = e.input[info->source] + n * size;
       images[i].at = images[i].in_scratch           ? scratch + slots[info->slot]
                      : info->kind == IMAGE_INPUT ? e.input[info->source] + n * size
                                                  : e.output[-1 - info->slot] + n * size;
     }
+    for (int i = 0; i < region->image_count; ++i)
+      images[i].at = images[region->images[i].home].at + region->images[i].first * images[i].pitch;
     for (int o = 0; o < region->outputs; ++o)
       r.output[o] = e.output[o] + n * region->output_features[o] * spa_pixels(&images[region->output_images[o]]);
     status = region->run(&r);
@@ -258,10 +271,9 @@ Status* spa_infer_images(const Region* region, void* context) {
         continue;
       }
       int64_t size = sizes[info->source][axis];
-      sizes[i][axis] = info->window && size >= 0 ? spa_window_outputs(info->window, axis, size) : size;
+      sizes[i][axis] = size_of(info, axis, size);
       /* an unknown size stays that of the input only where the window keeps it */
-      int kept = !info->window || (info->window->stride[axis] == 1 &&
-                                   spa_window_outputs(info->window, axis, 1 << 20) == 1 << 20);
+      int kept = size_of(info, axis, 1 << 20) == 1 << 20 && (!info->window || info->window->stride[axis] == 1);
       named[i][axis] = size >= 0 || kept ? named[info->source][axis] : "";
     }
   }

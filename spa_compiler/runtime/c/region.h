@@ -1,7 +1,8 @@
 /* A region: neighbouring operators that run as one node, activations kept in panels or images in between.
  *
  * The compiler writes one function per region, a straight line of the steps below, and one table of all regions.
- * Layers of tokens run on panels (panels.c, steps.c), convolutions on images (images.c, pixels.c, window.c, depthwise.c).
+ * Layers of tokens run on panels (panels.c, steps.c), convolutions on images (images.c, pixels.c, window.c, depthwise.c,
+ * and between.c for what has no weight).
  *
  * A panel of `features` rows is its tiles one after the other, each [spa_rows(features), lanes] floats; places in
  * scratch are given in rows, so that a plan made at compile time holds for any number of tokens.
@@ -13,7 +14,7 @@
 #include "ort_abi.h"
 
 enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8 };
-enum { MAX_IMAGES = 256, REGISTER = 16, SPA_SETS = 1024 }; /* floats between what shares the sets of L1 */
+enum { MAX_IMAGES = 1024, REGISTER = 16, SPA_SETS = 1024 }; /* floats between what shares the sets of L1 */
 enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2, DEPTHWISE_ARRAYS = 2 }; /* NORM_ARRAYS: at most */
 enum { TAPS, DEPTHWISE_BIAS };
 enum { INDPTR, ORDER, COLUMNS, VALUES, BIAS };
@@ -23,12 +24,13 @@ typedef void Multiply(const float* panel, const int32_t* offsets, const int32_t*
                  int32_t groups, int32_t mode, int32_t last, int32_t base_pitch, int32_t out_pitch, float low,
                  float high);
 typedef void Shift(const float* x, float* to, int32_t top, int32_t rows, int32_t phases, int32_t height, int32_t width,
-                   int32_t pitch, int32_t low, int32_t high, int32_t left, int32_t step);
+                   int32_t pitch, int32_t low, int32_t high, int32_t left, int32_t step, float fill);
 typedef void Crop(const float* tile, float* plane, const int32_t* runs, int32_t count);
 typedef void Depthwise(const float* buffer, const float* taps, const float* bias, float* out, int32_t height,
                        int32_t width, int32_t plane, int32_t pitch, int32_t out_pitch, float low, float high);
 typedef void Pad(const float* x, float* buffer, int32_t top, int32_t rows, int32_t bottom, int32_t width, int32_t left,
-                 int32_t plane, int32_t pitch, int32_t step);
+                 int32_t plane, int32_t pitch, int32_t step, float fill);
+typedef void Combine(const float* a, const float* b, float* out, int32_t registers, float low, float high);
 typedef void Pack(const float* x, float* panel, int32_t tokens, int32_t features, int32_t stride);
 typedef void Unpack(const float* panel, float* y, int32_t tokens, int32_t features, int32_t stride);
 typedef void Attend(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
@@ -54,12 +56,23 @@ typedef struct { /* spa_compiler/kernels/depthwise.py */
   Depthwise* kernel;
 } DepthwiseInfo;
 
-enum { IMAGE_INPUT, IMAGE_LINEAR, IMAGE_WINDOW, IMAGE_DEPTHWISE };
+typedef struct { /* spa_compiler/kernels/combine.py */
+  int scales; /* each channel by one pixel */
+  float low, high;
+  Combine* kernel;
+} CombineInfo;
+
+/* IMAGE_VIEW: channels of other images, without a step of its own. */
+enum { IMAGE_INPUT, IMAGE_LINEAR, IMAGE_WINDOW, IMAGE_DEPTHWISE, IMAGE_LARGEST, IMAGE_MEAN, IMAGE_COMBINE, IMAGE_GROW,
+       IMAGE_VIEW };
 typedef struct { /* what a step makes */
   int64_t channels;
   int kind, source; /* the input's number, or the image that it is made of and that gives its size */
   const WindowInfo* window; /* that the size is seen through, or NULL */
-  int slot; /* of scratch; < 0: it is output -1 - slot of the node */
+  int slot;                 /* of scratch; < 0: it is output -1 - slot of the node */
+  int home;                 /* the image whose channels from `first` on it is; itself, where it is no part of another */
+  int64_t first;
+  int64_t grow[2]; /* rows and columns that each of the source becomes */
 } ImageInfo;
 
 typedef struct { /* images that are computed band by band: all but the last exist only for the band at hand */
@@ -91,6 +104,8 @@ typedef struct {
   const NormInfo* norms;
   const AttentionInfo* attentions;
   const DepthwiseInfo* depthwise;
+  const DepthwiseInfo* largest; /* the largest value of a window; no taps, no bias */
+  const CombineInfo* combines;
   const ImageInfo* images; /* NULL: a region on panels */
   const ChainInfo* chains;
   Shift* shift;
@@ -223,6 +238,11 @@ Status* spa_image_in(const Run*, int to);
 Status* spa_image_linear(const Run*, int linear, int from, int second, int second_from, int residual, int to);
 Status* spa_image_window(const Run*, int linear, int from, int residual, int to);
 Status* spa_image_depthwise(const Run*, int depthwise, int from, int to);
+Status* spa_image_largest(const Run*, int largest, int from, int to);
+Status* spa_image_mean(const Run*, int from, int to);
+Status* spa_image_combine(const Run*, int combine, int from, int other, int to); /* `other` < 0: a copy */
+Status* spa_image_repeat(const Run*, int from, int to); /* every pixel as many times as its image grows */
+Status* spa_image_unfold(const Run*, int from, int to); /* channels (y, x, channel) -> pixels (y, x) of each channel */
 Status* spa_image_out(const Run*, int from, int output);
 int spa_image_band(const Run*, int chain, int64_t number); /* sets the rows of a chain's images; 0: there is no such band */
 

@@ -75,7 +75,7 @@ static void shift_item(void* user, size_t channel) {
         b->from->at + (int64_t)channel * b->from->pitch, b->planes + (x * channels + (int64_t)channel) * plane,
         (int32_t)(b->first * w->stride[0] - w->pads[0] - b->from->base), (int32_t)(b->layout.rows / w->stride[0]),
         (int32_t)w->stride[0], (int32_t)b->from->held, (int32_t)b->from->width, (int32_t)b->layout.pitch,
-        (int32_t)low, (int32_t)high, (int32_t)left, (int32_t)step);
+        (int32_t)low, (int32_t)high, (int32_t)left, (int32_t)step, 0.0f);
   }
 }
 
