@@ -446,4 +446,4 @@ def _whole(sources: Sequence[Image]) -> list[Image]:
         else:
             found.append(sources[at])
             at += 1
-    return found
+    return found if found == list(sources) else _whole(found)

@@ -94,6 +94,12 @@ static Status* measure(const Node* node, const Edges* e, Image* images) {
           "an image has too many pixels for 32-bit offsets, the input's shape is %s",
           spa_show(text, e->dims[root_of(region, i)], e->rank));
   }
+  for (int i = 0; i < region->image_count; ++i) {
+    const Image *image = &images[i], *home = &images[region->images[i].home];
+    CHECK(node, image->height == home->height && image->width == home->width,
+          "channels of %lld x %lld and %lld x %lld pixels are put together", (long long)image->height,
+          (long long)image->width, (long long)home->height, (long long)home->width);
+  }
   return NULL;
 }
 
