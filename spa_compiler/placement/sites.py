@@ -22,6 +22,7 @@ F32 = NDArray[np.float32]
 
 _MOST_AXES = 2  # that a window may have
 _LARGEST = 1 << 15  # kernel, dilation, padding: sizes that C multiplies stay far from what integers hold
+_SPELLED_OUT = 1 << 26  # elements of a weight whose groups are spelled out
 _MOST_SKIPPED = 4  # a larger stride than this and than the kernel lays out what nobody reads
 
 
@@ -66,13 +67,19 @@ class Site:
 
     @property
     def k(self) -> int:
-        return self.op.k
+        """Columns: those of all groups."""
+        return self.op.k * self.op.group
+
+    @property
+    def own(self) -> F32:
+        """[n, k / groups]: what the file holds, the columns of each output's own group."""
+        return np.asarray(self.op.rows(), np.float32)
 
     @property
     def weight(self) -> F32:
-        """[n, k]."""
+        """[n, k]. Of a convolution with groups zeros stand where an output sees nothing of other groups."""
         if self._weight is None:
-            self._weight = np.ascontiguousarray(self.op.rows(), np.float32)
+            self._weight = np.ascontiguousarray(_spelled_out(self.own, self.op.group))
         return self._weight
 
     def pixels(self, shape: Sequence[int]) -> int:
@@ -85,7 +92,18 @@ class Site:
     @property
     def density(self) -> float:
         """Share of the weight's elements that are not zero."""
-        return float(np.count_nonzero(self.weight) / self.weight.size)
+        return float(np.count_nonzero(self.own) / self.own.size)
+
+
+def _spelled_out(own: F32, groups: int) -> F32:
+    """[n, k / groups] -> [n, k]: blocks along the diagonal."""
+    if groups == 1:
+        return own
+    each, (n, k) = len(own) // groups, own.shape
+    weight = np.zeros((n, k * groups), np.float32)
+    for g in range(groups):
+        weight[g * each : (g + 1) * each, g * k : (g + 1) * k] = own[g * each : (g + 1) * each]
+    return weight
 
 
 @dataclass(frozen=True)
@@ -132,9 +150,10 @@ def _scaled(node: gs.Node) -> WeightedOp | None:
 
 
 def _unfit(op: WeightedOp) -> str:
-    if op.group != 1:
-        alone = op.group == op.n and op.weight.shape[1] == 1
-        return "a depthwise convolution has no sparse kernel" if alone else "one with groups has no sparse kernel yet"
+    if op.group != 1 and op.group == op.n and op.weight.shape[1] == 1:
+        return "a depthwise convolution has no sparse kernel"
+    if op.group != 1 and op.n * op.k * op.group > _SPELLED_OUT:
+        return "its groups have more columns than kernels are tried with"
     if not op.pointwise and (reason := unfit_window(op)):
         return reason
     if op.weight.dtype != np.float32:
@@ -145,7 +164,7 @@ def _unfit(op: WeightedOp) -> str:
         return "its activations are constant"
     if op.kind == "Conv" and len(op.node.inputs) > 2 and op.bias is None:
         return "its bias is not constant"
-    if op.k > 1 << 22 or op.n > 1 << 22:
+    if op.k * op.group > 1 << 22 or op.n > 1 << 22:
         return "it is larger than kernels index"
     return ""
 
@@ -193,6 +212,8 @@ def _site(op: WeightedOp, outputs: Sequence[gs.Variable]) -> Site:
     layout = "planes" if op.kind == "Conv" else "rows"
     bias = None if op.bias is None else np.asarray(op.bias, np.float32)
     window = None if op.pointwise else window_of(op)
+    if window is not None and window == Window(window.channels, (1, 1), axes=window.axes):
+        window = None  # one pixel: of groups, whose other columns are zeros
     site = Site(op, layout, op.node.inputs[0], op.node.outputs[0], [op.node], bias, window=window)
     take_epilogue(site, outputs)
     return site

@@ -28,7 +28,7 @@ _OPSET, _IR = 17, 8
 
 def pick(groups: Sequence[Group]) -> list[Group]:
     """The groups of a class that its trial holds."""
-    each = sum(site.n * site.k * 4 for site in groups[0].products)
+    each = sum(site.own.size * 4 for site in groups[0].products)
     return list(groups[: max(1, min(MOST_GROUPS, MOST_BYTES // max(each, 1)))])
 
 
@@ -90,7 +90,8 @@ def _linear(
         if site.layout == "planes":
             w = constant(f"w{name}", _kernel(part, rank))
             inputs = [source, w, *(biases if j == 0 else [])]
-            nodes.append(helper.make_node("Conv", inputs, [f"m{name}"], **_attributes(part.window)))
+            attributes = _attributes(part.window) | ({} if part.op.group == 1 else {"group": part.op.group})
+            nodes.append(helper.make_node("Conv", inputs, [f"m{name}"], **attributes))
         else:
             w = constant(f"w{name}", part.weight.T)
             nodes.append(helper.make_node("MatMul", [source, w], [f"m{name}"]))
@@ -105,8 +106,8 @@ def _linear(
 
 def _kernel(site: Site, rank: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """The weight of a convolution over `rank` - 2 axes."""
-    size, channels = ([1] * (rank - 2), site.k) if site.window is None else (site.window.size, site.window.channels)
-    return site.weight.reshape(site.n, channels, *size[2 - rank :])
+    size = [1] * (rank - 2) if site.window is None else site.window.size[2 - rank :]
+    return site.own.reshape(site.n, -1, *size)
 
 
 def _attributes(window: Window | None) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
         tallest = next((s.form for s in reversed(stored) if s.share <= _SNUG * stored[0].share), None)
         known = shapes.get(site.source.name)
         tokens = 0 if known is None else site.pixels(known)
-        row = _row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason)
+        row = _row(site.name, site.op.kind, site.n, site.op.k, tokens, site.density, reason)
         report.placements.append(msgspec.structs.replace(row, pattern=_pattern(site.density, tallest)))
     for refusal in refusals:
         op = refusal.op
@@ -274,7 +274,7 @@ def _placements(choice: Choice, region: str, plan_reason: str) -> list[Placement
     reason = choice.reason if used or choice.form is None else f"{choice.reason}; but {plan_reason}"
     if not choice.timings:
         tokens = choice.tokens[0] if choice.tokens else 0
-        row = _row(site.name, site.op.kind, site.n, site.k, tokens, site.density, reason, choice.would_help)
+        row = _row(site.name, site.op.kind, site.n, site.op.k, tokens, site.density, reason, choice.would_help)
         kind, pattern = choice.kind if used else DENSE, _pattern(site.density, choice.form if used else None)
         return [msgspec.structs.replace(row, region=region, form=kind, pattern=pattern)]
     out = []
@@ -289,7 +289,7 @@ def _placements(choice: Choice, region: str, plan_reason: str) -> list[Placement
                 node=site.name,
                 op=site.op.kind,
                 n=site.n,
-                k=site.k,
+                k=site.op.k,
                 tokens=tokens,
                 form=choice.kind if used else DENSE,
                 pattern=_pattern(site.density, choice.form),

@@ -83,6 +83,16 @@ def test_forms_that_leave_nothing_out_are_none() -> None:
     assert [round(s.share, 1) for s in stored_forms(sites_of(scattered)[0])] == [0.2, 0.2]
 
 
+def test_groups_are_tried_with_all_of_their_values_too() -> None:
+    text = "g (float[1,8,6,6] x) => (float[1,8,6,6] y) { y = Conv <group = 2, pads = [1, 1, 1, 1]> (x, w) }"
+    (site,) = find_sites(model_of(text, w=np.ones((8, 4, 3, 3), np.float32)))[0]
+    found_forms = {s.name: s.share for s in stored_forms(site)}
+    assert found_forms.items() >= {"unstructured": 1.0, "block:4x1": 1.0}.items()
+    assert "block:8x1" not in found_forms, "those of two groups are one"
+    (found,) = classes([site], [{"x": (1, 8, 6, 6)}])
+    assert found.question((1, 8, 6, 6), 1)["groups"] == 2
+
+
 def test_a_block_is_no_higher_than_the_weight() -> None:
     model = model_of("g (float[N,64] x) => (float[N,2] y) { y = MatMul(x, w) }", w=weight(RNG, 64, 2, 0.2, rows=1))
     assert [s.form.rows for s in stored_forms(find_sites(model)[0][0])] == [1]

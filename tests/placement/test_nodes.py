@@ -228,6 +228,14 @@ CASES |= {
         n=np.abs(vector(16)) + np.float32(0.5),
         axes=np.array([2, -1], np.int64),
     ),
+    "groups": network(
+        """g (float["b",16,"s","h"] x) => (float["b",16,"u","v"] y) {
+          a = Conv(x, w) r = Relu(a) c = Conv <group = 4, strides = [2, 2], pads = [1, 1, 1, 1]> (r, e) d = Relu(c)
+          f = Conv <group = 2> (d, u) i = Conv <strides = [2, 2]> (x, w) o = Add(i, f) y = Relu(o) }""",
+        w=pointwise(16, 16),
+        e=np.ascontiguousarray(sparse(4 * 9, 16).T).reshape(16, 4, 3, 3),
+        u=np.ascontiguousarray(sparse(8, 16).T).reshape(16, 8, 1, 1),
+    ),
     "down and up": network(
         """g (float["b",16,"s","h"] x) => (float["b",16,"u","v"] y) {
           a = Conv <pads = [1, 1, 1, 1]> (x, w) r = Relu(a) m = MaxPool <kernel_shape = [1, 1]> (r)

@@ -166,10 +166,34 @@ def test_a_window_over_one_axis() -> None:
     assert site.pixels((2, 6, 9)) == 10
 
 
+def test_groups_are_blocks_along_the_diagonal() -> None:
+    text = "g (float[1,4,8,8] x) => (float[1,6,8,8] y) { y = Conv <group = 2, pads = [1, 1, 1, 1]> (x, w) }"
+    w = array(6, 2, 3, 3)
+    w[:, 1] = 0
+    site = only(text, w=w)
+    assert (site.n, site.k, site.op.k, site.window) == (6, 36, 18, Window(4, (3, 3), pads=(1, 1, 1, 1)))
+    assert (site.weight[:3, :18] == w[:3].reshape(3, 18)).all()
+    assert (site.weight[3:, 18:] == w[3:].reshape(3, 18)).all()
+    assert not site.weight[:3, 18:].any()
+    assert not site.weight[3:, :18].any()
+    assert site.density == np.count_nonzero(w) / w.size, "what no output sees counts for nothing"
+    assert site.pixels((1, 4, 8, 8)) == 64
+
+
+def test_groups_of_single_pixels_need_no_window() -> None:
+    site = only("g (float[1,4,8] x) => (float[1,6,8] y) { y = Conv <group = 2> (x, w) }", w=array(6, 2, 1))
+    assert (site.window, site.k, site.weight.shape, site.pixels((1, 4, 8))) == (None, 4, (6, 4), 8)
+
+
 @pytest.mark.parametrize(
     "text,shape,words",
     [
-        ("g (float[1,6,8,8] x) => (float[1,8,H,V] y) { y = Conv <group = 2> (x, w) }", (8, 3, 1, 1), "with groups"),
+        ("g (float[1,6,8,8] x) => (float[1,6,H,V] y) { y = Conv <group = 6> (x, w) }", (6, 1, 1, 1), "a depthwise"),
+        (
+            "g (float[1,8192,1,1] x) => (float[1,9216,1,1] y) { y = Conv <group = 1024> (x, w) }",
+            (9216, 8, 1, 1),
+            "more columns than kernels are tried with",
+        ),
         ("g (float[1,6,8,8,8] x) => (float[1,8,H,V,D] y) { y = Conv (x, w) }", (8, 6, 2, 2, 2), "over 3 axes"),
         (
             'g (float[1,6,8,8] x) => (float[1,8,H,V] y) { y = Conv <auto_pad = "SAME_UPPER"> (x, w) }',

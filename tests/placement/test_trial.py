@@ -35,6 +35,18 @@ SITES = {
           c = Conv <strides = [2, 1], pads = [1, 0, 2, 3], dilations = [1, 3]> (x, w, b) y = Clip(c, {-0.5}, {0.5}) }""",
         (16, 6, 3, 3),
     ),
+    "groups": (
+        """(float[2,8,9,11] x) => (float[2,16,5,11] y) {
+          c = Conv <group = 4, strides = [2, 1], pads = [1, 1, 1, 1]> (x, w, b) y = HardSwish(c) }""",
+        (16, 2, 3, 3),
+    ),
+    "groups of pixels": (
+        """(float[2,24,9,11] x) => (float[2,16,9,11] y) {
+          c = Conv <group = 2> (x, w, b) y = HardSigmoid <alpha = 0.25> (c) }""",
+        (16, 12, 1, 1),
+    ),
+    "a gate": ("(float[2,24,1,1] x) => (float[2,16,1,1] y) { c = Conv(x, w, b) y = Sigmoid(c) }", (16, 24, 1, 1)),
+    "a leaky gate": ("(float[2,24,9] x) => (float[2,16,9] y) { c = Conv(x, w, b) y = LeakyRelu(c) }", (16, 24, 1)),
     "window on a signal": (
         """(float[2,6,20] x) => (float[2,16,9] y) {
           c = Conv <strides = [2], pads = [1, 3], dilations = [3]> (x, w, b) s = Sigmoid(c) y = Mul(c, s) }""",
