@@ -1,9 +1,12 @@
 """The attention core in a decomposed graph: softmax(scale Q K^T + mask) V, head by head.
 
-    Q [batch, tokens, heads x depth] - Reshape - Transpose 0213 \\
-    K                                - Reshape - Transpose 0231 - MatMul (Mul, Div by scalars) (Add mask) - Softmax \\
+    Q [batch, tokens, heads x depth] - Reshape - Transpose 0213 \
+    K                                - Reshape - Transpose 0231 - MatMul (Mul, Div by scalars) (Add mask) - Softmax \
     V                                - Reshape - Transpose 0213 ------------------------------------------- MatMul
                                                                           - Transpose 0213 - Reshape - context
+
+On their way queries and keys may be turned by rotary positions, keys and values may be put behind those of a cache, and
+heads of keys may serve several of queries (`heads.py`).
 
 The targets of the Reshapes may be computed at run time: what they do is read off the shapes of tensors at every binding
 of the model's inputs at hand.
@@ -14,22 +17,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa_compiler.graph.model import Model
-from spa_compiler.graph.weights import array_of
 from spa_compiler.kernels.attention import ROWS
+from spa_compiler.placement.heads import Cache, Operand, Rotation, Shapes, factor, find_operand, reader
 from spa_compiler.placement.sites import held
+from spa_compiler.runtime.region import MAX_QUERY, MAX_SHARED
 
-Shapes = Sequence[dict[str, tuple[int, ...]]]
-
-_SPLIT, _SPLIT_KEYS = [0, 2, 1, 3], [0, 2, 3, 1]
+_JOIN = [0, 2, 1, 3]
 
 
 @dataclass(eq=False)
 class AttentionSite:
-    """`output` = context of `query`, `key`, `value` (each [batch, tokens, heads x depth]), computed by `nodes`."""
+    """`output` = context of `query`, `key`, `value` (each [batch, tokens, heads x depth]), computed by `nodes`.
+
+    Keys and values have `key_heads` heads. `rotations` are those of queries and of keys. `caches`, of keys and of
+    values, are there or not; what they become is an output, too.
+    """
 
     query: gs.Variable
     key: gs.Variable
@@ -38,8 +43,21 @@ class AttentionSite:
     output: gs.Variable
     nodes: list[gs.Node]
     heads: int
+    key_heads: int
     depth: int
     scale: float
+    rotations: tuple[Rotation | None, Rotation | None] = (None, None)
+    caches: tuple[Cache, ...] = ()
+
+    @property
+    def shared(self) -> int:
+        """Heads of queries for each head of keys."""
+        return self.heads // self.key_heads
+
+    @property
+    def tables(self) -> list[gs.Variable]:
+        """Cosines and sines of the rotations, in order of use."""
+        return [t for r in self.rotations if r is not None for t in (r.cos, r.sin)]
 
     @property
     def name(self) -> str:
@@ -58,22 +76,23 @@ def _around(softmax: gs.Node, outputs: Sequence[gs.Variable], shapes: Shapes) ->
     if rank != 4 or softmax.attrs.get("axis", -1) not in (-1, 3) or softmax.domain:
         return None
     found = _scores(softmax.inputs[0], outputs)
-    second = _reader(softmax.outputs[0], outputs)
+    second = reader(softmax.outputs[0], outputs)
     if found is None or second is None or second.op != "MatMul" or second.inputs[0] is not softmax.outputs[0]:
         return None
     first, scale, mask, chain = found
-    query, key = _heads(first.inputs[0], _SPLIT, outputs), _heads(first.inputs[1], _SPLIT_KEYS, outputs)
-    value = _heads(second.inputs[1], _SPLIT, outputs)
-    if query is None or key is None or value is None:
+    query = find_operand(first.inputs[0], False, outputs, shapes)
+    key = find_operand(first.inputs[1], True, outputs, shapes)
+    value = find_operand(second.inputs[1], False, outputs, shapes)
+    if query is None or key is None or value is None or query.cache or value.rotation:
         return None
-    back = _reader(second.outputs[0], outputs)
-    if back is None or back.op != "Transpose" or list(back.attrs.get("perm", [])) != _SPLIT:
+    if (key.cache is None) != (value.cache is None) or value.scale != 1.0:
         return None
-    join = _reader(back.outputs[0], outputs)
+    back = reader(second.outputs[0], outputs)
+    if back is None or back.op != "Transpose" or list(back.attrs.get("perm", [])) != _JOIN:
+        return None
+    join = reader(back.outputs[0], outputs)
     if join is None or join.op != "Reshape":
         return None
-    split = query.nodes[-1].outputs[0]
-    heads, depth = _size(split, 2, shapes), _size(split, 3, shapes)
     site = AttentionSite(
         query.source,
         key.source,
@@ -81,43 +100,14 @@ def _around(softmax: gs.Node, outputs: Sequence[gs.Variable], shapes: Shapes) ->
         mask,
         join.outputs[0],
         [*query.nodes, *key.nodes, *value.nodes, first, *chain, softmax, second, back, join],
-        heads or 0,
-        depth or 0,
+        _size(query.split, 2, shapes) or 0,
+        _size(key.split, 2, shapes) or 0,
+        _size(query.split, 3, shapes) or 0,
         scale * query.scale * key.scale,
+        (query.rotation, key.rotation),
+        tuple(o.cache for o in (key, value) if o.cache is not None),
     )
-    return site if value.scale == 1.0 and _fits(site, (query, key, value), shapes) and _closed(site) else None
-
-
-@dataclass
-class _Split:
-    source: gs.Variable
-    nodes: list[gs.Node]  # from the operand back to the Reshape
-    scale: float
-
-
-def _heads(tensor: gs.Tensor, perm: list[int], outputs: Sequence[gs.Variable]) -> _Split | None:
-    """Back from an operand of a product over Transposes and scalar factors to the Reshape that split the heads."""
-    nodes: list[gs.Node] = []
-    scale, done = 1.0, list(range(4))
-    while True:
-        if not isinstance(tensor, gs.Variable) or len(tensor.inputs) != 1 or _reader(tensor, outputs) is None:
-            return None
-        node = tensor.inputs[0]
-        nodes.append(node)
-        if node.op == "Transpose":
-            own = list(node.attrs.get("perm", []))
-            if len(own) != 4:
-                return None
-            done = [own[i] for i in done]
-            tensor = node.inputs[0]
-        elif node.op == "Reshape":
-            return _Split(node.inputs[0], nodes, scale) if done == perm else None
-        else:
-            factor = _factor(node)
-            if factor is None:
-                return None
-            scale *= factor[0]
-            tensor = factor[1]
+    return site if _fits(site, query, key, value, shapes) and _closed(site) else None
 
 
 def _scores(
@@ -128,7 +118,7 @@ def _scores(
     mask: gs.Tensor | None = None
     nodes: list[gs.Node] = []
     while True:
-        if len(tensor.inputs) != 1 or _reader(tensor, outputs) is None:
+        if len(tensor.inputs) != 1 or reader(tensor, outputs) is None:
             return None
         node = tensor.inputs[0]
         if node.op == "MatMul":
@@ -140,11 +130,11 @@ def _scores(
             if not isinstance(mask, gs.Variable) or not isinstance(tensor, gs.Variable):
                 return None
             continue
-        factor = _factor(node)
-        if factor is None:
+        found = factor(node)
+        if found is None:
             return None
-        scale *= factor[0]
-        tensor = factor[1]
+        scale *= found[0]
+        tensor = found[1]
 
 
 def _leads_to_product(tensor: gs.Tensor) -> bool:
@@ -152,54 +142,46 @@ def _leads_to_product(tensor: gs.Tensor) -> bool:
         node = tensor.inputs[0]
         if node.op == "MatMul":
             return True
-        factor = _factor(node)
-        if factor is None:
+        found = factor(node)
+        if found is None:
             return False
-        tensor = factor[1]
+        tensor = found[1]
     return False
-
-
-def _factor(node: gs.Node) -> tuple[float, gs.Variable] | None:
-    """(factor, operand) of a Mul or Div by a scalar constant."""
-    if node.op not in ("Mul", "Div") or node.domain or len(node.inputs) != 2:
-        return None
-    for i, other in ((1, 0), (0, 1)):
-        constant, operand = node.inputs[i], node.inputs[other]
-        if not isinstance(constant, gs.Constant) or int(np.prod(constant.shape)) != 1:
-            continue
-        if not isinstance(operand, gs.Variable) or (node.op == "Div" and i == 0):
-            continue
-        value = float(array_of(constant).reshape(()))
-        if value == 0.0:
-            return None
-        return (value if node.op == "Mul" else 1.0 / value), operand
-    return None
-
-
-def _reader(tensor: gs.Variable, outputs: Sequence[gs.Variable]) -> gs.Node | None:
-    """The one node that reads the tensor's values; others may ask for its shape (`_closed` checks what for)."""
-    readers = [n for n in tensor.outputs if n.op != "Shape"]
-    return readers[0] if len(readers) == 1 and not any(tensor is o for o in outputs) else None
 
 
 def _closed(site: AttentionSite) -> bool:
     """Takes the shape computations that serve this site alone into its nodes; False if anything else reads inside."""
     inside = {id(n) for n in site.nodes}
     queue = [t.inputs[0] for n in site.nodes for t in n.inputs if isinstance(t, gs.Variable) and t.inputs]
-    feeding = {id(t) for t in (site.query, site.key, site.value)}
+    feeding = {id(t) for t in (site.query, site.key, site.value, site.mask, *site.tables)}
+    feeding |= {id(c.past) for c in site.caches}
+    given = {id(t) for t in (site.output, *(c.present for c in site.caches))}
     while queue:
         node = queue.pop()
         if id(node) in inside or any(id(t) in feeding for t in node.outputs):
             continue
-        if node.outputs and all(id(reader) in inside for t in node.outputs for reader in t.outputs):
-            if site.mask is not None and any(t is site.mask for t in node.outputs):
-                continue
+        if node.outputs and all(id(n) in inside for t in node.outputs for n in t.outputs):
             inside.add(id(node))
             site.nodes.append(node)
             queue += [t.inputs[0] for t in node.inputs if isinstance(t, gs.Variable) and t.inputs]
-    return all(
-        id(reader) in inside for n in site.nodes for t in n.outputs if t is not site.output for reader in t.outputs
-    )
+    if any(id(r) not in inside for n in site.nodes for t in n.outputs if id(t) not in given for r in t.outputs):
+        return False
+    return not site.caches or not _waits_for_itself(site, inside)
+
+
+def _waits_for_itself(site: AttentionSite, inside: set[int]) -> bool:
+    """Whether something that the site reads comes from what its caches become, as a mask of their length may."""
+    tensors = [site.query, site.key, site.value, *site.tables, *(c.past for c in site.caches)]
+    queue = [n for t in (*tensors, *([] if site.mask is None else [site.mask])) for n in t.inputs]
+    seen: set[int] = set()
+    while queue:
+        node = queue.pop()
+        if id(node) in inside:
+            return True
+        if id(node) not in seen:
+            seen.add(id(node))
+            queue += [n for t in node.inputs for n in t.inputs]
+    return False
 
 
 def _rank(tensor: gs.Tensor, shapes: Shapes) -> int | None:
@@ -214,23 +196,44 @@ def _size(tensor: gs.Tensor, axis: int, shapes: Shapes) -> int | None:
     return size if size > 0 else None
 
 
-def _fits(site: AttentionSite, splits: Sequence[_Split], shapes: Shapes) -> bool:
-    if site.depth < 1 or site.depth % ROWS or site.heads < 1:
+def _fits(site: AttentionSite, query: Operand, key: Operand, value: Operand, shapes: Shapes) -> bool:
+    """Whether sizes are at every binding what the kernels take them for."""
+    if site.depth < 1 or site.depth % ROWS or site.heads < 1 or site.key_heads < 1 or site.heads % site.key_heads:
         return False
-    for known in shapes:
-        source = known.get(site.query.name, ())
-        if len(source) != 3 or source[2] != site.heads * site.depth:
+    if site.caches and (site.shared > MAX_SHARED or site.shared * site.depth > MAX_QUERY):
+        return False
+    return all(_fit_at(site, query, key, value, known) for known in shapes)
+
+
+def _fit_at(
+    site: AttentionSite, query: Operand, key: Operand, value: Operand, known: dict[str, tuple[int, ...]]
+) -> bool:
+    source = known.get(site.query.name, ())
+    if len(source) != 3 or source[2] != site.heads * site.depth or known.get(site.output.name) != source:
+        return False
+    batch, tokens, _ = source
+    if known.get(query.split.name) != (batch, tokens, site.heads, site.depth):
+        return False
+    for each in (key, value):
+        if known.get(each.split.name) != (batch, tokens, site.key_heads, site.depth):
             return False
-        batch, tokens, _ = source
-        wanted = (batch, tokens, site.heads, site.depth)
-        if any(known.get(s.nodes[-1].outputs[0].name) != wanted for s in splits):
+        if known.get(each.source.name) != (batch, tokens, site.key_heads * site.depth):
             return False
-        if any(known.get(t.name) != source for t in (site.key, site.value, site.output)):
+    pasts = {known.get(c.past.name, (0, 0, -1)) for c in site.caches} or {(batch, site.key_heads, 0, site.depth)}
+    past = pasts.pop()
+    if pasts or len(past) != 4 or past != (batch, site.key_heads, past[2], site.depth):
+        return False
+    keys = past[2] + tokens
+    for table in (t for r in site.rotations if r for t in (r.cos, r.sin)):
+        shape = _four(known.get(table.name, ()))
+        if shape not in ((1, 1, tokens, site.depth), (batch, 1, tokens, site.depth)):
             return False
-        mask = None if site.mask is None else known.get(site.mask.name, ())
-        full = (batch, site.heads, tokens, tokens)
-        if mask is not None and (
-            len(mask) != len(full) or mask[3] != tokens or any(m not in (1, f) for m, f in zip(mask, full, strict=True))
-        ):
-            return False
-    return True
+    if site.mask is None:
+        return True
+    mask, full = _four(known.get(site.mask.name, ())), (batch, site.heads, tokens, keys)
+    return mask is not None and mask[3] == keys and all(m in (1, f) for m, f in zip(mask, full, strict=True))
+
+
+def _four(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A shape of 2 to 4 axes with ones before them; None: another number of axes."""
+    return (1,) * (4 - len(shape)) + shape if 2 <= len(shape) <= 4 else None

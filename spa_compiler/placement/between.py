@@ -18,8 +18,8 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.weights import array_of
 from spa_compiler.kernels.window import Window
 from spa_compiler.placement import epilogue
-from spa_compiler.placement.attention import Shapes
 from spa_compiler.placement.depthwise import DepthwiseSite
+from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.sites import held, take_epilogue, unfit
 from spa_compiler.runtime.images import CombineSpec, Image, ImageBuilder, fits_buffer
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from spa_compiler.placement.attention import Shapes
+from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.regions import Group
 from spa_compiler.placement.sites import Site
 from spa_compiler.placement.sums import join_sums, other_operand

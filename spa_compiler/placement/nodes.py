@@ -15,6 +15,7 @@ from spa_compiler.kernels.form import Form, Packed
 from spa_compiler.placement.attention import AttentionSite
 from spa_compiler.placement.between import ImageOp
 from spa_compiler.placement.depthwise import DepthwiseSite
+from spa_compiler.placement.heads import Rotation
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.regions import Group, inputs_of
 from spa_compiler.placement.sites import Site, held
@@ -163,12 +164,21 @@ def _assemble_panels(
     order: list[gs.Variable] = []
     masks = group.masks()
     mask_numbers = {id(m): builder.mask() for m in masks}
+    table_panels: dict[int, Panel] = {}
 
     def panel(tensor: gs.Variable, features: int) -> Panel:
         if id(tensor) not in panels:
             panels[id(tensor)] = builder.pack(features)
             inputs.append(tensor)
         return panels[id(tensor)]
+
+    def rotated(source: Panel, rotation: Rotation | None, depth: int) -> Panel:
+        if rotation is None:
+            return source
+        for table in (rotation.cos, rotation.sin):
+            if id(table) not in table_panels:
+                table_panels[id(table)] = builder.table(depth)
+        return builder.rotate(source, table_panels[id(rotation.cos)], table_panels[id(rotation.sin)])
 
     for element in group.elements:
         output, wanted = element.output, any(element.output is r for r in results)
@@ -181,12 +191,17 @@ def _assemble_panels(
                 if values is not None
             ]
         elif isinstance(element, AttentionSite):
-            width = element.heads * element.depth
+            query, key = (
+                rotated(panel(t, heads * element.depth), rotation, element.depth)
+                for t, heads, rotation in zip(
+                    (element.query, element.key), (element.heads, element.key_heads), element.rotations, strict=True
+                )
+            )
             made = builder.attention(
-                panel(element.query, width),
-                panel(element.key, width),
-                panel(element.value, width),
-                AttentionSpec(element.heads, element.depth, element.scale),
+                query,
+                key,
+                panel(element.value, element.key_heads * element.depth),
+                AttentionSpec(element.heads, element.depth, element.scale, element.shared, bool(element.caches)),
                 None if element.mask is None else mask_numbers[id(element.mask)],
             )
         elif isinstance(element, Site):
@@ -207,7 +222,11 @@ def _assemble_panels(
         if wanted:
             builder.unpack(made)
             order.append(output)
-    return Assembled(builder.finish(), [*inputs, *masks], [*arrays, *norm_arrays], order)
+    presents = [c.present for c in group.caches()]
+    given = group.given()
+    if [id(t) for t in group.tables()] != list(table_panels):
+        raise ValueError("tables are read in another order than they are given")
+    return Assembled(builder.finish(), [*inputs, *given], [*arrays, *norm_arrays], [*order, *presents])
 
 
 def node_name(group: Group) -> str:

@@ -18,7 +18,7 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save
 from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.form import Form
-from spa_compiler.placement.attention import Shapes, find_attention
+from spa_compiler.placement.attention import find_attention
 from spa_compiler.placement.between import find_between
 from spa_compiler.placement.candidates import chain_classes, classes, stored_forms
 from spa_compiler.placement.chains import Chain, find_chains
@@ -26,6 +26,7 @@ from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, ch
 from spa_compiler.placement.contests import Referee
 from spa_compiler.placement.depthwise import find_depthwise
 from spa_compiler.placement.guard import Guard, guard
+from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.nodes import Packer, insert, node_name
 from spa_compiler.placement.norms import find_norms

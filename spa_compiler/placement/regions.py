@@ -14,13 +14,14 @@ import networkx as nx
 import onnx_graphsurgeon as gs
 
 from spa_compiler.graph.model import Model
-from spa_compiler.placement.attention import AttentionSite, Shapes
+from spa_compiler.placement.attention import AttentionSite
 from spa_compiler.placement.between import Between, ImageOp, trim
+from spa_compiler.placement.heads import Cache, Shapes
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.sites import Site, held, only_reader, take_epilogue
 from spa_compiler.placement.sums import join_sums
 from spa_compiler.runtime.images import MAX_IMAGES
-from spa_compiler.runtime.region import MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS
+from spa_compiler.runtime.region import MAX_CACHES, MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS, MAX_TABLES
 
 Element = Site | NormSite | AttentionSite | Between
 
@@ -56,8 +57,21 @@ class Group:
         found = {id(e.mask): e.mask for e in self.elements if isinstance(e, AttentionSite) and e.mask is not None}
         return list(found.values())
 
+    def tables(self) -> list[gs.Variable]:
+        """Cosines and sines of rotary positions, each once, in order of use."""
+        found = {id(t): t for e in self.elements if isinstance(e, AttentionSite) for t in e.tables}
+        return list(found.values())
+
+    def caches(self) -> list[Cache]:
+        """Of its attention cores, keys and values in turns; what they become are results, too."""
+        return [c for e in self.elements if isinstance(e, AttentionSite) for c in e.caches]
+
+    def given(self) -> list[gs.Variable]:
+        """What comes from outside and is no panel: masks, tables, caches."""
+        return [*self.masks(), *self.tables(), *(c.past for c in self.caches())]
+
     def results(self, outputs: Sequence[gs.Variable]) -> list[gs.Variable]:
-        """Tensors that are read outside or are graph outputs."""
+        """Tensors that are read outside or are graph outputs, but for caches."""
         inside = {id(n) for n in self.nodes}
         return [
             e.output
@@ -159,7 +173,8 @@ def _within_limits(group: Group, outputs: Sequence[gs.Variable]) -> bool:
     """Those of the C side, of one node."""
     images = len(group.external()) + sum(e.images if isinstance(e, ImageOp) else 1 for e in group.elements)
     within = len(group.external()) <= MAX_INPUTS and len(group.results(outputs)) <= MAX_OUTPUTS
-    return within and len(group.masks()) <= MAX_MASKS and images <= MAX_IMAGES
+    given = len(group.masks()) <= MAX_MASKS and len(group.tables()) <= MAX_TABLES and len(group.caches()) <= MAX_CACHES
+    return within and given and images <= MAX_IMAGES
 
 
 def _neighbours(groups: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
@@ -266,7 +281,7 @@ class _Contracted:
                 self._connect(id(node), [*node.inputs, *_captured(node)])
         for group in groups:
             # What an element really reads: the shape computations of the nodes it replaces go with them.
-            self._connect(id(group), [*group.external(), *group.masks()])
+            self._connect(id(group), [*group.external(), *group.given()])
 
     def _connect(self, to: int, tensors: Sequence[gs.Tensor]) -> None:
         self._graph.add_node(to)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
-from spa_compiler.placement.attention import Shapes
+from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.sites import Site, only_reader, take_epilogue
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from spa_compiler.kernels import attention, combine, depthwise, gate, layernorm, panel, rmsnorm, window
+from spa_compiler.kernels import attention, cached, combine, depthwise, gate, layernorm, panel, rmsnorm, rotate, window
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.images import ImageRegion
-from spa_compiler.runtime.region import LinearSpec, NormSpec, RegionSpec
+from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, RegionSpec
 from spa_compiler.targets import level_number
 
 Region = RegionSpec | ImageRegion
@@ -26,6 +26,8 @@ _C_TYPES = {
     "layernorm": "Norm",
     "rmsnorm": "Norm",
     "gate": "Gate",
+    "rotate": "Rotate",
+    "cached": "Cached",
     "attention": "Attend",
     "shift": "Shift",
     "crop": "Crop",
@@ -48,6 +50,10 @@ def _functions(linear: LinearSpec, region: Region) -> tuple[str, ...]:
 def _array_of(linear: LinearSpec, region: Region) -> str:
     """The C array of its kernels."""
     return f"linear_{_functions(linear, region)[0].removeprefix('spa_')}"
+
+
+def _cached(spec: AttentionSpec) -> str:
+    return cached.name(spec.depth, cached.heads_at_once(spec.shared))
 
 
 def _array_of_norm(norm: NormSpec) -> str:
@@ -73,7 +79,11 @@ def _kernels_of_panels(region: RegionSpec) -> dict[str, tuple[str, ...]]:
     arrays = {way: tuple(f"spa_{way}_rows_{n}" for n in panel.LANE_COUNTS) for way in ("pack", "unpack")}
     for linear in region.linears:
         arrays[_array_of(linear, region)] = _functions(linear, region)
-    if region.attentions:
+    for core in {_cached(a) for a in region.attentions if a.cached}:
+        arrays[core.removeprefix("spa_")] = (core,)
+    if region.tables:
+        arrays["rotate"] = (rotate.NAME,)
+    if not all(a.cached for a in region.attentions):
         arrays["attention"] = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
     if region.gates:
         arrays["gate"] = (gate.NAME,)
@@ -147,14 +157,19 @@ def _data(region: Region, level: str) -> list[str]:
         for s in region.norms
     ]
     attentions = [
-        f"{{.heads = {s.heads}, .depth = {s.depth}, .scale = {_c_float(s.scale * LOG2_E)}, "
-        f".kernels = {symbol('attention', level)}}}"
+        f"{{.heads = {s.heads}, .depth = {s.depth}, .shared = {s.shared}, .scale = {_c_float(s.scale * LOG2_E)}, "
+        + (
+            f".at_once = {cached.heads_at_once(s.shared)}, .cached = {symbol(_cached(s), level)}}}"
+            if s.cached
+            else f".kernels = {symbol('attention', level)}}}"
+        )
         for s in region.attentions
     ]
     return [
         *array("LinearInfo", "linears", linears),
         *array("NormInfo", "norms", norms),
         *array("AttentionInfo", "attentions", attentions),
+        *array("CacheInfo", "caches", [f"{{{_list(cache)}}}" for cache in region.caches]),
     ]
 
 
@@ -239,15 +254,20 @@ def _row(region: Region, level: str) -> str:
             **{name.removeprefix("spa_"): symbol(name, level) for name in _COPIES},
         }
     else:
-        arrays = {what: getattr(region, what) for what in ("norms", "attentions")}
+        arrays = {what: getattr(region, what) for what in ("norms", "attentions", "caches")}
         fields |= {
             **{way: symbol(way, level) for way in ("pack", "unpack")},
             **{what: symbol(f"{op}_{what}", level) if there else "NULL" for what, there in arrays.items()},
             "gate": symbol(gate.NAME, level) if region.gates else "NULL",
+            "rotate": symbol(rotate.NAME, level) if region.tables else "NULL",
             "masks": region.masks,
+            "tables": len(region.tables),
+            "cache_count": len(region.caches),
             "whole_sequences": int(bool(region.attentions)),
             "scratch_rows": region.scratch_rows,
             "norm_count": len(region.norms),
             "norm_arrays": sum(s.arrays for s in region.norms),
         }
+        if region.tables:
+            fields["table_features"] = f"{{{_list(region.tables)}}}"
     return f"  {{{', '.join(f'.{name} = {value}' for name, value in fields.items())}}},"

@@ -20,12 +20,14 @@ from joblib.externals.loky import get_reusable_executor
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.kernels import (
     attention,
+    cached,
     combine,
     depthwise,
     gate,
     layernorm,
     panel,
     rmsnorm,
+    rotate,
     rx1,
     rxc,
     sliced,
@@ -115,6 +117,8 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return window.shift_kernel() if name == window.SHIFT else window.crop_kernel()
     if name == gate.NAME:
         return gate.kernel(isa)
+    if name == rotate.NAME:
+        return rotate.kernel(isa)
     if name == depthwise.PAD:
         return depthwise.pad_kernel()
     if name.startswith(("spa_depthwise_", "spa_largest_")):
@@ -128,6 +132,8 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return combine.kernel(parts[1], "_".join(parts[2:]), isa)
     if parts[0] == "attention":
         return attention.kernel(int(parts[1]), isa)
+    if parts[0] == "cached":
+        return cached.kernel(int(parts[1]), int(parts[2]), isa)
     if parts[0] == "layernorm":
         return layernorm.kernel(int(parts[1]), isa)
     if parts[0] == "rmsnorm":

@@ -22,6 +22,10 @@ from spa_compiler.kernels.form import Form
 MAX_INPUTS = 8  # of the C side: region.h
 MAX_OUTPUTS = 8
 MAX_MASKS = 4
+MAX_TABLES = 4
+MAX_CACHES = 32  # of keys and of values, each
+MAX_SHARED = 32  # query heads that share one head of keys behind a cache, and the floats of their queries
+MAX_QUERY = 4096
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,29 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """softmax(scale Q K^T + mask) V over `heads` heads of `depth` features; `scale` in natural units."""
+    """softmax(scale Q K^T + mask) V over `heads` heads of `depth` features; `scale` in natural units.
+
+    Each head of keys and values serves `shared` heads of queries. `cached`: keys and values stand behind past ones.
+    """
 
     heads: int
     depth: int
     scale: float
+    shared: int = 1
+    cached: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.shared:
+            raise ValueError(f"{self.heads} heads of queries, {self.shared} for each head of keys")
+        if self.cached and (self.shared > MAX_SHARED or self.shared * self.depth > MAX_QUERY):
+            raise ValueError(
+                f"{self.shared} heads of {self.depth} features share keys: more than the C side has room for"
+            )
+
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys, and of values."""
+        return self.heads // self.shared
 
 
 @dataclass(frozen=True)
@@ -84,8 +106,14 @@ class RegionSpec:
     attentions: tuple[AttentionSpec, ...]
     masks: int
     gates: bool  # whether a product is multiplied with a panel
+    tables: tuple[int, ...]  # features of each
     lines: tuple[str, ...]
     scratch_rows: int
+
+    @property
+    def caches(self) -> tuple[tuple[int, int], ...]:
+        """(heads, features of a head) of each cache, keys and values in turns."""
+        return tuple((a.key_heads, a.depth) for a in self.attentions if a.cached for _ in range(2))
 
     @property
     def statements(self) -> list[str]:
@@ -137,6 +165,7 @@ class RegionBuilder:
     norms: list[NormSpec] = field(default_factory=list)
     attentions: list[AttentionSpec] = field(default_factory=list)
     masks: int = 0
+    tables: list[int] = field(default_factory=list)
     _gates: bool = False
     _panels: list[Panel] = field(default_factory=list)
     _steps: list[_Step] = field(default_factory=list)
@@ -186,12 +215,35 @@ class RegionBuilder:
         self.masks += 1
         return self.masks - 1
 
+    def table(self, features: int) -> Panel:
+        """The next table of the node, [batch or 1, 1, tokens, features] or without leading ones, as a panel."""
+        self.tables.append(features)
+        to = self._new(features)
+        self._add(f"spa_table(r, {len(self.tables) - 1}, {{0}})", to)
+        return to
+
+    def rotate(self, source: Panel, cos: Panel, sin: Panel) -> Panel:
+        """Rotary positions of every head of `source`; a head has as many features as `cos` and `sin`."""
+        depth = cos.features
+        to = self._new(source.features)
+        heads = source.features // depth
+        self._add(f"spa_rotate(r, {heads}, {depth}, {{0}}, {{1}}, {{2}}, {{3}})", source, cos, sin, to)
+        return to
+
     def attention(self, q: Panel, k: Panel, v: Panel, spec: AttentionSpec, mask: int | None = None) -> Panel:
-        """The attention core; `mask` is what `mask` returned. Tiles then never cross a sequence."""
+        """The attention core; `mask` is what `mask` returned. Tiles then never cross a sequence.
+
+        A `cached` one reads the next two caches of the node, and gives them out with k and v behind.
+        """
+        cache = sum(2 for a in self.attentions if a.cached)
         self.attentions.append(spec)
         to = self._new(spec.heads * spec.depth)
         number, which = len(self.attentions) - 1, -1 if mask is None else mask
-        self._add(f"spa_attention(r, {number}, {{0}}, {{1}}, {{2}}, {which}, {{3}})", q, k, v, to)
+        if spec.cached:
+            call = f"spa_attention_cached(r, {number}, {{0}}, {{1}}, {{2}}, {which}, {cache}, {{3}})"
+        else:
+            call = f"spa_attention(r, {number}, {{0}}, {{1}}, {{2}}, {which}, {{3}})"
+        self._add(call, q, k, v, to)
         return to
 
     def unpack(self, source: Panel) -> None:
@@ -218,6 +270,7 @@ class RegionBuilder:
             tuple(self.attentions),
             self.masks,
             self._gates,
+            tuple(self.tables),
             tuple(s.text.format(*(p.place for p in s.panels)) for s in self._steps),
             max((p.place + p.rows for p in placed), default=0),
         )

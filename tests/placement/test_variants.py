@@ -17,10 +17,10 @@ from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import open_session, run
 from spa_compiler.kernels.rx1 import MAX_CHUNK, Blocks
 from spa_compiler.placement import contests, timer, variants
-from spa_compiler.placement.attention import Shapes
 from spa_compiler.placement.candidates import DENSE, SiteClass, Stored, classes
 from spa_compiler.placement.choose import Choice, choose
 from spa_compiler.placement.contests import Referee
+from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.nodes import Packer, insert
 from spa_compiler.placement.records import Records

@@ -20,6 +20,7 @@ from spa_compiler.kernels import attention, panel
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime import link
 from spa_compiler.runtime.region import AttentionSpec, RegionBuilder, RegionSpec
+from tests import decoder_harness
 from tests.image_harness import NETWORKS, network
 from tests.kernel_harness import X86
 from tests.region_harness import CASES, case
@@ -71,6 +72,9 @@ def records() -> Iterator[Record]:
         mask = rng.standard_normal((batch, 1, 1, tokens)).astype(np.float32)
         mask[rng.random(mask.shape) < 0.2] = -3e38
         yield core(), (q, k, v, mask), [_attention(q, k, v, mask)]
+        for cached in (False, True):
+            given = decoder_harness.inputs(cached, batch, tokens, 130 * cached, seed=tokens)
+            yield decoder_harness.core(cached), given, decoder_harness.expected(given)
 
 
 def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa_compiler.kernels import depthwise, panel, rx1, window
+from spa_compiler.kernels import cached, depthwise, panel, rx1, window
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime import images, region
 from spa_compiler.runtime.generate import PIXELS, kernels_of, write_c
 from spa_compiler.runtime.link import C_FOLDER, FLAGS, kernel, run_linker
 from spa_compiler.runtime.region import (
+    AttentionSpec,
     LinearSpec,
     NormSpec,
     Panel,
@@ -25,6 +26,7 @@ from spa_compiler.runtime.region import (
     RegionSpec,
     Term,
 )
+from tests import decoder_harness
 from tests.image_harness import NETWORKS, network
 from tests.kernel_harness import X86
 from tests.region_harness import CASES, case
@@ -75,6 +77,42 @@ def test_a_sum_reads_both_panels_and_ends_with_the_second() -> None:
         "spa_sum_out(r, 3, 64, 4, 0, -1, 0)",
     )
     assert [s.act for s in spec.linears] == ["none", "none", "relu", "none", "none"]
+
+
+def test_tables_turn_and_caches_come_in_pairs() -> None:
+    b = RegionBuilder()
+    x, mask, cos, sin = b.pack(32), b.mask(), b.table(8), b.table(8)
+    plain = b.attention(b.rotate(x, cos, sin), x, x, AttentionSpec(4, 8, 0.5), mask)
+    kept = b.linear(plain, linear(16, 32))
+    first = b.attention(plain, kept, kept, AttentionSpec(4, 8, 0.5, shared=2, cached=True))
+    b.unpack(b.attention(first, kept, kept, AttentionSpec(4, 8, 0.5, shared=2, cached=True), mask))
+    spec = b.finish()
+    assert spec.tables == (8, 8)
+    assert spec.caches == ((2, 8),) * 4
+    assert spec.lines[:4] == (
+        "spa_pack(r, 0, 0)",
+        "spa_table(r, 0, 32)",
+        "spa_table(r, 1, 48)",
+        "spa_rotate(r, 4, 8, 0, 32, 48, 64)",
+    )
+    cores = [
+        re.findall(r"(\w+)\(r, (\d)(?:, \d+){3}, (-?\d), (\d+)", line) for line in spec.lines if "attention" in line
+    ]
+    assert [core[:3] for ((core),) in cores] == [
+        ("spa_attention", "0", "0"),
+        ("spa_attention_cached", "1", "-1"),
+        ("spa_attention_cached", "2", "0"),
+    ]
+    assert [core[3] for ((core),) in cores[1:]] == ["0", "2"], "the cache of the keys"
+
+
+def test_heads_that_the_c_side_has_no_room_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads of queries"):
+        AttentionSpec(6, 8, 1.0, shared=4)
+    for heads, depth in ((region.MAX_SHARED + 1, 4), (8, region.MAX_QUERY // 8 + 4)):
+        AttentionSpec(heads, depth, 1.0, shared=heads)
+        with pytest.raises(ValueError, match="more than the C side has room for"):
+            AttentionSpec(heads, depth, 1.0, shared=heads, cached=True)
 
 
 def test_products_with_other_chunks_cannot_be_added() -> None:
@@ -190,6 +228,12 @@ def test_the_c_side_and_python_agree_on_sizes() -> None:
     assert constant("LANE_COUNTS") == len(panel.LANE_COUNTS)
     assert constant("MAX_INPUTS") == region.MAX_INPUTS
     assert constant("MAX_OUTPUTS") == region.MAX_OUTPUTS
+    assert constant("MAX_MASKS") == region.MAX_MASKS
+    assert constant("MAX_TABLES") == region.MAX_TABLES
+    assert constant("MAX_CACHES") == region.MAX_CACHES
+    assert constant("MAX_SHARED") == region.MAX_SHARED
+    assert constant("MAX_QUERY") == region.MAX_QUERY
+    assert constant("CACHE_KEYS") == cached.KEYS
     assert constant("MAX_IMAGES") == images.MAX_IMAGES
     assert constant("REGISTER") == PIXELS[0]
     counts = re.search(r"lane_counts\[LANE_COUNTS\] = \{([\d, ]+)\}", (C_FOLDER / "panels.c").read_text())[1]
@@ -232,14 +276,18 @@ def test_depthwise_c_and_python_agree_on_the_buffer() -> None:
 
 
 def spec_of(name: str) -> region.RegionSpec | images.ImageRegion:
-    """Of a case, a convolution or a network; "line" is a convolution here."""
+    """Of a case, an attention core, a convolution or a network; "line" is a convolution here."""
+    if name.endswith("decoder"):
+        return decoder_harness.core(name.startswith("cached"))
     if name in CONVOLUTIONS:
         return CONVOLUTIONS[name].region
     return network(name).spec if name in NETWORKS else case(name).spec
 
 
 @pytest.mark.parametrize("levels", [X86, ("aarch64",)], ids=["x86-64", "aarch64"])
-@pytest.mark.parametrize("names", [(), ("mlp",), tuple(CASES), ("mlp", "same", "line", *NETWORKS)])
+@pytest.mark.parametrize(
+    "names", [(), ("mlp",), (*CASES, "decoder", "cached decoder"), ("mlp", "same", "line", *NETWORKS)]
+)
 def test_the_c_compiles_without_a_warning(names: tuple[str, ...], levels: tuple[str, ...], tmp_path: Path) -> None:
     source = tmp_path / "regions.c"
     source.write_text(write_c([spec_of(name) for name in names], levels))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spa_compiler.runtime import link
-from tests import deployment
+from tests import decoder_harness, deployment
 from tests.image_harness import NETWORKS, network
 from tests.region_harness import CASES, MCPU, case
 from tests.runtime_malformed import malformed
@@ -45,9 +45,15 @@ def build(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> Path:
             outputs = {f"y{j}": y for j, y in enumerate(n.expected(feeds))}
             np.savez(folder / f"images {name}_{i}.npz", **feeds, **outputs)
         (folder / f"images {name}.onnx").write_bytes(n.model())
+    for cached in (False, True):
+        (folder / f"decoder {cached}.onnx").write_bytes(decoder_harness.model(cached))
+        for i, (batch, tokens, past) in enumerate(((2, 1, 130), (1, 70, 3), (1, 1, 0))):
+            given = decoder_harness.inputs(cached, batch, tokens, past * cached)
+            outputs = dict(zip(("y", "key", "value"), decoder_harness.expected(given), strict=False))
+            np.savez(folder / f"decoder {cached}_{i}.npz", **decoder_harness.feeds(given), **outputs)
     monkeypatch.setattr(link, "FLAGS", ("-O1", "-g", "-std=c11", "-fPIC", "-shared", *flags))
     regions = [case(name).spec for name in CASES] + [c.region for c in CONVOLUTIONS.values()]
-    regions += [network(name).spec for name in NETWORKS]
+    regions += [network(name).spec for name in NETWORKS] + [decoder_harness.core(cached) for cached in (False, True)]
     link.link(regions, (MCPU,), folder / "kernels.so")
     return script
 

@@ -117,7 +117,7 @@ static Status* read_site(Node* node, const void* info) {
 
 static Status* initialize(Node* node, const void* info) {
   const Region* region = node->region;
-  size_t input = (size_t)(region->inputs + region->masks);
+  size_t input = spa_first_array(region);
   int64_t dims[2], size[LINEAR_ARRAYS];
   TRY(read_site(node, info));
   node->linears = calloc((size_t)region->linear_count + 1, sizeof *node->linears);
@@ -222,17 +222,20 @@ const char* spa_provider(const CustomOp* op) { return (void)op, "CPUExecutionPro
 
 size_t spa_input_count(const CustomOp* op) {
   const Region* r = (const Region*)(const void*)op;
-  return (size_t)(r->inputs + r->masks + r->linear_count * LINEAR_ARRAYS + r->norm_arrays +
+  return spa_first_array(r) + (size_t)(r->linear_count * LINEAR_ARRAYS + r->norm_arrays +
                   r->depthwise_count * DEPTHWISE_ARRAYS);
 }
 
 int spa_input_type(const CustomOp* op, size_t index) {
   const Region* r = (const Region*)(const void*)op;
-  size_t arrays = (size_t)r->linear_count * LINEAR_ARRAYS, first = (size_t)(r->inputs + r->masks);
+  size_t arrays = (size_t)r->linear_count * LINEAR_ARRAYS, first = spa_first_array(r);
   return index < first || index >= first + arrays ? ELEMENT_FLOAT : linear_types[(index - first) % LINEAR_ARRAYS];
 }
 
 int spa_output_type(const CustomOp* op, size_t index) { return (void)op, (void)index, ELEMENT_FLOAT; }
-size_t spa_output_count(const CustomOp* op) { return (size_t)((const Region*)(const void*)op)->outputs; }
+size_t spa_output_count(const CustomOp* op) {
+  const Region* r = (const Region*)(const void*)op;
+  return (size_t)(r->outputs + r->cache_count);
+}
 int spa_zero(const CustomOp* op, size_t index) { return (void)op, (void)index, 0; } /* required; default memory */
 int spa_one(const CustomOp* op) { return (void)op, 1; }

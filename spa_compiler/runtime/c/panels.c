@@ -42,25 +42,71 @@ static Status* bind_inputs(Run* r, int64_t* dims, size_t* rank) {
   return NULL;
 }
 
-/* Masks follow the inputs: [batch or 1, heads or 1, tokens or 1, tokens]. A region's attention cores have equal heads. */
+/* Reads an input's shape into four axes, with ones before those that it has. */
+static Status* bind_aligned(Run* r, size_t input, const char* what, int number, int64_t dims[4], const float** data) {
+  const void* value;
+  int64_t own[MAX_RANK];
+  size_t rank;
+  char text[160];
+  TRY(KernelContext_GetInput(r->context, input, &value));
+  TRY(spa_shape_of(value, own, MAX_RANK, &rank));
+  CHECK(r->node, rank >= 2 && rank <= 4, "%s %d must have 2 to 4 dimensions, its shape is %s", what, number,
+        spa_show(text, own, rank));
+  for (size_t d = 0; d < 4; ++d) dims[d] = d + rank < 4 ? 1 : own[d + rank - 4];
+  return GetTensorMutableData(value, data);
+}
+
+/* Masks follow the inputs; the attention cores that read them say what shape they must have. */
 static Status* bind_masks(Run* r) {
-  const Node* node = r->node;
-  for (int i = 0; i < node->region->masks; ++i) {
+  const Region* region = r->node->region;
+  for (int i = 0; i < region->masks; ++i)
+    TRY(bind_aligned(r, (size_t)(region->inputs + i), "mask", i, r->mask_dims[i], &r->mask[i]));
+  return NULL;
+}
+
+/* Tables follow the masks: [batch or 1, 1, tokens, features]. */
+static Status* bind_tables(Run* r) {
+  const Region* region = r->node->region;
+  for (int i = 0; i < region->tables; ++i) {
+    int64_t dims[4], features = region->table_features[i];
+    char text[160];
+    TRY(bind_aligned(r, (size_t)(region->inputs + region->masks + i), "table", i, dims, &r->rotary[i]));
+    int fits = dims[3] == features && dims[2] == r->tokens && dims[1] == 1 && (dims[0] == 1 || dims[0] == r->sequences);
+    CHECK(r->node, fits, "table %d must be [%lld or 1,1,%lld,%lld], its shape is %s", i, (long long)r->sequences,
+          (long long)r->tokens, (long long)features, spa_show(text, dims, 4));
+    r->rotary_stride[i] = dims[0] == 1 ? 0 : r->tokens * features;
+  }
+  return NULL;
+}
+
+/* Caches follow the tables, keys and values in turns: [batch, heads, past, depth]. They are outputs, too, after all
+ * others, with the new tokens behind the past ones. */
+static Status* bind_caches(Run* r) {
+  const Region* region = r->node->region;
+  for (int i = 0; i < region->cache_count; ++i) {
     const void* value;
-    int64_t dims[MAX_RANK], heads = node->region->attentions[0].heads;
-    const int64_t wanted[4] = {r->sequences, heads, r->tokens, r->tokens};
+    void* out;
+    const CacheInfo* c = &region->caches[i];
+    int64_t dims[MAX_RANK];
     size_t rank;
     char text[160];
-    TRY(KernelContext_GetInput(r->context, (size_t)(node->region->inputs + i), &value));
+    TRY(KernelContext_GetInput(r->context, (size_t)(region->inputs + region->masks + region->tables + i), &value));
     TRY(spa_shape_of(value, dims, MAX_RANK, &rank));
-    int fits = rank == 4 && dims[3] == r->tokens;
-    for (int d = 0; fits && d < 3; ++d) fits = dims[d] == 1 || dims[d] == wanted[d];
-    CHECK(node, fits, "mask %d must be [%lld or 1,%lld or 1,%lld or 1,%lld], its shape is %s", i, (long long)wanted[0],
-          (long long)heads, (long long)wanted[2], (long long)wanted[3], spa_show(text, dims, rank));
-    TRY(GetTensorMutableData(value, &r->mask[i]));
-    r->mask_stride[i][0] = dims[0] == 1 ? 0 : dims[1] * dims[2] * dims[3];
-    r->mask_stride[i][1] = dims[1] == 1 ? 0 : dims[2] * dims[3];
-    r->mask_stride[i][2] = dims[2] == 1 ? 0 : dims[3];
+    CHECK(r->node, rank == 4 && dims[0] == r->sequences && dims[1] == c->heads && dims[3] == c->depth,
+          "cache %d must be [%lld,%lld,past,%lld], its shape is %s", i, (long long)r->sequences, (long long)c->heads,
+          (long long)c->depth, spa_show(text, dims, rank));
+    CHECK(r->node, i % 2 == 0 || dims[2] == r->past_tokens[i - 1],
+          "caches %d and %d must have the same tokens, not %lld and %lld", i - 1, i, (long long)r->past_tokens[i - 1],
+          (long long)dims[2]);
+    CHECK(r->node, dims[2] <= INT32_MAX / c->depth - r->tokens, "%lld past tokens are too many for 32-bit offsets",
+          (long long)dims[2]);
+    TRY(GetTensorMutableData(value, &r->past[i]));
+    r->past_tokens[i] = dims[2];
+    dims[2] += r->tokens;
+    TRY(KernelContext_GetOutput(r->context, (size_t)(region->outputs + i), dims, rank, &out));
+    TRY(GetTensorMutableData(out, &r->present[i]));
+    if (r->tokens == 0 && r->sequences) /* nothing runs, and nothing is put behind */
+      memcpy(r->present[i], r->past[i], sizeof(float) * (size_t)(dims[0] * dims[1] * dims[2] * dims[3]));
   }
   return NULL;
 }
@@ -91,8 +137,10 @@ Status* spa_compute_panels(const Node* node, void* context) {
     TRY(GetTensorMutableData(value, &r.output[i]));
   }
   for (int i = 0; i < region->inputs; ++i) widest = most(widest, region->input_features[i]);
-  if (r.sequences * r.tokens == 0) return NULL;
   CHECK(node, r.tokens <= INT32_MAX / widest, "%lld tokens are too many for 32-bit offsets", (long long)r.tokens);
+  TRY(bind_tables(&r));
+  TRY(bind_caches(&r));
+  if (r.sequences * r.tokens == 0) return NULL;
 
   r.tiles_per_sequence = (r.tokens + MAX_LANES - 1) / MAX_LANES;
   int64_t each = (r.tokens + r.tiles_per_sequence - 1) / r.tiles_per_sequence;
@@ -114,6 +162,25 @@ Status* spa_compute_panels(const Node* node, void* context) {
   return status;
 }
 
+/* A cache's new shape is the old one with more tokens. */
+static Status* infer_caches(const Region* region, void* context, int64_t tokens) {
+  for (int i = 0; i < region->cache_count; ++i) {
+    void* x;
+    int64_t dims[MAX_RANK];
+    const char* names[MAX_RANK];
+    size_t rank;
+    TRY(ShapeInfer_GetInputTypeShape(context, (size_t)(region->inputs + region->masks + region->tables + i), &x));
+    TRY(GetDimensionsCount(x, &rank));
+    if (rank != 4) continue;
+    TRY(GetDimensions(x, dims, rank));
+    TRY(GetSymbolicDimensions(x, names, rank));
+    dims[2] = dims[2] < 0 || tokens < 0 ? -1 : dims[2] + tokens;
+    names[2] = "";
+    TRY(spa_set_shape(context, region->outputs + i, dims, names, rank));
+  }
+  return NULL;
+}
+
 Status* spa_infer_panels(const Region* region, void* context) {
   void* x;
   int64_t dims[MAX_RANK];
@@ -129,5 +196,5 @@ Status* spa_infer_panels(const Region* region, void* context) {
     dims[rank - 1] = region->output_features[i];
     TRY(spa_set_shape(context, i, dims, names, rank));
   }
-  return NULL;
+  return infer_caches(region, context, rank == 3 ? dims[1] : -1);
 }

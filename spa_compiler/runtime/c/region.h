@@ -14,6 +14,8 @@
 #include "ort_abi.h"
 
 enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8 };
+enum { MAX_TABLES = 4, MAX_CACHES = 32 }; /* of rotary positions; of keys and of values, each */
+enum { CACHE_KEYS = 128, MAX_SHARED = 32, MAX_QUERY = 4096 }; /* spa_compiler/kernels/cached.py; floats of a query */
 enum { MAX_IMAGES = 1024, REGISTER = 16, SPA_SETS = 1024 }; /* floats between what shares the sets of L1 */
 enum { LINEAR_ARRAYS = 5, NORM_ARRAYS = 2, DEPTHWISE_ARRAYS = 2 }; /* NORM_ARRAYS: at most */
 enum { TAPS, DEPTHWISE_BIAS };
@@ -35,6 +37,9 @@ typedef void Pack(const float* x, float* panel, int32_t tokens, int32_t features
 typedef void Unpack(const float* panel, float* y, int32_t tokens, int32_t features, int32_t stride);
 typedef void Attend(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
                     float* out, int32_t depth, int32_t keys, int32_t part, float scale);
+typedef void Cached(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
+                    float* out, int32_t keys, int32_t mask_stride, int32_t part, float scale);
+typedef void Rotate(const float* x, const float* cos, const float* sin, float* out, int32_t count);
 typedef void Gate(float* x, const float* factor, int32_t count);
 typedef void Norm(const float* x, const float* gamma, const float* beta, float* out, int32_t features, float epsilon);
 
@@ -87,10 +92,16 @@ typedef struct {
 } NormInfo;
 
 typedef struct { /* softmax(scale Q^T K + mask) V, head by head; scale in units of log2 */
-  int64_t heads, depth;
+  int64_t heads, depth, shared; /* shared: query heads with the same head of keys and values */
   float scale;
-  Attend* const* kernels;
+  int64_t at_once; /* query heads that one call of `cached` takes */
+  Attend* const* kernels; /* keys and values in panels */
+  Cached* cached;         /* keys and values behind those of a cache */
 } AttentionInfo;
+
+typedef struct { /* keys or values of a cache: [batch, heads, tokens, depth] */
+  int64_t heads, depth;
+} CacheInfo;
 
 typedef struct Run Run;
 typedef struct {
@@ -100,6 +111,8 @@ typedef struct {
   Pack* const* pack;
   Unpack* const* unpack;
   Gate* gate;
+  Rotate* rotate;
+  const CacheInfo* caches;
   const LinearInfo* linears;
   const NormInfo* norms;
   const AttentionInfo* attentions;
@@ -113,6 +126,8 @@ typedef struct {
   Pad* pad;
   int64_t scratch_rows;
   int64_t input_features[MAX_INPUTS], output_features[MAX_OUTPUTS];
+  int64_t table_features[MAX_TABLES];
+  int tables, cache_count;
   int inputs, masks, outputs, linear_count, norm_count, norm_arrays, depthwise_count;
   int output_images[MAX_OUTPUTS];
   int image_count, chain_count, slots, axes; /* of the windows in a region on images: 1 or 2, 0 without any */
@@ -189,8 +204,13 @@ struct Run { /* one call */
   const Node* node;
   void* context;
   const float* input[MAX_INPUTS];
-  const float* mask[MAX_MASKS];      /* additive, [batch or 1, heads or 1, tokens or 1, tokens] */
-  int64_t mask_stride[MAX_MASKS][3]; /* of the first three axes; 0 where the size is 1 */
+  const float* mask[MAX_MASKS]; /* additive, [batch or 1, heads or 1, tokens or 1, keys], or without leading ones */
+  int64_t mask_dims[MAX_MASKS][4];
+  const float* rotary[MAX_TABLES]; /* [batch or 1, 1, tokens, features], or without leading ones */
+  int64_t rotary_stride[MAX_TABLES]; /* from sequence to sequence; 0: one for all */
+  const float* past[MAX_CACHES]; /* [batch, heads, past, depth] */
+  int64_t past_tokens[MAX_CACHES];
+  float* present[MAX_CACHES]; /* the same with the new tokens behind: outputs of the node, after the others */
   float* output[MAX_OUTPUTS];
   int64_t sequences, tokens; /* tokens of each sequence: 1 sequence, unless whole_sequences */
   int64_t tiles_per_sequence, lanes;
@@ -214,6 +234,10 @@ static inline int64_t block_columns(const LinearInfo* w) { return w->cols ? w->c
 static inline int64_t entry_bytes(const LinearInfo* w) { /* values and columns of what `indptr` counts */
   return w->rows * block_columns(w) * (int64_t)sizeof(float) + own_columns(w) * (int64_t)sizeof(uint16_t);
 }
+/* The node's inputs before its initializers. */
+static inline size_t spa_first_array(const Region* r) {
+  return (size_t)(r->inputs + r->masks + r->tables + r->cache_count);
+}
 static inline int64_t spa_rows(int64_t features) { return (features + 15) / 16 * 16; }
 
 /* The steps. Panels are named by their place in scratch; `residual` < 0: none. */
@@ -229,8 +253,13 @@ Status* spa_linear_times(const Run*, int linear, int64_t from, int64_t residual,
 Status* spa_sum_times(const Run*, int first, int64_t from, int second, int64_t second_from, int64_t residual,
                       int64_t factor, int64_t to);
 Status* spa_norm(const Run*, int norm, int64_t from, int64_t to);
-/* `mask` < 0: none. q, k, v and `to` are panels of heads x depth features. */
+/* `mask` < 0: none. q and `to` are panels of heads x depth features, k and v of heads / shared x depth. */
 Status* spa_attention(const Run*, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to);
+/* The same behind the keys of `cache` and the values of the one after it; k and v are put behind them in the outputs. */
+Status* spa_attention_cached(const Run*, int attention, int64_t q, int64_t k, int64_t v, int mask, int cache, int64_t to);
+Status* spa_table(const Run*, int table, int64_t to); /* packs it, for all sequences */
+/* Rotary positions of heads of `depth` features; cos and sin are panels of `depth`. */
+Status* spa_rotate(const Run*, int64_t heads, int64_t depth, int64_t from, int64_t cos, int64_t sin, int64_t to);
 Status* spa_unpack(const Run*, int output, int64_t from);
 
 /* Steps on images, which are named by their numbers; `residual` < 0 and `second` < 0: none. */

@@ -1,5 +1,7 @@
 /* The steps of a region on panels: each is one ParallelFor on ONNX Runtime's own threads. No two items write one cache
  * line. */
+#include <string.h>
+
 #include "region.h"
 
 enum { FEATURE_BLOCK = 256 }; /* features of one pack or unpack item */
@@ -22,7 +24,10 @@ typedef struct {
   int64_t features;
   const AttentionInfo* attention;
   const float *k, *v, *mask;
-  const int64_t* mask_stride;
+  int64_t mask_stride[3]; /* of the first three axes; 0 where the size is 1 */
+  int cache;              /* of the keys; the values have the next */
+  const float *cos, *sin;
+  int64_t depth, stride; /* of heads; of a table, from sequence to sequence */
   int edge; /* the input or output of the region; < 0: a panel */
   int products; /* of a linear step: 1 or 2, added up */
   Product product[2];
@@ -55,6 +60,23 @@ static void pack_item(void* user, size_t item) {
   r->node->region->pack[r->lane_index](s->from + at, s->to + (tile * spa_rows(s->features) + first) * r->lanes,
                                        (int32_t)tokens_in(r, tile), (int32_t)least(s->features - first, FEATURE_BLOCK),
                                        stride);
+}
+
+static void table_item(void* user, size_t tile) {
+  const Step* s = user;
+  const Run* r = s->run;
+  int64_t at = sequence_of(r, (int64_t)tile) * s->stride + token_of(r, (int64_t)tile) * s->features;
+  r->node->region->pack[r->lane_index](s->from + at, s->to + (int64_t)tile * spa_rows(s->features) * r->lanes,
+                                       (int32_t)tokens_in(r, (int64_t)tile), (int32_t)s->features,
+                                       (int32_t)s->features);
+}
+
+static void rotate_item(void* user, size_t item) {
+  const Step* s = user;
+  const Run* r = s->run;
+  int64_t tile = (int64_t)item % r->tiles, head = (int64_t)item / r->tiles, lanes = r->lanes;
+  int64_t at = (tile * spa_rows(s->features) + head * s->depth) * lanes, angle = tile * spa_rows(s->depth) * lanes;
+  r->node->region->rotate(s->from + at, s->cos + angle, s->sin + angle, s->to + at, (int32_t)(s->depth / 2 * lanes));
 }
 
 static void unpack_item(void* user, size_t item) {
@@ -139,21 +161,114 @@ static void mask_tile(const Step* s, int64_t head, int64_t tile, int64_t key_til
   for (int64_t i = keys * lanes; i < lanes * lanes; ++i) mask[i] = LOWEST;
 }
 
-/* One head of one tile of queries: over all key tiles of its sequence. */
+/* Whether a row of a mask shows a key of those from `first` to `end`. */
+static int shows(const float* row, int64_t first, int64_t end) {
+  for (int64_t key = first; key < end; ++key)
+    if (!(row[key] <= LOWEST)) return 1;
+  return 0;
+}
+
+/* Key tiles that a tile of queries needs: those at the end that its mask hides, as a causal one does, change nothing if
+ * every query sees a key before them. */
+static int64_t key_tiles(const Step* s, int64_t head, int64_t tile) {
+  const Run* r = s->run;
+  int64_t tiles = r->tiles_per_sequence, rows = s->mask_stride[2] ? tokens_in(r, tile) : 1;
+  if (!s->mask) return tiles;
+  const float* from = s->mask + sequence_of(r, tile) * s->mask_stride[0] + head * s->mask_stride[1] +
+                      token_of(r, tile) * s->mask_stride[2];
+  int64_t needed = tiles;
+  for (int hidden = 1; needed > 1; --needed) {
+    int64_t first = (needed - 1) * r->lanes;
+    for (int64_t i = 0; hidden && i < rows; ++i)
+      hidden = !shows(from + i * s->mask_stride[2], first, least(first + r->lanes, r->tokens));
+    if (!hidden) break;
+  }
+  for (int64_t i = 0; needed < tiles && i < rows; ++i)
+    if (!shows(from + i * s->mask_stride[2], 0, needed * r->lanes)) needed = tiles;
+  return needed;
+}
+
+/* One head of one tile of queries: over the key tiles of its sequence. */
 static void attention_item(void* user, size_t item) {
   const Step* s = user;
   const Run* r = s->run;
   const AttentionInfo* a = s->attention;
   int64_t lanes = r->lanes, tile = (int64_t)item % r->tiles, head = (int64_t)item / r->tiles;
-  int64_t first = tile / r->tiles_per_sequence * r->tiles_per_sequence, stride = spa_rows(s->features) * lanes;
-  int64_t in_tile = head * a->depth * lanes;
+  int64_t first = tile / r->tiles_per_sequence * r->tiles_per_sequence, needed = key_tiles(s, head, tile);
+  int64_t query = (tile * spa_rows(s->features) + head * a->depth) * lanes;
+  int64_t key = head / a->shared * a->depth * lanes, stride = spa_rows(s->features / a->shared) * lanes;
   _Alignas(64) float scores[MAX_LANES * MAX_LANES], mask[MAX_LANES * MAX_LANES], state[2 * MAX_LANES];
-  for (int64_t t = 0; t < r->tiles_per_sequence; ++t) {
-    int64_t at = (first + t) * stride + in_tile;
+  for (int64_t t = 0; t < needed; ++t) {
+    int64_t at = (first + t) * stride + key;
     mask_tile(s, head, tile, first + t, mask);
-    a->kernels[r->lane_index](s->from + tile * stride + in_tile, s->k + at, s->v + at, mask, scores, state,
-                              s->to + tile * stride + in_tile, (int32_t)a->depth, (int32_t)tokens_in(r, first + t),
-                              (t == 0 ? FIRST : 0) | (t + 1 == r->tiles_per_sequence ? LAST : 0), a->scale);
+    a->kernels[r->lane_index](s->from + query, s->k + at, s->v + at, mask, scores, state, s->to + query,
+                              (int32_t)a->depth, (int32_t)tokens_in(r, first + t),
+                              (t == 0 ? FIRST : 0) | (t + 1 == needed ? LAST : 0), a->scale);
+  }
+}
+
+/* The new tokens of one head of keys or values, behind the past ones of a sequence. */
+static void append(const Step* s, const float* panel, int64_t first_tile, int64_t head, float* rows) {
+  const Run* r = s->run;
+  const AttentionInfo* a = s->attention;
+  for (int64_t tile = first_tile; tile < first_tile + r->tiles_per_sequence; ++tile) {
+    int64_t at = (tile * spa_rows(s->features / a->shared) + head * a->depth) * r->lanes;
+    r->node->region->unpack[r->lane_index](panel + at, rows + token_of(r, tile) * a->depth,
+                                           (int32_t)tokens_in(r, tile), (int32_t)a->depth, (int32_t)a->depth);
+  }
+}
+
+/* The mask of one token and of `heads` heads for a tile of keys, a row of CACHE_KEYS for each head that has its own. */
+static int32_t cached_mask(const Step* s, int64_t sequence, int64_t head, int64_t heads, int64_t token, int64_t first,
+                           int64_t keys, float* mask) {
+  int64_t rows = s->mask && s->mask_stride[1] ? heads : 1;
+  for (int64_t i = 0; i < rows; ++i) {
+    float* to = mask + i * CACHE_KEYS;
+    const float* from = s->mask ? s->mask + sequence * s->mask_stride[0] + (head + i) * s->mask_stride[1] +
+                                      token * s->mask_stride[2] + first
+                                : NULL;
+    for (int64_t key = 0; key < CACHE_KEYS; ++key) to[key] = key >= keys ? LOWEST : from ? from[key] : 0.0f;
+  }
+  return rows > 1 ? CACHE_KEYS : 0;
+}
+
+/* One head of keys and values of one sequence, with a cache: puts the new tokens behind the past ones, then one token
+ * after the other meets them all. */
+static void cached_item(void* user, size_t item) {
+  const Step* s = user;
+  const Run* r = s->run;
+  const AttentionInfo* a = s->attention;
+  int64_t key_heads = a->heads / a->shared, head = (int64_t)item % key_heads;
+  int64_t first_tile = (int64_t)item / key_heads * r->tiles_per_sequence, sequence = sequence_of(r, first_tile);
+  int64_t past = r->past_tokens[s->cache], keys = past + r->tokens, depth = a->depth, width = a->shared * depth;
+  const float *past_k = r->past[s->cache] + (sequence * key_heads + head) * past * depth,
+              *past_v = r->past[s->cache + 1] + (sequence * key_heads + head) * past * depth;
+  float *k = r->present[s->cache] + (sequence * key_heads + head) * keys * depth,
+        *v = r->present[s->cache + 1] + (sequence * key_heads + head) * keys * depth;
+  _Alignas(64) float query[MAX_QUERY], out[MAX_QUERY], scores[MAX_SHARED * CACHE_KEYS], mask[MAX_SHARED * CACHE_KEYS];
+  float state[2 * MAX_SHARED];
+  append(s, s->k, first_tile, head, k + past * depth);
+  append(s, s->v, first_tile, head, v + past * depth);
+  for (int64_t token = 0; token < r->tokens; ++token) {
+    int64_t lane = token % r->lanes, tile = first_tile + token / r->lanes;
+    int64_t at = (tile * spa_rows(s->features) + head * width) * r->lanes;
+    for (int64_t f = 0; f < width; ++f) query[f] = s->from[at + f * r->lanes + lane];
+    for (int64_t first = 0; first < keys; first += CACHE_KEYS) {
+      int64_t count = least(keys - first, CACHE_KEYS), old = least(most(past - first, 0), count);
+      if (token == 0 && old) { /* just before they are read, tile by tile */
+        memcpy(k + first * depth, past_k + first * depth, sizeof(float) * (size_t)(old * depth));
+        memcpy(v + first * depth, past_v + first * depth, sizeof(float) * (size_t)(old * depth));
+      }
+      int32_t part = (first == 0 ? FIRST : 0) | (first + count == keys ? LAST : 0);
+      for (int64_t i = 0; i < a->shared; i += a->at_once) {
+        int32_t stride = cached_mask(s, sequence, head * a->shared + i, a->at_once, token, first, count, mask);
+        a->cached(query + i * depth, k + first * depth, v + first * depth, mask, scores, state + 2 * i, out + i * depth,
+                  (int32_t)count, stride, part, a->scale);
+      }
+    }
+    int64_t end = token + 1 == r->tokens ? r->lanes : lane + 1; /* lanes past the last token hold copies of it */
+    for (int64_t f = 0; f < width; ++f)
+      for (int64_t i = lane; i < end; ++i) s->to[at + f * r->lanes + i] = out[f];
   }
 }
 
@@ -214,12 +329,50 @@ Status* spa_sum_times(const Run* r, int first, int64_t from, int second, int64_t
   return linear_step(r, first, from, second, second_from, residual, factor, panel_at(r, to), -1);
 }
 
-Status* spa_attention(const Run* r, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to) {
+/* The step of an attention core over `keys` keys; refuses a mask of another shape. */
+static Status* attention_step(const Run* r, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t keys,
+                              int64_t to, Step* s) {
   const AttentionInfo* info = &r->node->region->attentions[attention];
-  Step s = {.run = r, .attention = info, .features = info->heads * info->depth, .from = panel_at(r, q),
-            .k = panel_at(r, k), .v = panel_at(r, v), .to = panel_at(r, to),
-            .mask = mask < 0 ? NULL : r->mask[mask], .mask_stride = mask < 0 ? NULL : r->mask_stride[mask]};
-  return in_parallel(attention_item, r->tiles * info->heads, &s);
+  *s = (Step){.run = r, .attention = info, .features = info->heads * info->depth, .from = panel_at(r, q),
+              .k = panel_at(r, k), .v = panel_at(r, v), .to = panel_at(r, to)};
+  if (mask < 0) return NULL;
+  const int64_t *dims = r->mask_dims[mask], wanted[3] = {r->sequences, info->heads, r->tokens};
+  char text[160];
+  int fits = dims[3] == keys;
+  for (int d = 0; fits && d < 3; ++d) fits = dims[d] == 1 || dims[d] == wanted[d];
+  CHECK(r->node, fits, "mask %d must be [%lld or 1,%lld or 1,%lld or 1,%lld], its shape is %s", mask,
+        (long long)wanted[0], (long long)wanted[1], (long long)wanted[2], (long long)keys, spa_show(text, dims, 4));
+  s->mask = r->mask[mask];
+  s->mask_stride[0] = dims[0] == 1 ? 0 : dims[1] * dims[2] * dims[3];
+  s->mask_stride[1] = dims[1] == 1 ? 0 : dims[2] * dims[3];
+  s->mask_stride[2] = dims[2] == 1 ? 0 : dims[3];
+  return NULL;
+}
+
+Status* spa_attention(const Run* r, int attention, int64_t q, int64_t k, int64_t v, int mask, int64_t to) {
+  Step s;
+  TRY(attention_step(r, attention, q, k, v, mask, r->tokens, to, &s));
+  return in_parallel(attention_item, r->tiles * s.attention->heads, &s);
+}
+
+Status* spa_attention_cached(const Run* r, int attention, int64_t q, int64_t k, int64_t v, int mask, int cache,
+                             int64_t to) {
+  Step s;
+  TRY(attention_step(r, attention, q, k, v, mask, r->past_tokens[cache] + r->tokens, to, &s));
+  s.cache = cache;
+  return in_parallel(cached_item, r->tiles / r->tiles_per_sequence * (s.attention->heads / s.attention->shared), &s);
+}
+
+Status* spa_table(const Run* r, int table, int64_t to) {
+  Step s = {.run = r, .from = r->rotary[table], .to = panel_at(r, to), .stride = r->rotary_stride[table],
+            .features = r->node->region->table_features[table]};
+  return in_parallel(table_item, r->tiles, &s);
+}
+
+Status* spa_rotate(const Run* r, int64_t heads, int64_t depth, int64_t from, int64_t cos, int64_t sin, int64_t to) {
+  Step s = {.run = r, .from = panel_at(r, from), .to = panel_at(r, to), .cos = panel_at(r, cos), .sin = panel_at(r, sin),
+            .features = heads * depth, .depth = depth};
+  return in_parallel(rotate_item, r->tiles * heads, &s);
 }
 
 Status* spa_norm(const Run* r, int norm, int64_t from, int64_t to) {
