@@ -24,10 +24,12 @@ def forms_of(weight: F32) -> Iterator[Form]:
     rows, cols = block_of(weight)
     if cols > 1:
         yield rxc.Rectangles(rows, cols)
+    elif rows in rx1.PRUNED_ROWS:
+        yield rx1.Blocks(rows)
 
 
 def block_of(weight: F32) -> tuple[int, int]:
-    """(R, C): the largest blocks, up to those of `rxc.py`, in which the zeros of `weight` [n, k] come; (1, 1): none.
+    """(R, C): the largest blocks that a form has in which the zeros of `weight` [n, k] come; (1, 1): none.
 
     Each of the factors is doubled as long as next to no zero is stored: what was not pruned in blocks has 2 x 1 and
     1 x 2 looked at, and no more.
@@ -46,4 +48,7 @@ def block_of(weight: F32) -> tuple[int, int]:
         if np.count_nonzero(wider) * rows * 2 * cols > most:
             break
         kept, cols = wider, 2 * cols
+    if (rows, cols) == (2, 1) and len(weight) % 6 == 0:
+        taller = kept[0::3] | kept[1::3] | kept[2::3]
+        rows = 6 if np.count_nonzero(taller) * 6 <= most else rows
     return rows, cols

@@ -23,6 +23,7 @@ arXiv 2306.16601.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,11 +39,12 @@ from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, prefet
 F32 = NDArray[np.float32]
 
 BLOCK_ROWS = (1, 4, 8, 16)
+PRUNED_ROWS = (2, 6)  # the fastest for weights that were pruned in them, and for no others
 ARRAYS = ("indptr", "order", "columns", "values", "bias")
 MAX_CHUNK = 256  # rows; with 64 lanes its accumulators are 64 KiB, the most a pool thread's stack is asked for
 AHEAD = 2048  # floats of values to prefetch ahead, 8 KiB: 4 to 16 KiB measured alike, 1 KiB is too little
 
-CHUNK_STEP = 16  # a multiple of every R, and a whole cache line of outputs
+CHUNK_STEP = 16  # a whole cache line of outputs; a chunk is a multiple of R besides
 SMALL = 64  # fewer rows are one chunk
 L1_COLUMNS, L2_COLUMNS = 128, 768  # x 64 lanes: 32 KiB and 192 KiB
 FULL = 0.9  # of the blocks stored
@@ -131,8 +133,9 @@ def default_blocking(n: int, k: int, rows: int, full: bool = False) -> tuple[int
     `full` weight (next to no zeros) has so many entries in a block that L1 pays for any R: with R = 4 the kernel then
     runs at the peak of dense products. An even number of equal chunks lets two threads share a single tile of tokens.
     """
-    chunks = 2 * -(-n // (2 * MAX_CHUNK)) if n >= SMALL else 1
-    chunk = -(-n // (chunks * CHUNK_STEP)) * CHUNK_STEP
+    step = math.lcm(CHUNK_STEP, rows)
+    chunks = 2 * -(-n // (2 * (MAX_CHUNK // step * step))) if n >= SMALL else 1
+    chunk = -(-n // (chunks * step)) * step
     return min(chunk, -(-n // rows) * rows), min(k, L1_COLUMNS if rows == 1 or full else L2_COLUMNS)
 
 
@@ -422,6 +425,7 @@ def _many_lanes(R, lanes, act, window, isa):
 def _one_lane(R, act, isa):
     """One token: the R rows of a group fill the register instead, four columns at a time."""
     U = 4
+    E = R & -R  # rows that are activated at once: instructions have widths that are powers of two
     epilogue = act != "none"
 
     @T.prim_func(s_tir=True)
@@ -489,6 +493,7 @@ def _one_lane(R, act, isa):
             store(out, regs[at(0, R)], row, R)
             if epilogue:
                 if last != 0:
-                    activate_in_place(out, row, act, low, high, R, isa)
+                    for i in T.unroll(R // E):
+                        activate_in_place(out, row + i * E, act, low, high, E, isa)
 
     return rx1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,11 +91,12 @@ def _products(
 ) -> tuple[LinearSpec, LinearSpec | None]:
     """The element's product and that of its term, which comes last and so has the activation."""
     act, prefix = (element.act, element.low, element.high), element.output.name
-    usual = element.term is not None and not _cut_alike(element, element.term, forms, packer)
+    own = {site.name: forms[site.name] for site in element.products}
+    if element.term is not None:
+        own = _cut_alike(element, element.term, forms, packer)
 
     def packed(site: Site, prefix: str) -> Packed:
-        form = forms[site.name]
-        found = packer(site, form.cut(None, None) if usual else form)
+        found = packer(site, own[site.name])
         arrays.extend(gs.Constant(f"{prefix}.{what}", a) for what, a in found.arrays.items())
         return found
 
@@ -239,10 +241,18 @@ def _members(group: Group) -> list[str]:
     return list(dict.fromkeys(p.name for e in group.elements for p in (e.products if isinstance(e, Site) else (e,))))
 
 
-def _cut_alike(site: Site, term: Site, forms: Mapping[str, Form], packer: Packer) -> bool:
-    """Whether two products can be added chunk by chunk, in the forms that each is fastest in by itself."""
-    first, second = (_spec(packer(s, forms[s.name]), "none", 0.0, 0.0) for s in (site, term))
-    return first.same_chunks(second)
+def _cut_alike(site: Site, term: Site, forms: Mapping[str, Form], packer: Packer) -> dict[str, Form]:
+    """The forms of two products that are added chunk by chunk: those that each is fastest in by itself, if these are
+    cut alike; else in the usual tiles, with a chunk that is good for both."""
+    own = {s.name: forms[s.name] for s in (site, term)}
+    usual = {name: form.cut(None, None) for name, form in own.items()}
+    for found in (own, usual):
+        first, second = (_spec(packer(s, found[s.name]), "none", 0.0, 0.0) for s in (site, term))
+        if first.same_chunks(second):
+            return found
+    rows = math.lcm(first.form.rows, second.form.rows)
+    chunk = next(c for c in (first.chunk, second.chunk) if c % rows == 0)
+    return {name: form.cut(chunk, None) for name, form in own.items()}
 
 
 def _insert(model: Model, group: Group, forms: Mapping[str, Form], packer: Packer) -> Region:

@@ -19,6 +19,7 @@ import msgspec
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.kernels.form import Form
 from spa_compiler.kernels.panel import lanes_for
+from spa_compiler.kernels.rx1 import CHUNK_STEP
 from spa_compiler.placement.candidates import DENSE, SiteClass, Stored
 from spa_compiler.placement.measure import Timing
 
@@ -78,7 +79,8 @@ def tiles(stored: Stored, n: int, k: int) -> list[Stored]:
     """A form of a weight [n, k] in all tiles but the usual one."""
     if n < FEWEST_ROWS:
         return []
-    chunks = [chunk for chunk in CHUNKS if chunk < n + CHUNKS[0] and chunk % stored.form.rows == 0]
+    step = math.lcm(CHUNK_STEP, stored.form.rows)
+    chunks = [chunk // step * step for chunk in CHUNKS if step <= chunk < n + CHUNKS[0]]
     blocks = [block for block in K_BLOCKS if block < k] + [k]
     return [Stored(stored.form.cut(chunk, block), stored.share) for chunk in chunks for block in blocks]
 

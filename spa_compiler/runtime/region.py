@@ -28,6 +28,11 @@ MAX_SHARED = 32  # query heads that share one head of keys behind a cache, and t
 MAX_QUERY = 4096
 
 
+def rows_in_scratch(features: int) -> int:
+    """Of a panel: `spa_rows` of region.h. Kernels write whole groups of rows."""
+    return -(-features // 16) * 16
+
+
 @dataclass(frozen=True)
 class LinearSpec:
     """y = act(W x + b): W [n, k] in a form whose sizes are all decided, as `pack` gives it."""
@@ -43,6 +48,8 @@ class LinearSpec:
         # steps.c keeps the accumulators of a chunk in an array of that many rows
         if not 0 < self.chunk <= rx1.MAX_CHUNK or self.chunk % self.form.rows:
             raise ValueError(f"a chunk of {self.chunk} rows: up to {rx1.MAX_CHUNK}, a multiple of {self.form.rows}")
+        if -(-self.n // self.form.rows) * self.form.rows > rows_in_scratch(self.n):
+            raise ValueError(f"{self.n} rows in groups of {self.form.rows} do not fit their panel")
 
     @property
     def chunk(self) -> int:
@@ -138,7 +145,7 @@ class Panel:
     @property
     def rows(self) -> int:
         """Rows in scratch: kernels write whole groups of up to 16 rows (`spa_rows` of region.h)."""
-        return -(-self.features // 16) * 16
+        return rows_in_scratch(self.features)
 
 
 @dataclass(frozen=True)

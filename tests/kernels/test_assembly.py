@@ -78,7 +78,7 @@ def test_every_level_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("level", ISAS)
-@pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
+@pytest.mark.parametrize("rows", [*rx1.BLOCK_ROWS, *rx1.PRUNED_ROWS])
 @pytest.mark.parametrize("lanes", [16, 64])
 def test_the_inner_loop_multiplies_and_adds_in_full_registers(rows: int, lanes: int, level: str) -> None:
     words = WORDS[level]
@@ -94,7 +94,7 @@ def test_the_inner_loop_multiplies_and_adds_in_full_registers(rows: int, lanes: 
 
 
 @pytest.mark.parametrize("level", ISAS)
-@pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
+@pytest.mark.parametrize("rows", [*rx1.BLOCK_ROWS, *rx1.PRUNED_ROWS])
 @pytest.mark.parametrize("lanes", [16, 32, 48, 64])
 def test_accumulators_stay_in_registers(rows: int, lanes: int, level: str) -> None:
     words = WORDS[level]

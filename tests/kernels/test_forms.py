@@ -48,6 +48,10 @@ def test_names_are_those_of_patterns_and_say_what_is_unusual() -> None:
         (4, 1, (4, 1)),
         (1, 1, (1, 1)),
         (3, 3, (1, 1)),
+        (2, 1, (2, 1)),
+        (6, 1, (6, 1)),
+        (12, 1, (4, 1)),
+        (10, 1, (2, 1)),
     ],
 )
 @pytest.mark.parametrize("density", [0.02, 0.5])
@@ -58,6 +62,8 @@ def test_the_blocks_that_a_weight_was_pruned_in_are_found(
     assert block_of(weight) == found
     forms = [f for f in forms_of(weight) if isinstance(f, rxc.Rectangles)]
     assert forms == ([rxc.Rectangles(*found)] if found[1] > 1 else [])
+    tried = [f.rows for f in forms_of(weight) if isinstance(f, rx1.Blocks)]
+    assert tried == [1, 4, 8, 16, *([found[0]] if found in ((2, 1), (6, 1)) else [])]
 
 
 def test_blocks_that_are_zero_here_and_there_are_blocks_still() -> None:
@@ -65,6 +71,12 @@ def test_blocks_that_are_zero_here_and_there_are_blocks_still() -> None:
     weight = sparse(rng, 256, 256, 4, 0.2, 4)
     assert block_of(weight * (rng.random(weight.shape) < 0.98)) == (4, 4)
     assert block_of(weight * (rng.random(weight.shape) < 0.8)) == (1, 1)
+
+
+@pytest.mark.parametrize("n, found", [(192, 6), (194, 2), (6, 6), (5, 1), (7, 1)])
+def test_groups_of_six_rows_end_with_the_weight(n: int, found: int) -> None:
+    """A panel has room for whole groups of up to 16 rows; what lies behind the last six may not."""
+    assert block_of(sparse(np.random.default_rng(2), n, 400, 6, 0.3)) == (found, 1)
 
 
 @pytest.mark.parametrize("n, k, found", [(1, 64, (1, 4)), (70, 64, (4, 4)), (64, 66, (4, 2)), (64, 65, (4, 1))])

@@ -12,10 +12,16 @@ from tests.kernel_harness import assert_close, run_packed, rx1_names, sparse
 
 pytestmark = pytest.mark.usefixtures("level")
 
+ROWS = (*rx1.BLOCK_ROWS, *rx1.PRUNED_ROWS)
 # R = 4 with everything, the others with a sample
 ACTS = {
     (rows, lanes): activation.NAMES if rows == 4 or lanes in (1, 48) else ("none",)
     for rows in rx1.BLOCK_ROWS
+    for lanes in panel.LANE_COUNTS
+}
+ACTS |= {
+    (rows, lanes): ("none", "silu") if lanes == 1 else ("none",)
+    for rows in rx1.PRUNED_ROWS
     for lanes in panel.LANE_COUNTS
 }
 NAMES = rx1_names(ACTS)
@@ -29,14 +35,14 @@ def magnitude(packed: rx1.Packed, tile: np.ndarray) -> float:
 @st.composite
 def weights(draw: st.DrawFn) -> rx1.Packed:
     """A packed weight: small chunks and blocks, so that there are several, the last ones short."""
-    r = draw(st.sampled_from(rx1.BLOCK_ROWS))
+    r = draw(st.sampled_from(ROWS))
     n, k = draw(st.integers(1, 70)), draw(st.integers(1, 90))
     density = draw(st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.7, 1.0]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     weight = sparse(rng, n, k, r, density)
     if draw(st.booleans()):
         weight[rng.random(n) < 0.5] = 0  # rows without entries
-    chunk = draw(st.sampled_from([None, *(c for c in (8, 16, 32) if c >= r)]))
+    chunk = draw(st.sampled_from([None, *(c for c in (8, 16, 32, 48) if c % r == 0)]))
     k_block = draw(st.sampled_from([None, 1, 16, 32, 64, 200]))
     bias = rng.standard_normal(n).astype(np.float32) if draw(st.booleans()) else None
     return rx1.pack(weight, bias, r, chunk, k_block)
@@ -56,7 +62,7 @@ def test_a_kernel_computes_what_the_reference_computes(
 
 
 @pytest.mark.parametrize("lanes", panel.LANE_COUNTS)
-@pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
+@pytest.mark.parametrize("rows", ROWS)
 def test_many_chunks_and_blocks_with_the_default_blocking(rows: int, lanes: int) -> None:
     rng = np.random.default_rng(lanes)
     packed = rx1.pack(sparse(rng, 531, 300, rows, 0.15), rng.standard_normal(531).astype(np.float32), rows)
@@ -65,7 +71,7 @@ def test_many_chunks_and_blocks_with_the_default_blocking(rows: int, lanes: int)
     assert_close(run_packed(NAMES, packed, tile), rx1.reference(tile, packed), magnitude(packed, tile))
 
 
-@pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("lanes", [1, 8, 64])
 def test_a_weight_of_zeros_gives_the_bias_exactly(rows: int, lanes: int) -> None:
     bias = np.arange(1, 24, dtype=np.float32)
@@ -99,7 +105,7 @@ def test_unpack_undoes_pack(packed: rx1.Packed) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 60), st.sampled_from(rx1.BLOCK_ROWS), st.integers(0, 2**32))
+@given(st.integers(1, 40), st.integers(1, 60), st.sampled_from(ROWS), st.integers(0, 2**32))
 def test_pack_keeps_every_bit_of_a_weight(n: int, k: int, rows: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     weight = sparse(rng, n, k, 1, 0.4) + np.float32(0)  # zeros that do not come in blocks of R, none of them -0
@@ -119,7 +125,7 @@ def test_groups_of_a_tile_are_sorted_by_their_entries() -> None:
 
 
 def test_default_blocking_fits_the_format() -> None:
-    for rows in rx1.BLOCK_ROWS:
+    for rows in ROWS:
         for n, k in ((1, 1), (5, 70000), (300, 128), (4096, 200000)):
             chunk, k_block = rx1.default_blocking(n, k, rows)
             assert chunk % rows == 0
@@ -130,13 +136,13 @@ def test_default_blocking_fits_the_format() -> None:
 def test_a_full_weight_is_cut_into_blocks_that_stay_in_l1() -> None:
     rng = np.random.default_rng(0)
     full = rng.standard_normal((64, 300)).astype(np.float32)
-    for rows in rx1.BLOCK_ROWS:
+    for rows in ROWS:
         assert rx1.pack(full, None, rows).k_block == rx1.L1_COLUMNS
     holes = sparse(rng, 64, 300, 4, 0.5)
     assert [rx1.pack(holes, None, rows).k_block for rows in (1, 4)] == [rx1.L1_COLUMNS, 300]
 
 
-@pytest.mark.parametrize("rows", rx1.BLOCK_ROWS)
+@pytest.mark.parametrize("rows", ROWS)
 def test_a_bias_of_its_own_is_what_packing_it_gives(rows: int) -> None:
     rng = np.random.default_rng(0)
     weight, bias = sparse(rng, 21, 30, rows, 0.5), rng.standard_normal(21).astype(np.float32)

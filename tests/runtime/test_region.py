@@ -132,6 +132,12 @@ def test_weights_of_any_height_have_the_same_chunks(n: int, k: int, other: int) 
             assert linear(n, k, one).same_chunks(linear(n, other, two))
 
 
+def test_groups_that_stick_out_of_their_panel_are_refused() -> None:
+    linear(66, 40, rows=6)
+    with pytest.raises(ValueError, match="64 rows in groups of 6 do not fit"):
+        linear(64, 40, rows=6)
+
+
 def test_a_panel_that_is_not_needed_any_more_gives_its_place() -> None:
     spec, _ = chain(64, 64, 64, 64, 64)
     assert spec.scratch_rows == 128
