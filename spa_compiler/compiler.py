@@ -321,7 +321,7 @@ def _odd_feeds(model: Model, feed: Feeds, rng: np.random.Generator) -> list[Feed
         return []
     odd = examples.example_feeds(model, shapes, rng)
     try:
-        run(open_model(model, optimize="basic"), odd)
+        run(open_model(model, optimize="basic", prepack=False), odd)
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root
         _log.info("not verified at %s, the model does not run there: %s", shapes, str(error).splitlines()[0])
         return []

@@ -27,7 +27,9 @@ SLOW_FROM = 512  # tokens
 def times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense operators take 100 us, kernels 20 us; at many tokens 300 us."""
 
-    def time(self: LocalTimer, contenders: Mapping[str, Contender], feeds: Feeds, *_: object) -> dict[str, Timing]:
+    def time(
+        self: LocalTimer, contenders: Mapping[str, Contender], feeds: Feeds, *_: object, **__: object
+    ) -> dict[str, Timing]:
         kernels = 300.0 if feeds["x"].size >= SLOW_FROM * WIDTH else 20.0
         us = {"dense": 100.0, PORTABLE: 100.0, SOURCE: 100.0, BOTH: min(kernels, 100.0)}
         return {name: Timing(us.get(name, kernels), 1.0, 1.0, 3) for name in contenders}

@@ -90,7 +90,7 @@ def _gone(change: Change) -> dict[tuple[str, int], list[int]]:
 
 
 def _outputs(model: Model, feeds: Sequence[Feeds], optimize: str) -> list[Outputs]:
-    session = open_model(model, optimize=optimize)
+    session = open_model(model, optimize=optimize, prepack=False)
     return [dict(flatten(run(session, feed))) for feed in feeds]
 
 

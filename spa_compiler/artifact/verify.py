@@ -16,6 +16,7 @@ from spa_compiler.errors import SpaError, VerificationError
 from spa_compiler.graph.difference import difference, relative
 from spa_compiler.graph.session import Feeds, flatten, open_session, run
 from spa_compiler.report.report import Check, shape_text
+from spa_compiler.targets.machine import give_back
 
 #: relative to an output's largest magnitude
 TOLERANCE = 1e-5
@@ -124,10 +125,12 @@ def _outputs(
     results: list[Outputs] = []
     shape = "loading"
     try:
-        session = open_session(path, threads=threads, library=library, optimize=optimize)
+        session = open_session(path, threads=threads, library=library, optimize=optimize, prepack=optimize is not False)
         for feed in feeds:
             shape = shape_text({name: value.shape for name, value in feed.items()})
             results.append(dict(flatten(run(session, feed))))
+        del session
+        give_back()
     except SpaError:
         raise
     except Exception as error:  # ONNX Runtime's errors have no common class of their own

@@ -68,7 +68,7 @@ def _first_that_runs(model: Model, bound: dict[str, int]) -> Shapes:
     inputs = model.signature.inputs
     if all(isinstance(dim, int) for value in inputs for dim in value.shape):
         return {value.name: tuple(int(dim) for dim in value.shape if isinstance(dim, int)) for value in inputs}
-    session = open_model(model, optimize="basic")
+    session = open_model(model, optimize="basic", prepack=False)
     reason = ""
     tried: list[Shapes] = []
     for sequence, image in _sizes(model):

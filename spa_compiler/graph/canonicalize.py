@@ -192,7 +192,7 @@ def _outputs(model: Model, feeds: Sequence[Feeds], notes: list[str]) -> list[Fee
     if not feeds:
         return []
     try:
-        session = open_model(model, optimize="none")
+        session = open_model(model, optimize="none", prepack=False)
         return [run(session, feed) for feed in feeds]
     except EnvironmentFault:
         raise
@@ -216,7 +216,7 @@ def _same(model: Model, feeds: Sequence[Feeds], reference: _Reference) -> bool:
 
 
 def _worst(model: Model, feeds: Sequence[Feeds], wanted: Sequence[Feeds], optimize: str) -> float:
-    session = open_model(model, optimize=optimize)
+    session = open_model(model, optimize=optimize, prepack=False)
     return max(_difference(run(session, feed), outputs) for feed, outputs in zip(feeds, wanted, strict=True))
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from spa_compiler.graph import wire
 from spa_compiler.graph.save import PROTOBUF_LIMIT
+from spa_compiler.graph.weights import LARGE_BYTES
 
 NAME = "spa/either"
 _INT64_COMPARISONS = 9  # the opset from which on `Less` takes what `Size` gives
@@ -31,8 +35,27 @@ class Bounds:
         return count < self.below or bool(self.above and count >= self.above)
 
 
-def unfit(first: onnx.ModelProto, second: onnx.ModelProto) -> str:
-    """Why two models cannot be one; empty if they can."""
+@dataclass(frozen=True)
+class Outline:
+    """A model whose large weights are stubs, and where the data of each lies, by number."""
+
+    proto: onnx.ModelProto
+    places: Mapping[int, wire.Place]
+
+    @staticmethod
+    def of(path: Path, first: int = 0) -> Outline:
+        """A model of ours. Its stubs are numbered from `first` on."""
+        found = wire.outline(path, LARGE_BYTES)
+        if found is None:
+            return Outline(onnx.load(str(path)), {})
+        proto, places = found
+        for number in places:
+            wire.mark(proto.graph.initializer[number], first + number)
+        return Outline(proto, {first + number: place for number, place in places.items()})
+
+
+def unfit(first: onnx.ModelProto, second: onnx.ModelProto, stubs: int = 0) -> str:
+    """Why two models cannot be one; empty if they can. `stubs`: bytes that belong into them besides."""
     for model in (first, second):
         graph = model.graph
         if any(o.domain in ("", "ai.onnx") and o.version < _INT64_COMPARISONS for o in model.opset_import):
@@ -44,19 +67,43 @@ def unfit(first: onnx.ModelProto, second: onnx.ModelProto) -> str:
             return "an output is no tensor that a node makes"
         if any(t.data_location == TensorProto.EXTERNAL for t in graph.initializer):
             return "its weights lie beside it in a file of their own"
-    if first.ByteSize() + second.ByteSize() > PROTOBUF_LIMIT:
+    if first.ByteSize() + second.ByteSize() + stubs > PROTOBUF_LIMIT:
         return "both forms are more than one file holds"
     return ""
 
 
-def either(first: onnx.ModelProto, second: onnx.ModelProto, bounds: Bounds) -> onnx.ModelProto:
+def write_either(first: Path, second: Path, bounds: Bounds, output: Path) -> str:
+    """Writes both models as one, as `either` does; their large weights pass through memory one by one.
+
+    Returns:
+        Why they cannot be one, and nothing was written; empty if all is well.
+    """
+    one = Outline.of(first)
+    other = Outline.of(second, len(one.proto.graph.initializer))
+    places = {**one.places, **other.places}
+    if reason := unfit(one.proto, other.proto, sum(place.length for place in places.values())):
+        return reason
+    proto = either(one.proto, other.proto, bounds, places)
+    wire.write(proto, output, {number: (place.length, partial(_data, place)) for number, place in places.items()})
+    return ""
+
+
+def _data(place: wire.Place) -> memoryview:
+    return place.read().data
+
+
+def either(
+    first: onnx.ModelProto, second: onnx.ModelProto, bounds: Bounds, places: Mapping[int, wire.Place] | None = None
+) -> onnx.ModelProto:
     """`first`, or `second` where `bounds` hold. What both have as the same initializer is there once.
 
     Args:
         first: gives the signature and the metadata; both are as `unfit` asks.
+        places: where the data of stubs lies, by number.
     """
     theirs = {t.name: t for t in second.graph.initializer}
-    same = {t.name for t in first.graph.initializer if t.name in theirs and _equal(t, theirs[t.name])}
+    own = [t for t in first.graph.initializer if t.name in theirs]
+    same = {t.name for t in own if _equal(t, theirs[t.name], places or {})}
     result = onnx.ModelProto()
     result.CopyFrom(first)
     graph = result.graph
@@ -122,9 +169,15 @@ def _take(part, kept, names: Mapping[str, str]) -> None:  # type: ignore[no-unty
         twin.name = names.get(each.name, each.name)
 
 
-def _equal(one: TensorProto, other: TensorProto) -> bool:
+def _equal(one: TensorProto, other: TensorProto, places: Mapping[int, wire.Place]) -> bool:
+    stubs = wire.marked(one), wire.marked(other)
+    if stubs[0] is not None and stubs[1] is not None:
+        lie = places[stubs[0]], places[stubs[1]]
+        alike = one.data_type == other.data_type and one.dims == other.dims and lie[0].length == lie[1].length
+        return alike and bool((lie[0].read() == lie[1].read()).all())
     return (
-        one.data_type == other.data_type
+        stubs == (None, None)
+        and one.data_type == other.data_type
         and one.dims == other.dims
         and one.raw_data == other.raw_data
         and (bool(one.raw_data) or one.SerializeToString() == other.SerializeToString())

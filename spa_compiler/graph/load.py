@@ -1,14 +1,14 @@
 """An ONNX file or ModelProto -> `Model`: every kind of bad model is refused here, before any work.
 
-Files are parsed once, large weights are set aside unread, and everything else works on the skeleton that is left, so
-that models of any size pass. What the file says is kept, with four exceptions, each noted in `Source.notes`:
+Large weights are left in the file, or set aside unread, and everything else works on the skeleton that is left, so that
+models of any size pass. What the file says is kept, with four exceptions, each noted in `Source.notes`:
 initializers that are listed as inputs become constants, sparse ones become dense, local functions are inlined, and
 nodes are put into topological order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import onnx.inliner
 from onnx import TensorProto
 
 from spa_compiler.errors import ModelError
-from spa_compiler.graph import external, metadata, structure
+from spa_compiler.graph import external, metadata, structure, wire
 from spa_compiler.graph.damage import diagnose
 from spa_compiler.graph.model import Dim, Model, Signature, Source, ValueInfo
 from spa_compiler.graph.sparse import densify
 from spa_compiler.graph.structure import has_data
 from spa_compiler.graph.surgeon import import_graph
-from spa_compiler.graph.weights import LARGE_BYTES
+from spa_compiler.graph.weights import LARGE_BYTES, Weight
+from spa_compiler.graph.wire import Place
 
 OLDEST_OPSET = 7
 
@@ -42,9 +43,10 @@ def load(source: Path | str | onnx.ModelProto) -> Model:
     """
     try:
         if isinstance(source, onnx.ModelProto):
-            return _build(source, None, _size_of(source))
+            return _build(source, {}, None, _size_of(source))
         path = Path(source)
-        return _build(_parse(path), path, path.stat().st_size)
+        proto, places = _parse(path)
+        return _build(proto, places, path, path.stat().st_size)
     except UnicodeDecodeError as error:  # raised wherever a damaged name is first looked at
         where = "the model" if isinstance(source, onnx.ModelProto) else str(source)
         raise ModelError(
@@ -58,12 +60,16 @@ def _size_of(proto: onnx.ModelProto) -> int:
     return weights + sum(int(node.ByteSize()) for node in proto.graph.node)
 
 
-def _parse(path: Path) -> onnx.ModelProto:
+def _parse(path: Path) -> tuple[onnx.ModelProto, dict[int, Place]]:
+    """The model without the data of large initializers, and where in the file that lies, by their numbers."""
     if not path.exists():
         raise ModelError("there is no such file", where=str(path), fix="Check the path")
     if not path.is_file():
         raise ModelError("this is not a file", where=str(path), fix="Name the .onnx file itself")
     try:
+        found = wire.outline(path, LARGE_BYTES)
+        if found is not None and found[0].HasField("graph") and found[0].ir_version > 0:
+            return found
         data = path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=str(path), fix="Check its permissions") from error
@@ -76,24 +82,28 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not proto.HasField("graph") or proto.ir_version <= 0:
         what, fix = diagnose(data)
         raise ModelError(what, where=str(path), fix=fix)
-    return proto
+    return proto, {}
 
 
-def _build(proto: onnx.ModelProto, path: Path | None, size: int) -> Model:
+def _build(proto: onnx.ModelProto, places: Mapping[int, Place], path: Path | None, size: int) -> Model:
     where = str(path) if path is not None else (proto.graph.name or "the model")
     folder = path.parent if path is not None else None
     notes: list[str] = []
     if not proto.HasField("graph"):
         raise ModelError("it holds no graph", where=where, fix="Export the model again")
-    empty = [t.name for t in proto.graph.initializer if t.data_location != TensorProto.EXTERNAL and not has_data(t)]
+    empty = [
+        tensor.name
+        for number, tensor in enumerate(proto.graph.initializer)
+        if tensor.data_location != TensorProto.EXTERNAL and number not in places and not has_data(tensor)
+    ]
     if empty:
         raise ModelError(
             f"{len(empty)} initializers have dims but no values: {_some(empty)}",
             where=where,
             fix="Give the whole model, not a graph without its weights",
         )
-    work, large = _set_aside(proto)
-    _check_sizes(large.values(), where)
+    work, large, placed = _set_aside(proto, places)
+    _check_sizes(large.values(), placed, where)
     opset = _normalize_domains(work, where)
     if work.functions:
         notes.append(f"{len(work.functions)} local functions inlined")
@@ -109,7 +119,8 @@ def _build(proto: onnx.ModelProto, path: Path | None, size: int) -> Model:
         notes.append("nodes were not in topological order")
     notes += structure.check_shapes(work, where)
     kept = metadata.take(work)
-    graph = import_graph(work, large, folder)
+    stored = {name: Weight(large[name], folder, place) for name, place in placed.items()}
+    graph = import_graph(work, {**large, **stored}, folder)
     facts = Source(
         path=path,
         name=path.stem if path is not None else (proto.graph.name or "model"),
@@ -141,32 +152,41 @@ def value_info(value: onnx.ValueInfoProto) -> ValueInfo:
     return ValueInfo(value.name, dtype, tuple(dims))
 
 
-def _set_aside(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, TensorProto]]:
-    """A private copy in which large initializers of the outermost graph have no data, and those tensors by name."""
+def _set_aside(
+    proto: onnx.ModelProto, places: Mapping[int, Place]
+) -> tuple[onnx.ModelProto, dict[str, TensorProto], dict[str, Place]]:
+    """A private copy in which large initializers of the outermost graph have no data; those tensors by name, and where
+    in the file the data of some of them lies."""
     large: dict[str, TensorProto] = {}
+    placed: dict[str, Place] = {}
     work, graph = onnx.ModelProto(), onnx.GraphProto()
     _copy_fields(proto, work, without="graph")
     _copy_fields(proto.graph, graph, without="initializer")
     work.graph.CopyFrom(graph)
-    for tensor in proto.graph.initializer:
-        if tensor.name not in large and (tensor.data_location == TensorProto.EXTERNAL or _is_large(tensor)):
+    for number, tensor in enumerate(proto.graph.initializer):
+        external_data = tensor.data_location == TensorProto.EXTERNAL
+        if tensor.name not in large and (external_data or number in places or _is_large(tensor)):
             large[tensor.name] = tensor
+            if number in places and not external_data:
+                placed[tensor.name] = places[number]
             stub = work.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=list(tensor.dims))
             stub.doc_string = tensor.doc_string
             stub.metadata_props.extend(tensor.metadata_props)
         else:
             work.graph.initializer.add().CopyFrom(tensor)
-    return work, large
+    return work, large, placed
 
 
-def _check_sizes(tensors: Iterable[TensorProto], where: str) -> None:
+def _check_sizes(tensors: Iterable[TensorProto], placed: Mapping[str, Place], where: str) -> None:
     """Weights that are set aside do not pass the checker, so their sizes are checked here."""
     for tensor in tensors:
-        if tensor.data_location == TensorProto.EXTERNAL or not tensor.HasField("raw_data"):
+        place = placed.get(tensor.name)
+        if tensor.data_location == TensorProto.EXTERNAL or (place is None and not tensor.HasField("raw_data")):
             continue
-        if any(dim < 0 for dim in tensor.dims) or len(tensor.raw_data) != external.expected_bytes(tensor):
+        size = len(tensor.raw_data) if place is None else place.length
+        if any(dim < 0 for dim in tensor.dims) or size != external.expected_bytes(tensor):
             raise ModelError(
-                f"tensor {tensor.name!r} has {len(tensor.raw_data)} bytes, but type and dims {list(tensor.dims)} need "
+                f"tensor {tensor.name!r} has {size} bytes, but type and dims {list(tensor.dims)} need "
                 f"{external.expected_bytes(tensor)}",
                 where=where,
                 fix="Export the model again",

@@ -1,11 +1,12 @@
-"""A `Model` back to ONNX: in memory below 2 GB, on disk with external data at any size."""
+"""A `Model` back to ONNX: in memory below 2 GB, on disk at any size, one weight at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from spa_compiler.errors import ModelError, UsageError
-from spa_compiler.graph import metadata, runtime_ops, weights
+from spa_compiler.graph import metadata, runtime_ops, weights, wire
 from spa_compiler.graph.model import Model, constants
 
 OLDEST_IR, NEWEST_IR = 4, 10
@@ -25,7 +26,6 @@ EXTERNAL_ABOVE = 1 << 30
 
 PROTOBUF_LIMIT = (1 << 31) - (1 << 20)
 _PAGE = 4096  # ONNX Runtime maps external tensors into memory by pages
-_MARK = "spa-stub"  # location of a tensor whose data was left out of an exported graph
 
 
 def weight_bytes(model: Model) -> int:
@@ -50,20 +50,23 @@ def to_proto(model: Model, *, extra_outputs: Sequence[str] = ()) -> onnx.ModelPr
             fix="Save it to a file instead: weights then go into a data file beside it",
         )
     proto, left_out = _export(model, extra_outputs)
-    for tensor in _stubs(proto.graph):
-        constant = left_out[_index(tensor)]
-        filled = weights.proto_of(constant)
-        if filled.raw_data:
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            tensor.raw_data = filled.raw_data
-        else:
-            doc, props = tensor.doc_string, list(tensor.metadata_props)
-            tensor.CopyFrom(filled)
-            tensor.doc_string = doc
-            del tensor.metadata_props[:]
-            tensor.metadata_props.extend(props)
+    for number, tensor in _stubs(proto.graph):
+        _fill(tensor, left_out[number])
     return proto
+
+
+def _fill(tensor: TensorProto, constant: gs.Constant) -> None:
+    """Puts the data into a stub."""
+    filled = weights.proto_of(constant)
+    if filled.raw_data:
+        wire.unmark(tensor)
+        tensor.raw_data = filled.raw_data
+        return
+    doc, props = tensor.doc_string, list(tensor.metadata_props)
+    tensor.CopyFrom(filled)
+    tensor.doc_string = doc
+    del tensor.metadata_props[:]
+    tensor.metadata_props.extend(props)
 
 
 def save(model: Model, path: Path, *, threshold: int = EXTERNAL_ABOVE, extra_outputs: Sequence[str] = ()) -> list[Path]:
@@ -77,20 +80,65 @@ def save(model: Model, path: Path, *, threshold: int = EXTERNAL_ABOVE, extra_out
         ModelError: the graph is not valid ONNX.
         OSError: the disk is full or the folder not writable.
     """
-    if weight_bytes(model) <= min(threshold, PROTOBUF_LIMIT):
-        path.write_bytes(to_proto(model, extra_outputs=extra_outputs).SerializeToString(deterministic=True))
-        return [path]
+    return _save(model, path, threshold, extra_outputs)[0]
+
+
+def settle(model: Model, path: Path) -> list[Path]:
+    """Saves the model, whose weights are read from there from then on: what only it had in memory is freed.
+
+    Returns, raises: as `save`.
+    """
+    files, lies = _save(model, path, EXTERNAL_ABOVE, ())
+    source = wire.Source(files[-1])
+    for constant, offset, length in lies:
+        if not length:  # strings have no raw data
+            continue
+        stub = weights.stub_of(constant)
+        constant._values = weights.Weight(stub, None, wire.Place(source, offset, length))
+    return files
+
+
+_Lies: TypeAlias = list[tuple[gs.Constant, int, int]]
+"""Offset and length of Constants in the last file written."""
+
+
+def _save(model: Model, path: Path, threshold: int, extra_outputs: Sequence[str]) -> tuple[list[Path], _Lies]:
     proto, left_out = _export(model, extra_outputs)
-    data = path.with_name(path.name + ".data")
+    if weight_bytes(model) <= min(threshold, PROTOBUF_LIMIT):
+        return [path], _embed(proto, left_out, path)
+    data, lies = path.with_name(path.name + ".data"), []
     _refuse_own_weights(left_out, data)
     with data.open("wb") as file:
-        for tensor in _stubs(proto.graph):
-            place = _append(file, left_out[_index(tensor)])
+        for number, tensor in _stubs(proto.graph):
+            constant = left_out[number]
+            place = _append(file, constant)
+            lies.append((constant, *place))
             del tensor.external_data[:]
             for key, value in (("location", data.name), ("offset", str(place[0])), ("length", str(place[1]))):
                 tensor.external_data.add(key=key, value=value)
     path.write_bytes(proto.SerializeToString(deterministic=True))
-    return [path, data]
+    return [path, data], lies
+
+
+def _embed(proto: onnx.ModelProto, left_out: Sequence[gs.Constant], path: Path) -> _Lies:
+    """One file with everything in it; weights pass through memory one by one."""
+    payloads = {}
+    for number, tensor in _stubs(proto.graph):
+        length = weights.raw_length(left_out[number])
+        if length is None:
+            _fill(tensor, left_out[number])
+        else:
+            payloads[number] = (length, partial(weights.raw, left_out[number]))
+    # Weights may still be read from a file of this name: it goes when all is written.
+    path = path.resolve()
+    target = path.with_name(path.name + ".new") if path.exists() else path
+    try:
+        places = wire.write(proto, target, payloads)
+        target.replace(path)
+    finally:
+        if target != path:
+            target.unlink(missing_ok=True)
+    return [(left_out[number], *place) for number, place in places.items()]
 
 
 def skeleton(model: Model) -> onnx.ModelProto:
@@ -107,11 +155,11 @@ def _strip(proto: onnx.ModelProto) -> None:
     """Turns the data-less initializers of an exported graph into inputs of the outermost graph, in place."""
     declared = {value.name for value in proto.graph.input}
     for graph in _graphs(proto.graph):
-        kept = [tensor for tensor in graph.initializer if not _is_stub(tensor)]
+        kept = [tensor for tensor in graph.initializer if wire.marked(tensor) is None]
         if len(kept) == len(graph.initializer):
             continue
         for tensor in graph.initializer:
-            if _is_stub(tensor) and tensor.name not in declared:
+            if wire.marked(tensor) is not None and tensor.name not in declared:
                 declared.add(tensor.name)
                 proto.graph.input.append(
                     onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
@@ -167,7 +215,7 @@ def _stubbed(graph: gs.Graph, left_out: list[gs.Constant]) -> Iterator[None]:
             if weights.nbytes(constant) > weights.LARGE_BYTES or _is_external(values):
                 tensor = weights.stub_of(constant)
                 tensor.data_location = TensorProto.EXTERNAL
-                tensor.external_data.add(key="location", value=f"{_MARK}:{len(left_out)}")
+                wire.mark(tensor, len(left_out))
                 left_out.append(constant)
             else:
                 tensor = weights.proto_of(constant)
@@ -182,14 +230,6 @@ def _is_external(values: Any) -> bool:
     return isinstance(values, LazyValues) and values.tensor.data_location == TensorProto.EXTERNAL
 
 
-def _is_stub(tensor: TensorProto) -> bool:
-    return any(entry.value.startswith(_MARK) for entry in tensor.external_data)
-
-
-def _index(tensor: TensorProto) -> int:
-    return int(tensor.external_data[0].value.removeprefix(_MARK + ":"))
-
-
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     yield graph
     for node in graph.node:
@@ -198,9 +238,10 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _graphs(attribute.g)
 
 
-def _stubs(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+def _stubs(graph: onnx.GraphProto) -> Iterator[tuple[int, TensorProto]]:
     for inner in _graphs(graph):
-        yield from (tensor for tensor in inner.initializer if _is_stub(tensor))
+        found = [(wire.marked(tensor), tensor) for tensor in inner.initializer]
+        yield from ((number, tensor) for number, tensor in found if number is not None)
 
 
 def _own_branches(proto: onnx.ModelProto, model: Model) -> None:
@@ -249,9 +290,7 @@ def _check(proto: onnx.ModelProto, model: Model) -> None:
 
 def _append(file: IO[bytes], constant: gs.Constant) -> tuple[int, int]:
     """Writes one constant at the next page border; returns offset and length."""
-    array = np.asarray(weights.array_of(constant))
-    raw = array.data if array.dtype.isbuiltin == 1 and array.flags.c_contiguous and array.dtype.kind in "fiub" else None
-    payload = raw.cast("B") if raw is not None and array.size else numpy_helper.from_array(array).raw_data
+    payload = weights.raw(constant) or numpy_helper.from_array(np.asarray(weights.array_of(constant))).raw_data
     file.seek(-(-file.tell() // _PAGE) * _PAGE)
     offset = file.tell()
     file.write(payload)

@@ -22,7 +22,7 @@ Feeds: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """Input name -> array: what a session is run with."""
 
 _QUIET = 4  # fatal errors only; all others reach us as exceptions
-_IN_MEMORY_BYTES = 1 << 30  # models above this go through a temporary file, with external data
+_IN_MEMORY_BYTES = 32 << 20  # models above this go through a temporary file, whose weights ONNX Runtime maps
 
 
 def runtime() -> Any:
@@ -66,6 +66,7 @@ def open_session(
     library: Path | None = None,
     optimize: bool | str = "all",
     providers: Sequence[str] = ("CPUExecutionProvider",),
+    prepack: bool = True,
 ) -> ort.InferenceSession:
     """A session on a model file or on serialized bytes.
 
@@ -74,6 +75,7 @@ def open_session(
         library: a custom-op library to register.
         optimize: `"all"` (or True), `"extended"`, `"basic"`, or `"none"` (or False): graph optimization level.
         providers: execution providers, best first.
+        prepack: lay weights out anew when they are loaded, which takes as much memory again. False: in every run.
 
     Raises:
         EnvironmentFault: see `runtime`.
@@ -91,6 +93,8 @@ def open_session(
         "basic": levels.ORT_ENABLE_BASIC,
         "none": levels.ORT_DISABLE_ALL,
     }[level]
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if library is not None:
         options.register_custom_ops_library(str(library))
     return ort.InferenceSession(
@@ -99,21 +103,26 @@ def open_session(
 
 
 def open_model(
-    model: Model, *, threads: int = 1, optimize: bool | str = "all", outputs: Sequence[str] = ()
+    model: Model,
+    *,
+    threads: int = 1,
+    optimize: bool | str = "all",
+    outputs: Sequence[str] = (),
+    prepack: bool = True,
 ) -> ort.InferenceSession:
-    """A session on a model in memory; above a gigabyte it goes through a temporary file.
+    """A session on a model in memory; a large one goes through a temporary file.
 
     Args:
         outputs: names of further tensors of the outermost graph to give out, after the model's own outputs.
+        prepack: as for `open_session`; without it, the weights of a large model stay in the file.
     """
     if weight_bytes(model) <= _IN_MEMORY_BYTES:
-        return open_session(
-            to_proto(model, extra_outputs=outputs).SerializeToString(), threads=threads, optimize=optimize
-        )
+        data = to_proto(model, extra_outputs=outputs).SerializeToString()
+        return open_session(data, threads=threads, optimize=optimize, prepack=prepack)
     with tempfile.TemporaryDirectory(prefix="spa-model-") as folder:  # the open session keeps what it has mapped
         path = Path(folder) / "model.onnx"
-        save(model, path, extra_outputs=outputs)
-        return open_session(path, threads=threads, optimize=optimize)
+        save(model, path, threshold=0, extra_outputs=outputs)
+        return open_session(path, threads=threads, optimize=optimize, prepack=prepack)
 
 
 def run(session: ort.InferenceSession, feeds: Feeds) -> Feeds:

@@ -88,7 +88,7 @@ def fixed(model: Model, feeds: Feeds) -> dict[str, tuple[int, ...]]:
 
 def _observe(model: Model, feeds: Feeds, names: list[str]) -> dict[str, Any]:
     try:
-        return run(open_model(model, optimize="none", outputs=names), feeds)
+        return run(open_model(model, optimize="none", outputs=names, prepack=False), feeds)
     except Exception as error:
         if error.__class__.__module__.startswith("spa_compiler"):
             raise

@@ -67,8 +67,9 @@ class SiteClass:
 
 def stored_forms(site: Site) -> tuple[Stored, ...]:
     """The forms that leave something out, each with what it stores; none that stores far more than another."""
-    possible = [form for form in forms_of(site.weight) if site.layout == "rows" or form.windowed]
-    found = [Stored(form, form.stored(site.weight) / site.own.size) for form in possible]
+    weight = site.weight
+    possible = [form for form in forms_of(weight) if site.layout == "rows" or form.windowed]
+    found = [Stored(form, form.stored(weight) / site.own.size) for form in possible]
     worth = WORTH_TIMING if site.op.group == 1 else WORTH_TIMING_OF_GROUPS
     most = min(worth, WORTH_BESIDE * min((s.share for s in found), default=0.0))
     return tuple(s for s in found if s.share <= most)

@@ -59,7 +59,6 @@ class Referee:
     mcpu: str
     threads: int
     records: Records
-    packer: Packer
     workspace: Path
     progress: Progress
     rng: np.random.Generator
@@ -78,11 +77,9 @@ class Referee:
                 link([spec for contest, forms in missing for spec in _regions(contest, forms)], (self.mcpu,), library)
             for i, (contest, forms, answers) in enumerate(zip(contests, tried, known, strict=True)):
                 timings = []
-                # What many candidates pack is not kept: it would be many times the model.
-                packer = Packer() if len(forms) > len(contest.forms) else self.packer
                 for shape, question, answer in zip(contest.shapes, contest.questions, answers, strict=True):
                     if answer is None:
-                        answer = self._time(contest, forms, shape, library, packer)
+                        answer = self._time(contest, forms, shape, library)
                         self.records.put(question, answer)
                     timings.append(answer)
                 out.append(timings)
@@ -101,13 +98,20 @@ class Referee:
         forms: Mapping[str, dict[str, Form]],
         shape: Sequence[int],
         library: Path,
-        packer: Packer,
     ) -> dict[str, Timing]:
         groups = pick(contest.groups)
         feeds = {"x": self.rng.standard_normal(tuple(shape), np.float32)}
-        models = {DENSE: dense_model(groups, shape)}
-        models |= {name: sparse_model(groups, shape, own, packer) for name, own in forms.items()}
-        contenders = {name: Contender(model, library) for name, model in models.items()}
+        contenders: dict[str, Contender] = {}
+
+        def add(name: str, model: bytes) -> None:
+            # Files: all forms of a large layer side by side are more than a model, and sessions hold them once more.
+            path = library.with_name(f"{len(contenders)}.onnx")
+            path.write_bytes(model)
+            contenders[name] = Contender(path, library)
+
+        add(DENSE, dense_model(groups, shape))
+        for name, own in forms.items():
+            add(name, sparse_model(groups, shape, own, Packer()))
         count, budget = len(groups), max(_BUDGET_S, _EACH_S * len(contenders))
         return {
             name: Timing(t.median_us / count, t.p10_us / count, t.p90_us / count, t.runs)
@@ -124,7 +128,7 @@ class _Sizes(Packer):
 
     def __call__(self, site: Site, form: Form) -> Packed:
         if None in (form.chunk, form.k_block):
-            return super().__call__(site, form)
+            return form.pack(site.weight).with_bias(site.bias)  # not kept
         key = (form, site.n, site.k)
         if key not in self._zeros:
             self._zeros[key] = form.pack(np.zeros((site.n, site.k), np.float32))

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from spa_compiler.calibration.examples import example_feeds
 from spa_compiler.calibration.others import other_shapes, telling
-from spa_compiler.graph.either import Bounds, either, unfit
+from spa_compiler.graph.either import Bounds, write_either
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.placement.measure import CLOSE, Timing
+from spa_compiler.placement.race import Race
 from spa_compiler.placement.timer import Contender
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ DENSE, SPARSE, BOTH = "portable", "sparse", "both"
 _RACE_S = 0.5  # at one shape
 _ROUNDS = 3
 _LONGEST_S = 1.0  # of one run: ten of them are what a shape costs at least
-
-Race = Callable[[Mapping[str, Contender], Feeds, float, int], dict[str, Timing]]
-"""Contenders, feeds, seconds and rounds -> times."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +103,9 @@ def guard(
     if value is None or not wanted:
         return Guard(plan)
     contenders = {DENSE: Contender(dense.file, dense.library), SPARSE: Contender(plan.file, plan.library)}
-    raced: list[Raced] = []
+    runs: list[Feeds] = []
     left_out = []
-    session = open_session(dense.file)
+    session = None
     each_us = dense_us / math.prod(asked[0][value.name])
     rng = np.random.default_rng(0)
     for shapes in wanted:
@@ -117,12 +114,16 @@ def guard(
             left_out.append((shapes, f"a run takes about {seconds:.1f} s"))
             continue
         drawn = example_feeds(model, shapes, rng)
-        try:
-            run(session, drawn)
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root
-            left_out.append((shapes, f"the model does not run: {str(error).splitlines()[0]}"))
-            continue
-        raced.append(Raced(drawn, race(contenders, drawn, _RACE_S, _ROUNDS)))
+        if race.known(contenders, drawn) is None:
+            session = session or open_session(dense.file, prepack=False)
+            try:
+                run(session, drawn)
+            except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root
+                left_out.append((shapes, f"the model does not run: {str(error).splitlines()[0]}"))
+                continue
+        runs.append(drawn)
+    session = None  # before others are opened
+    raced = [Raced(drawn, race(contenders, drawn, _RACE_S, _ROUNDS)) for drawn in runs]
     found = Guard(plan, None, raced, left_out, "")
     if not any(each.loses for each in raced):
         return replace(found, reason="no slower than the dense model at other shapes, as far as they were raced")
@@ -153,13 +154,12 @@ def _with_both(
         return replace(found, reason=f"{slower}, and faster at some with as many tokens, so it stays as it is")
     if plan.file.with_name("model.onnx.data").exists() or dense.file.with_name("model.onnx.data").exists():
         return replace(found, reason=f"{slower}; both forms are more than one file holds")
-    first, second = onnx.load(str(plan.file)), onnx.load(str(dense.file))
-    if reason := unfit(first, second):
-        return replace(found, reason=f"{slower}; there is no file with both forms, because {reason}")
     folder = workspace / BOTH
     folder.mkdir()
     made = replace(plan, folder=folder)
-    made.file.write_bytes(either(first, second, bounds).SerializeToString(deterministic=True))
+    if reason := write_either(plan.file, dense.file, bounds, made.file):
+        folder.rmdir()
+        return replace(found, reason=f"{slower}; there is no file with both forms, because {reason}")
     if plan.library is not None:
         shutil.copyfile(plan.library, folder / plan.library.name)
     result = replace(found, plan=made, bounds=bounds)

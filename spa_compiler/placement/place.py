@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ import numpy as np
 from spa_compiler.calibration.progress import Progress
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
-from spa_compiler.graph.save import save
+from spa_compiler.graph.save import save, settle
 from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.form import Form
 from spa_compiler.placement.attention import find_attention
@@ -30,6 +28,7 @@ from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.nodes import Packer, insert, node_name
 from spa_compiler.placement.norms import find_norms
+from spa_compiler.placement.race import Race, compete, worth
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import Group, join, single
 from spa_compiler.placement.sites import Refusal, find_sites, held
@@ -38,6 +37,7 @@ from spa_compiler.placement.unmeasured import choose_unmeasured, why
 from spa_compiler.runtime.generate import Region
 from spa_compiler.runtime.link import link
 from spa_compiler.targets import Target
+from spa_compiler.targets.machine import give_back
 
 PORTABLE, SINGLE, REGIONS, WHOLE = "portable", "single sites", "regions", "regions with attention"
 STRONG, FACTORS = "regions of strong sites", "regions with all low-rank layers"
@@ -79,6 +79,7 @@ class Placed:
     choices: list[Choice] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     race: list[dict[str, Timing]] = field(default_factory=list)
+    heats: int = 1  # of the race
     reason: str = ""
     guard: Guard | None = None  # None: not asked for, or the winner has no kernels
 
@@ -115,7 +116,7 @@ def place(
     """Decides every site's form.
 
     Args:
-        model: after the passes; not changed.
+        model: after the passes; not changed, but what its weights take in memory: they lie in the dense plan's file.
         source: the file that the user gave, the reference of the race.
         feeds: one entry for each shape to measure.
         workspace: an empty folder for the plans; the winner's stays.
@@ -131,7 +132,8 @@ def place(
         The winning plan. With kernels it is slower than the source or `model` in ONNX Runtime at none of the shapes,
         unless nothing could be timed, as this machine does not run the target.
     """
-    portable = _write(Plan(PORTABLE, workspace / "portable", []), model, target)
+    portable = _write(Plan(PORTABLE, workspace / "portable", []), model, target, lasting=True)
+    give_back()
     sites, refusals = find_sites(model)
     placed = Placed(portable, refusals=refusals)
     plans = [portable]
@@ -139,7 +141,6 @@ def place(
     timer = timer or LocalTimer()
     reason = no_kernels(target)
     known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
-    packer = Packer()
     if reason:
         placed.choices = [Choice(s, None, reason) for s in sites]
     elif not target.host_runs:
@@ -147,28 +148,31 @@ def place(
         chosen = _chosen(placed.choices, [], 0, 0)
         if chosen:
             name = WHOLE if find_attention(model, known) else REGIONS
-            placed.plan = _sparse_plan(name, model, chosen, known, packer, target, workspace)
+            placed.plan = _sparse_plan(name, model, chosen, known, Packer(), target, workspace)
         placed.reason = f"{placed.plan.name}, {why(target)}"
         return placed
     else:
-        measured = known[: len(feeds)]
-        referee = Referee(target.mcpu, threads, records, packer, workspace, progress, rng, timer, trials)
+        measured, packer = known[: len(feeds)], Packer()
+        referee = Referee(target.mcpu, threads, records, workspace, progress, rng, timer, trials)
         placed.choices = choose(classes(sites, measured), referee)
         alone = {c.site.name: c.form for c in placed.choices if c.form is not None}
         chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), referee)
+        give_back()
         for name, chosen in _worth_a_race(model, placed.choices, chains, known).items():
             plans.append(_sparse_plan(name, model, chosen, known, packer, target, workspace))
         if between := _between(model, placed.choices, chains, known):
             plans.append(_sparse_plan(EVERY, model, between, known, packer, target, workspace))
+        del packer  # packed weights: as large as a model
+        give_back()
     if not target.host_runs:
         placed.reason = reason
         return placed
     progress("racing whole models", 0, len(feeds))
-    race = partial(_race, timer, threads, records if replay else None)
-    for index, feed in enumerate(feeds):
-        placed.race.append(race(_contenders(source, plans), feed, _RACE_S, _RACE_ROUNDS))
-        progress("racing whole models", index + 1, len(feeds))
-    placed.plan, placed.reason = _winner(plans, placed.race, reason)
+    race = Race(timer, threads, records if replay else None)
+    result = compete(race, _contenders(source, plans), SOURCE, PORTABLE, feeds, _RACE_S, _RACE_ROUNDS)
+    progress("racing whole models", len(feeds), len(feeds))
+    placed.race, placed.heats = result.table, result.heats
+    placed.plan, placed.reason = _winner(plans, placed.race, result.finalists, reason)
     placed.choices = explain(placed.choices, chains, placed.plan.forms)
     if placed.plan is portable and original is not None and _worse_than_source(placed.race):
         placed.plan = _write(Plan(SOURCE, workspace / "as-given", []), original, target)
@@ -268,9 +272,10 @@ def chains_of(model: Model, known: Shapes) -> list[Chain]:
     return find_chains(sites, {s.name for s in sites if stored_forms(s)}, held(model.graph), known)
 
 
-def _write(plan: Plan, model: Model, target: Target) -> Plan:
+def _write(plan: Plan, model: Model, target: Target, *, lasting: bool = False) -> Plan:
+    """Fills a plan's folder. With `lasting`, the model's weights are read from there from then on."""
     plan.folder.mkdir(parents=True)
-    save(model, plan.file)
+    (settle if lasting else save)(model, plan.file)
     if target.kind == "cpu":
         # Without regions too: it is loaded wherever the artifact is, and it turns off a slow fusion of ONNX Runtime.
         link(plan.regions, target.archs, plan.folder / "kernels.so")
@@ -281,45 +286,20 @@ def _contenders(source: Path, plans: Sequence[Plan]) -> dict[str, Contender]:
     return {SOURCE: Contender(source)} | {p.name: Contender(p.file, p.library) for p in plans}
 
 
-def _race(
-    timer: Timer,
-    threads: int,
-    records: Records | None,
-    contenders: Mapping[str, Contender],
-    feed: Feeds,
-    seconds: float,
-    rounds: int,
-) -> dict[str, Timing]:
-    """A race of whole models, from the records if there are any: the key is every contender's bytes."""
-    files = {name: _digest(each.model) for name, each in contenders.items()} if records else {}
-    question = {"race": files, "threads": threads, "shapes": {n: list(a.shape) for n, a in feed.items()}}
-    timings = records.get(question) if records else None
-    if timings is None:
-        timings = timer.time(contenders, feed, threads, seconds, rounds)
-        if records:
-            records.put(question, timings)
-    return timings
-
-
-def _digest(model: Path | bytes) -> str:
-    if isinstance(model, bytes):
-        return hashlib.sha256(model).hexdigest()
-    with model.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _worse_than_source(race: Sequence[dict[str, Timing]]) -> bool:
     return any(t[SOURCE].median_us < t[PORTABLE].median_us * (1 - CLOSE) for t in race)
 
 
-def _winner(plans: Sequence[Plan], race: Sequence[dict[str, Timing]], reason: str) -> tuple[Plan, str]:
-    """The plan with the best geometric mean over shapes among those that lose at no shape; dense wins ties."""
+def _winner(
+    plans: Sequence[Plan], race: Sequence[dict[str, Timing]], finalists: Sequence[str], reason: str
+) -> tuple[Plan, str]:
+    """The finalist with the best geometric mean over shapes among those that lose at no shape; dense wins ties."""
     portable = plans[0]
-    best, best_ratio = portable, 1 + CLOSE
-    for plan in plans[1:]:
+    best, best_ratio = portable, 0.0
+    for plan in (plan for plan in plans if plan.name in finalists):
         ratios = [min(t[PORTABLE].median_us, t[SOURCE].median_us) / t[plan.name].median_us for t in race]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        if min(ratios) >= 1 - CLOSE and mean > best_ratio:
+        if worth(ratios) and mean > best_ratio:
             best, best_ratio = plan, mean
     if best is not portable:
         return best, f"{best.name}: {best_ratio:.2f}x over the faster of the source and the model in standard ops"

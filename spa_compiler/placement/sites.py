@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from spa_compiler.errors import ModelError
 from spa_compiler.graph.model import Model, scopes
 from spa_compiler.graph.operators import WeightedOp, describe, weighted_ops
-from spa_compiler.graph.weights import array_of
+from spa_compiler.graph.weights import array_of, is_finite, nonzero
 from spa_compiler.kernels.window import Window
 from spa_compiler.placement import epilogue
 
@@ -50,7 +51,7 @@ class Site:
     factor: gs.Variable | None = None
     term: Site | None = None
     window: Window | None = None
-    _weight: F32 | None = field(default=None, repr=False)
+    _weight: weakref.ref[F32] | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -77,10 +78,15 @@ class Site:
 
     @property
     def weight(self) -> F32:
-        """[n, k]. Of a convolution with groups zeros stand where an output sees nothing of other groups."""
-        if self._weight is None:
-            self._weight = np.ascontiguousarray(_spelled_out(self.own, self.op.group))
-        return self._weight
+        """[n, k]. Of a convolution with groups zeros stand where an output sees nothing of other groups.
+
+        Made anew unless somebody still holds it: those of all sites take as much memory as the model.
+        """
+        found = None if self._weight is None else self._weight()
+        if found is None:
+            found = np.ascontiguousarray(_spelled_out(self.own, self.op.group))
+            self._weight = weakref.ref(found)
+        return found
 
     def pixels(self, shape: Sequence[int]) -> int:
         """Products with the weight at an input of `shape`: tokens, or pixels of the output."""
@@ -92,7 +98,7 @@ class Site:
     @property
     def density(self) -> float:
         """Share of the weight's elements that are not zero."""
-        return float(np.count_nonzero(self.own) / self.own.size)
+        return float(nonzero(self.op.weight) / math.prod(self.op.weight.shape))
 
 
 def _spelled_out(own: F32, groups: int) -> F32:
@@ -123,7 +129,7 @@ def find_sites(model: Model) -> tuple[list[Site], list[Refusal]]:
     sites, refusals = [], []
     outputs = held(model.graph)
     for op in weighted_ops(model.graph):
-        if not np.isfinite(op.rows()).all():
+        if not is_finite(op.weight):
             raise ModelError(
                 f"the weight {op.weight.name!r} holds NaN or Inf",
                 where=op.name,

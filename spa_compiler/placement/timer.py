@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from spa_compiler.graph.session import Feeds, flatten, onnxruntime_version, open_session, run, runtime
 from spa_compiler.placement.measure import LEAST_ROUNDS, Timing, interleave
 from spa_compiler.targets import host
-from spa_compiler.targets.machine import timing_lock
+from spa_compiler.targets.machine import give_back, timing_lock
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+_LARGE = 16 << 20  # bytes of a model whose memory is worth the time that giving it back takes
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,15 +85,36 @@ class Timer(Protocol):
         """Output name -> value of one run there; for outputs that are no arrays, see `graph.session.flatten`."""
 
 
+def bytes_of(contender: Contender) -> int:
+    """The size of its model, with the weights beside it."""
+    model = contender.model
+    if isinstance(model, bytes):
+        return len(model)
+    beside = model.with_name(model.name + ".data")
+    return model.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+
+
 class LocalTimer:
-    """Takes times in this process."""
+    """Takes times in this process.
+
+    Sessions of races in which all `stay` are open until others are asked for: whole models, at several shapes.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[object, ...], ort.InferenceSession] = {}
 
     @property
     def machine(self) -> Machine:
         return this_machine()
 
-    def held(self) -> AbstractContextManager[None]:
-        return timing_lock()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with timing_lock():
+            try:
+                yield
+            finally:
+                self._open.clear()
+                give_back()
 
     def time(
         self,
@@ -98,9 +125,39 @@ class LocalTimer:
         least_rounds: int = LEAST_ROUNDS,
         stays: Collection[str] | None = None,
     ) -> dict[str, Timing]:
-        sessions = {n: open_session(c.model, threads=threads, library=c.library) for n, c in contenders.items()}
+        sessions = self._sessions(contenders, threads, keep=stays is None)
         calls: dict[str, Callable[[], object]] = {n: partial(s.run, None, feeds) for n, s in sessions.items()}
         return interleave(calls, budget_s, least_rounds, stays)
 
     def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
         return dict(flatten(run(open_session(contender.model, threads=threads, library=contender.library), feeds)))
+
+    def _sessions(
+        self, contenders: Mapping[str, Contender], threads: int, keep: bool
+    ) -> dict[str, ort.InferenceSession]:
+        """A session for each. To load a model takes half as much memory again, so the largest one is loaded first."""
+        keys = {name: _key(each, threads) for name, each in contenders.items()}
+        sizes = {name: bytes_of(each) for name, each in contenders.items()}
+        new = max((sizes[name] for name, key in keys.items() if key not in self._open), default=0)
+        staying = {key for name, key in keys.items() if sizes[name] >= new}
+        kept = {key: session for key, session in self._open.items() if key in staying}
+        if len(kept) < len(self._open):
+            self._open = kept
+            give_back()
+        sessions = {name: kept[key] for name, key in keys.items() if key in kept}
+        for name in sorted(contenders.keys() - sessions.keys(), key=lambda n: (-sizes[n], n)):
+            each = contenders[name]
+            sessions[name] = open_session(each.model, threads=threads, library=each.library)
+            if keep and isinstance(each.model, Path):
+                self._open[keys[name]] = sessions[name]
+            if sizes[name] > _LARGE:
+                give_back()
+        return {name: sessions[name] for name in contenders}
+
+
+def _key(contender: Contender, threads: int) -> tuple[object, ...]:
+    """What a session hangs on: a file of the same name may be another one."""
+    if isinstance(contender.model, bytes):
+        return (None,)
+    state = contender.model.stat()
+    return contender.model, state.st_ino, state.st_size, state.st_mtime_ns, contender.library, threads

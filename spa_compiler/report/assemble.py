@@ -22,7 +22,7 @@ from spa_compiler.placement.choose import Choice, nothing_to_leave_out
 from spa_compiler.placement.guard import DENSE as GUARD_DENSE
 from spa_compiler.placement.guard import SPARSE as GUARD_SPARSE
 from spa_compiler.placement.guard import Guard
-from spa_compiler.placement.place import SOURCE, Placed, chains_of, no_kernels
+from spa_compiler.placement.place import PORTABLE, SOURCE, Placed, chains_of, no_kernels
 from spa_compiler.placement.sites import find_sites
 from spa_compiler.placement.unmeasured import choose_unmeasured
 from spa_compiler.report.report import (
@@ -220,6 +220,12 @@ def placed(report: Report, result: Placed) -> None:
         ratio = timings[SOURCE].median_us / timings[result.plan.name].median_us
         report.ratios.append(Ratio(model=name, over=BASELINE, shape=shape, ratio=ratio))
     report.notes.append(f"placement: {result.reason}")
+    if result.heats > 1:
+        report.notes.append(
+            f"the race took {result.heats} heats, since all models at once would take too much memory. {BASELINE}, "
+            f"{PORTABLE} and what came out were all in the last one; others ran beside {PORTABLE} before, and their "
+            f"times are given as if {PORTABLE} had taken as long then"
+        )
     if result.guard is not None:
         _others(report, result.guard)
 

@@ -26,7 +26,6 @@ from spa_compiler.placement import variants  # noqa: E402
 from spa_compiler.placement.candidates import SiteClass, classes  # noqa: E402
 from spa_compiler.placement.choose import choose  # noqa: E402
 from spa_compiler.placement.contests import Referee  # noqa: E402
-from spa_compiler.placement.nodes import Packer  # noqa: E402
 from spa_compiler.placement.records import Records  # noqa: E402
 from spa_compiler.placement.sites import find_sites  # noqa: E402
 from spa_compiler.placement.timer import LocalTimer  # noqa: E402
@@ -85,9 +84,7 @@ def main() -> None:
         book = Records(arguments.records or Path(folder) / "records.sqlite", machine)
         rng = np.random.default_rng(0)
         for each in layers(rng):
-            referee = Referee(
-                arguments.level, 1, book, Packer(), Path(folder), lambda *_: None, rng, timer=timer, trials=TRIALS
-            )
+            referee = Referee(arguments.level, 1, book, Path(folder), lambda *_: None, rng, timer=timer, trials=TRIALS)
             with timer.held():
                 choice = choose([each], referee)[0]
             site = each.sites[0]

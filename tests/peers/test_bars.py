@@ -27,6 +27,7 @@ from spa_compiler.graph.load import load
 from spa_compiler.graph.session import Feeds, open_session, run
 from spa_compiler.passes.recipe import from_command_line
 from tests.peers import sources
+from tests.process_tree import cost
 
 pytestmark = [
     pytest.mark.peers,
@@ -41,6 +42,9 @@ TOLERANCE = 1e-5
 BATCH_X_LENGTH = [(1, 1), (1, 7), (1, 128), (3, 33), (8, 64)]
 PYTHON_THREADS, CALLS = 8, 12
 IMAGE = ("input=1,3,224,224",)
+ROOT = Path(__file__).resolve().parents[2]
+#: of BERT-base: the most memory of all processes together over the size of the model, and seconds
+MEMORY, COLD_S, WARM_S = 4.0, 600, 60
 
 Compile = Callable[..., Result]
 
@@ -199,6 +203,33 @@ def test_zeros_that_are_there_become_time(compiled: Compile, pattern: str, bar: 
     assert not result.report.passes
     assert speed(source, result, shapes) >= bar
     check_exact(source, folder_of(result))
+
+
+# ---------------------------------------------------------------- what a compilation costs
+
+
+@pytest.mark.parametrize(
+    "sparsity, pattern, recipe",
+    [
+        (0.9, "block:4x1", ()),  # zeros that are there
+        (0.9, "unstructured", ()),
+        (0.5, "unstructured", ()),
+        (0.0, "", ("--sparsity", "0.9", "--pattern", "block:4x1")),
+        (0.0, "", ("--sparsity", "0.5", "--pattern", "unstructured")),
+    ],
+)
+def test_what_a_compilation_of_bert_costs(
+    tmp_path: Path, sparsity: float, pattern: str, recipe: tuple[str, ...]
+) -> None:
+    source = sources.with_zeros(sources.bert_base(), sparsity, pattern) if pattern else sources.bert_base()
+    shapes = [word for shape in tokens(1, 128) for word in ("--shape", shape)]
+    command = ["-m", "spa_compiler.cli.compile", source, "-o", tmp_path / "out", *shapes, "--threads", "1", *recipe]
+    for records, bar_s in (("cold", COLD_S), ("warm", WARM_S)):
+        found = cost([*command, "--records", tmp_path / "records.sqlite"], ROOT)
+        share = found.bytes / source.stat().st_size
+        print(f"\n{source.stem} {' '.join(recipe)}, {records}: {found.seconds:.0f} s, {share:.2f} times the model")
+        assert share < MEMORY
+        assert found.seconds < bar_s
 
 
 def check_exact(source: Path, folder: Path) -> None:

@@ -16,7 +16,6 @@ from spa_compiler.placement.chains import find_chains
 from spa_compiler.placement.choose import ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
 from spa_compiler.placement.measure import Timing
-from spa_compiler.placement.nodes import Packer
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import single
 from spa_compiler.placement.sites import Site, find_sites, held
@@ -58,7 +57,7 @@ class Timed:
 
 
 def referee(book: Records, work: Path) -> Referee:
-    return Referee("x86-64-v4", 1, book, Packer(), work, lambda *_: None, np.random.default_rng(0))
+    return Referee("x86-64-v4", 1, book, work, lambda *_: None, np.random.default_rng(0))
 
 
 def decide(folder: Path, found: list[SiteClass], records: str = "records.sqlite") -> list[Choice]:

@@ -44,6 +44,9 @@ class Race:
         times = {DENSE: 100, SPARSE: slow, BOTH: self.choosing * min(slow, 100)}
         return {name: timing(times[name]) for name in contenders}
 
+    def known(self, contenders: Mapping[str, Contender], feeds: Feeds) -> None:
+        """There are no records."""
+
 
 @pytest.fixture
 def plans(tmp_path: Path) -> tuple[Plan, Plan]:

@@ -146,7 +146,7 @@ def decide(folder: Path, each: SiteClass, trials: int, records: str = "records.s
     work = folder / "work"
     work.mkdir(exist_ok=True)
     book = Records(folder / records, {"cpu": "this one", "isa": V4})
-    referee = Referee(V4, 1, book, Packer(), work, lambda *_: None, np.random.default_rng(0), trials=trials)
+    referee = Referee(V4, 1, book, work, lambda *_: None, np.random.default_rng(0), trials=trials)
     choice = choose([each], referee)[0]
     book.close()
     return choice
