@@ -95,7 +95,8 @@ def _data(place: wire.Place) -> memoryview:
 def either(
     first: onnx.ModelProto, second: onnx.ModelProto, bounds: Bounds, places: Mapping[int, wire.Place] | None = None
 ) -> onnx.ModelProto:
-    """`first`, or `second` where `bounds` hold. What both have as the same initializer is there once.
+    """`first`, or `second` where `bounds` hold. What both have as the same initializer is there once; large ones are in
+    the outermost graph, small ones, which fusions look for, in the branch that reads them.
 
     Args:
         first: gives the signature and the metadata; both are as `unfit` asks.
@@ -133,6 +134,12 @@ def either(
         "then_branch": _branch(second.graph, _SECOND, same),
         "else_branch": _branch(first.graph, _FIRST, same),
     }
+    for branch in branches.values():
+        # ONNX Runtime 1.31 keeps weights of a branch two and a half times, those of the outermost graph once.
+        small = [t for t in branch.initializer if not _is_large(t)]
+        graph.initializer.extend(t for t in branch.initializer if _is_large(t))
+        del branch.initializer[:]
+        branch.initializer.extend(small)
     graph.node.append(helper.make_node("If", tests, outputs, NAME, **branches))
     return result
 
@@ -167,6 +174,10 @@ def _take(part, kept, names: Mapping[str, str]) -> None:  # type: ignore[no-unty
         twin = part.add()
         twin.CopyFrom(each)
         twin.name = names.get(each.name, each.name)
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    return wire.marked(tensor) is not None or tensor.ByteSize() > LARGE_BYTES
 
 
 def _equal(one: TensorProto, other: TensorProto, places: Mapping[int, wire.Place]) -> bool:

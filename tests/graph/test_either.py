@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 
-from spa_compiler.graph.either import Bounds, either, original_name, unfit
+from spa_compiler.graph.either import Bounds, either, original_name, unfit, write_either
 from spa_compiler.graph.session import open_session, run
 from tests.networks import network
 
@@ -81,3 +83,32 @@ def test_what_cannot_be_one() -> None:
     outside.CopyFrom(PLUS)
     outside.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
     assert "file of their own" in unfit(outside, PLUS)
+
+
+def test_files_become_one_file_weight_by_weight(tmp_path: Path) -> None:
+    """Equal weights are there once, and the bytes are those of the messages put together in memory."""
+    rng = np.random.default_rng(0)
+    shared, own, other = (rng.standard_normal((64, 64)).astype(np.float32) for _ in range(3))
+    text = 'g (float["n",64] x) => (float["n",64] y) { z = MatMul(x, w) y = MatMul(z, v) }'
+    pair = [network(text, w=shared, v=v) for v in (own, other)]
+    for name, proto in zip(("first", "second"), pair, strict=True):
+        onnx.save(proto, tmp_path / name)
+    bounds = Bounds("x", 128, 0)
+    assert write_either(tmp_path / "first", tmp_path / "second", bounds, tmp_path / "both") == ""
+    whole = either(*pair, bounds)
+    assert (tmp_path / "both").read_bytes() == whole.SerializeToString(deterministic=True)
+    assert sorted(t.name for t in whole.graph.initializer if t.dims) == ["v__first", "v__second", "w"]
+    assert not any(a.g.initializer for a in whole.graph.node[-1].attribute)
+    for rows, v in ((1, other), (2, own)):
+        x = rng.standard_normal((rows, 64)).astype(np.float32)
+        found = run(open_session(tmp_path / "both"), {"x": x})["y"]
+        assert np.allclose(found, x @ shared @ v, rtol=1e-4, atol=1e-3)
+
+
+def test_files_that_cannot_be_one_are_left(tmp_path: Path) -> None:
+    old = made("Mul(z, {5.0})", w=W)
+    old.opset_import[0].version = 7
+    onnx.save(old, tmp_path / "old")
+    onnx.save(PLUS, tmp_path / "new")
+    assert "opset" in write_either(tmp_path / "new", tmp_path / "old", Bounds("x", 8, 0), tmp_path / "both")
+    assert not (tmp_path / "both").exists()
