@@ -84,7 +84,7 @@ def expected(given: Sequence[F32]) -> list[NDArray[np.float64]]:
 def model(cached: bool, shapes: Sequence[Sequence[int | str]] | None = None) -> bytes:
     """The node alone; without `shapes` of its inputs, any shape reaches it."""
     count = 8 if cached else 6
-    names, made = [f"x{i}" for i in range(count)], ["y", "key", "value"][: 3 if cached else 1]
+    names, made = [f"x{i}" for i in range(count)], ["y0", "y1", "y2"][: 3 if cached else 1]
     node = helper.make_node(core(cached).op_type, names, made, domain="ai.spa", site="decoder/attention")
     dims = shapes or [None] * count
     graph = helper.make_graph(

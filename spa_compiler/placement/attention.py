@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 
 from spa_compiler.graph.model import Model
 from spa_compiler.kernels.attention import ROWS
-from spa_compiler.placement.heads import Cache, Operand, Rotation, Shapes, factor, find_operand, reader
+from spa_compiler.placement.heads import Cache, Operand, Rotation, Shapes, factor, find_operand, one_token, reader
 from spa_compiler.placement.sites import held
 from spa_compiler.runtime.region import MAX_QUERY, MAX_SHARED
 
@@ -87,27 +87,35 @@ def _around(softmax: gs.Node, outputs: Sequence[gs.Variable], shapes: Shapes) ->
         return None
     if (key.cache is None) != (value.cache is None) or value.scale != 1.0:
         return None
-    back = reader(second.outputs[0], outputs)
-    if back is None or back.op != "Transpose" or list(back.attrs.get("perm", [])) != _JOIN:
-        return None
-    join = reader(back.outputs[0], outputs)
-    if join is None or join.op != "Reshape":
+    back = _back(second, outputs)
+    if back is None:
         return None
     site = AttentionSite(
         query.source,
         key.source,
         value.source,
         mask,
-        join.outputs[0],
-        [*query.nodes, *key.nodes, *value.nodes, first, *chain, softmax, second, back, join],
-        _size(query.split, 2, shapes) or 0,
-        _size(key.split, 2, shapes) or 0,
-        _size(query.split, 3, shapes) or 0,
+        back[-1].outputs[0],
+        [*query.nodes, *key.nodes, *value.nodes, first, *chain, softmax, second, *back],
+        _size(query, 2, shapes),
+        _size(key, 2, shapes),
+        _size(query, 3, shapes),
         scale * query.scale * key.scale,
         (query.rotation, key.rotation),
         tuple(o.cache for o in (key, value) if o.cache is not None),
     )
     return site if _fits(site, query, key, value, shapes) and _closed(site) else None
+
+
+def _back(product: gs.Node, outputs: Sequence[gs.Variable]) -> list[gs.Node] | None:
+    """From the last product to the context: Transpose and Reshape, or, of one token, Reshape alone."""
+    back = reader(product.outputs[0], outputs)
+    if back is not None and back.op == "Reshape" and one_token(back.outputs[0]):
+        return [back]
+    if back is None or back.op != "Transpose" or list(back.attrs.get("perm", [])) != _JOIN:
+        return None
+    join = reader(back.outputs[0], outputs)
+    return [back, join] if join is not None and join.op == "Reshape" else None
 
 
 def _scores(
@@ -189,11 +197,10 @@ def _rank(tensor: gs.Tensor, shapes: Shapes) -> int | None:
     return ranks.pop() if len(ranks) == 1 else None
 
 
-def _size(tensor: gs.Tensor, axis: int, shapes: Shapes) -> int | None:
-    """The size of an axis, if it is the same at every binding."""
-    sizes = {known[tensor.name][axis] if len(known.get(tensor.name, ())) > axis else -1 for known in shapes}
-    size = sizes.pop() if len(sizes) == 1 else -1
-    return size if size > 0 else None
+def _size(operand: Operand, axis: int, shapes: Shapes) -> int:
+    """A size of (batch, tokens, heads, depth), if it is the same at every binding; else 0."""
+    sizes = {found[axis] if len(found := operand.sizes(known)) > axis else 0 for known in shapes}
+    return max(0, sizes.pop()) if len(sizes) == 1 else 0
 
 
 def _fits(site: AttentionSite, query: Operand, key: Operand, value: Operand, shapes: Shapes) -> bool:
@@ -212,10 +219,10 @@ def _fit_at(
     if len(source) != 3 or source[2] != site.heads * site.depth or known.get(site.output.name) != source:
         return False
     batch, tokens, _ = source
-    if known.get(query.split.name) != (batch, tokens, site.heads, site.depth):
+    if query.sizes(known) != (batch, tokens, site.heads, site.depth):
         return False
     for each in (key, value):
-        if known.get(each.split.name) != (batch, tokens, site.key_heads, site.depth):
+        if each.sizes(known) != (batch, tokens, site.key_heads, site.depth):
             return False
         if known.get(each.source.name) != (batch, tokens, site.key_heads * site.depth):
             return False

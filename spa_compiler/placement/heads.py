@@ -3,6 +3,8 @@
     x [batch, tokens, heads x depth] - Reshape - Transpose 0213 - (rotary positions) - (Concat with a cache)
       - (Unsqueeze, Expand, Reshape: heads of keys, each for several of queries) - (Transpose) - (Mul, Div by scalars)
 
+Where there is always one token, a Reshape alone may stand for the first two.
+
 Rotary positions are  x * cos + Concat(-x[half:], x[:half]) * sin  with cosines and sines from outside.
 """
 
@@ -41,8 +43,8 @@ class Cache:
 class Operand:
     """What an operand of a product of attention is made of; `nodes` from the operand back to the Reshape.
 
-    `source` is [batch, tokens, heads x depth], `split` [batch, tokens, heads, depth]. A query head `h` reads the head
-    `h // shared` of it, where its sizes say that `shared` is more than 1.
+    `source` is [batch, tokens, heads x depth], `split` [batch, tokens, heads, depth], or [batch, heads, tokens, depth]
+    where `direct`. Where its sizes say that `shared` query heads read one head of it, head `h` reads `h // shared`.
     """
 
     source: gs.Variable
@@ -51,6 +53,12 @@ class Operand:
     scale: float = 1.0
     rotation: Rotation | None = None
     cache: Cache | None = None
+    direct: bool = False
+
+    def sizes(self, known: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """(batch, tokens, heads, depth) at a binding; of another length where that is not known."""
+        shape = known.get(self.split.name, ())
+        return tuple(shape[i] for i in _SPLIT) if self.direct and len(shape) == len(_SPLIT) else shape
 
 
 @dataclass
@@ -80,9 +88,10 @@ def find_operand(tensor: gs.Tensor, transposed: bool, outputs: Sequence[gs.Varia
         node = _maker(walk.tensor)
         if node is None:
             return None
-        if node.op == "Reshape" and walk.axes == whole:
+        direct = walk.axes == headed and one_token(node.inputs[0])
+        if node.op == "Reshape" and (walk.axes == whole or direct):
             split, nodes = walk.tensor, [*walk.nodes, node]
-            return Operand(node.inputs[0], split, nodes, walk.scale, walk.rotation, walk.cache)
+            return Operand(node.inputs[0], split, nodes, walk.scale, walk.rotation, walk.cache, direct)
         stepped = (
             _transpose(walk, node)
             or _factor(walk, node)
@@ -106,6 +115,11 @@ def reader(tensor: gs.Variable, outputs: Sequence[gs.Variable]) -> gs.Node | Non
     """The one node that reads the tensor's values; others may ask for its shape."""
     readers = [n for n in tensor.outputs if n.op != "Shape"]
     return readers[0] if len(readers) == 1 and not any(tensor is o for o in outputs) else None
+
+
+def one_token(tensor: gs.Tensor) -> bool:
+    """Whether a tensor [batch, tokens, features] has one token at any binding."""
+    return tensor.shape is not None and len(tensor.shape) == 3 and tensor.shape[1] == 1
 
 
 def _transpose(walk: _Walk, node: gs.Node) -> bool:

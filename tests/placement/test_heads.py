@@ -43,7 +43,13 @@ def repeat(x: str, out: str) -> str:
     return f"{x}u = Unsqueeze({x}, two) {x}w = Expand({x}u, each) {out} = Reshape({x}w, many)"
 
 
-def decoder(cached: bool = False, split: bool = False, mask: str = "flat", change: tuple[str, str] = ("", "")) -> Model:
+def decoder(
+    cached: bool = False,
+    split: bool = False,
+    mask: str = "flat",
+    change: tuple[str, str] = ("", ""),
+    changes: dict[str, str] | None = None,
+) -> Model:
     """Projections, attention and the output's projection with its residual, in text of which `change` replaces a part.
 
     Args:
@@ -65,7 +71,9 @@ def decoder(cached: bool = False, split: bool = False, mask: str = "flat", chang
       o = MatMul(J, wo) y = Add(x, o) }}"""
     if mask == "none":
         text = text.replace(" Z = Identity(W)", "").replace("Softmax <axis = -1> (Z)", "Softmax <axis = -1> (W)")
-    assert change[0] in text
+    for before, after in [change, *(changes or {}).items()]:
+        assert before in text
+        text = text.replace(before, after)
     rng = np.random.default_rng(5)
 
     def sparse(k: int, n: int) -> np.ndarray:
@@ -77,6 +85,8 @@ def decoder(cached: bool = False, split: bool = False, mask: str = "flat", chang
         "many": [0, HEADS, -1, DEPTH],
         "each": [1, 1, HEADS // KEY_HEADS, 1, 1],
         "join": [0, 0, WIDTH],
+        "direct": [0, -1, 1, DEPTH],
+        "join1": [0, 1, WIDTH],
         "four": [1, HEADS, 1, 1],
         "zero": [0],
         "half": [DEPTH // 2],
@@ -87,7 +97,7 @@ def decoder(cached: bool = False, split: bool = False, mask: str = "flat", chang
     }
     weights = {"wq": (WIDTH, WIDTH), "wk": (WIDTH, KEY_WIDTH), "wv": (WIDTH, KEY_WIDTH), "wo": (WIDTH, WIDTH)}
     proto = network(
-        text.replace(*change),
+        text,
         OPSET_18 if split else OPSET_17,
         check=False,
         **{name: np.array(value, np.int64) for name, value in constants.items()},
@@ -183,6 +193,28 @@ def test_keys_may_be_scaled_behind_a_cache() -> None:
 def test_what_only_looks_alike_stays(cached: bool, before: str, after: str) -> None:
     assert len(found(decoder(cached))) == 1
     assert found(decoder(cached, change=(before, after))) == []
+
+
+ONE_TOKEN = {
+    **{f"{x} = Transpose <perm = [0, 2, 1, 3]> ({x}1)": "" for x in "qkv"},
+    **{f"{x}1 = Reshape({x}0, heads)": f"{x} = Reshape({x}0, direct)" for x in "qkv"},
+    "B = Transpose <perm = [0, 2, 1, 3]> (C) J = Reshape(B, join)": "J = Reshape(C, join1)",
+}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_of_one_token_a_reshape_splits_and_joins_heads(cached: bool) -> None:
+    changes = {**ONE_TOKEN, 'float["b","s",32] x': 'float["b",1,32] x', 'float["s",8] cos': "float[1,8] cos"}
+    model = decoder(cached, changes=changes)
+    (site,) = find_attention(model, [shapes.fixed(model, feeds(model, *sizes)) for sizes in ((1, 1, 3), (3, 1, 7))])
+    assert (site.heads, site.key_heads, site.depth, len(site.caches)) == (HEADS, KEY_HEADS, DEPTH, 2 * cached)
+    assert sum(n.op == "Reshape" for n in site.nodes) == 6
+
+
+def test_of_any_number_of_tokens_a_reshape_splits_no_heads() -> None:
+    """At one token the shapes fit; at others the graph would mean something else."""
+    model = decoder(changes=ONE_TOKEN)
+    assert find_attention(model, [shapes.fixed(model, feeds(model, *sizes)) for sizes in ((1, 1), (3, 1))]) == []
 
 
 def test_values_of_the_new_tokens_alone_are_no_cache() -> None:
