@@ -89,13 +89,13 @@ _NORM_REDUCTIONS = frozenset({"ReduceL1", "ReduceL2", "ReduceSumSquare"})
 
 @dataclass(frozen=True)
 class WeightedOp:
-    """A MatMul, Gemm or Conv whose weight is constant.
+    """A MatMul, Gemm or Conv whose weight is constant, or a ConvTranspose that placement takes for one of them.
 
     `n` outputs, `k` inputs per output (Conv: C / group * kernel size); `kernel` is `()` for MatMul and Gemm.
     """
 
     node: gs.Node
-    kind: Literal["MatMul", "Gemm", "Conv"]
+    kind: Literal["MatMul", "Gemm", "Conv", "ConvTranspose"]
     weight: gs.Constant
     n: int
     k: int

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from spa_compiler.kernels.form import Form
 from spa_compiler.kernels.forms import FULL, forms_of
-from spa_compiler.kernels.window import Window
 from spa_compiler.placement.chains import Chain
 from spa_compiler.placement.sites import Site
 
@@ -53,6 +52,7 @@ class SiteClass:
             "layout": site.layout,
             **({} if site.window is None else {"window": dataclasses.astuple(site.window)}),
             **({} if site.op.group == 1 else {"groups": site.op.group}),
+            **({} if site.op.kind != "ConvTranspose" else {"transposed": site.grow}),
             "n": site.n,
             "k": site.k,
             "act": site.act,
@@ -149,5 +149,6 @@ def chain_classes(
     return list(found.values())
 
 
-def _size(site: Site) -> tuple[str, int, int, int, str, Window | None]:
-    return site.layout, site.n, site.k, site.op.group, site.act, site.window
+def _size(site: Site) -> tuple[object, ...]:
+    how = (site.op.kind == "ConvTranspose", site.grow, site.op.group)
+    return site.layout, site.n, site.k, how, site.act, site.window

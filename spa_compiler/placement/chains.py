@@ -75,7 +75,8 @@ def find_chains(sites: Sequence[Site], sparse: set[str], outputs: Sequence[gs.Va
 
 
 def _joins(up: Site, down: Site) -> bool:
-    return up.layout == down.layout and up.window is None and down.window is None
+    plain = all(site.window is None and site.grow == (1, 1) for site in (up, down))
+    return up.layout == down.layout and plain
 
 
 def _thin(down: Site, ups: Sequence[Site], outputs: Sequence[gs.Variable]) -> bool:

@@ -145,6 +145,8 @@ def _assemble_images(
                 if element.term is not None and term is not None:
                     second = (image(element.term.source, element.term.k), term)
                 made = builder.linear(source, spec, residual, second)
+            if element.grow != (1, 1):
+                made = builder.unfold(made, element.grow, len(element.op.kernel))
         else:
             raise TypeError(f"{type(element).__name__} does not run on images")
         images[id(output)] = made

@@ -171,10 +171,16 @@ def _trim(group: Group, outputs: Sequence[gs.Variable]) -> None:
 
 def _within_limits(group: Group, outputs: Sequence[gs.Variable]) -> bool:
     """Those of the C side, of one node."""
-    images = len(group.external()) + sum(e.images if isinstance(e, ImageOp) else 1 for e in group.elements)
+    images = len(group.external()) + sum(map(_images, group.elements))
     within = len(group.external()) <= MAX_INPUTS and len(group.results(outputs)) <= MAX_OUTPUTS
     given = len(group.masks()) <= MAX_MASKS and len(group.tables()) <= MAX_TABLES and len(group.caches()) <= MAX_CACHES
     return within and given and images <= MAX_IMAGES
+
+
+def _images(element: Element) -> int:
+    if isinstance(element, Site):
+        return 1 if element.grow == (1, 1) else 2
+    return element.images if isinstance(element, ImageOp) else 1
 
 
 def _neighbours(groups: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
@@ -210,7 +216,7 @@ def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, t
 
     `taken` has the Adds that other sites took: of a sum of two sites, one takes it.
     """
-    if site.act != "none" or site.residual is not None:
+    if site.act != "none" or site.residual is not None or site.grow != (1, 1):
         return
     add = only_reader(site.output, outputs)
     if add is None or add.op != "Add" or add.domain or id(add) in taken:

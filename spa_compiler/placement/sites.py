@@ -18,6 +18,7 @@ from spa_compiler.graph.operators import WeightedOp, describe, weighted_ops
 from spa_compiler.graph.weights import array_of, is_finite, nonzero
 from spa_compiler.kernels.window import Window
 from spa_compiler.placement import epilogue
+from spa_compiler.placement.transposed import Transposed, find_transposed
 
 F32 = NDArray[np.float32]
 
@@ -35,7 +36,8 @@ class Site:
     A convolution that looks at more than a pixel has a `window`, its x is what the window sees there: k values a pixel.
     `residual` is set when a residual Add right behind the site is taken in, `term` when it is the sum of two sites:
     act(W x + V z + b + residual), with z and V those of the other one, whose bias is in `bias`. `factor` is what the
-    result is multiplied with, as in SwiGLU.
+    result is multiplied with, as in SwiGLU. Of a transposed convolution, n is that of all pixels (y, x) that a pixel
+    becomes, `grow` down and to the right.
     """
 
     op: WeightedOp
@@ -51,6 +53,7 @@ class Site:
     factor: gs.Variable | None = None
     term: Site | None = None
     window: Window | None = None
+    grow: tuple[int, int] = (1, 1)
     _weight: weakref.ref[F32] | None = field(default=None, repr=False)
 
     @property
@@ -121,7 +124,8 @@ class Refusal:
 
 
 def find_sites(model: Model) -> tuple[list[Site], list[Refusal]]:
-    """Every MatMul, Gemm and Conv with a constant float32 weight, in topological order; the others with reasons.
+    """Every MatMul, Gemm, Conv and ConvTranspose with a constant float32 weight, in topological order; the others with
+    reasons.
 
     Raises:
         ModelError: the weight of any of them, site or not, holds NaN or Inf.
@@ -129,19 +133,33 @@ def find_sites(model: Model) -> tuple[list[Site], list[Refusal]]:
     sites, refusals = [], []
     outputs = held(model.graph)
     for op in weighted_ops(model.graph):
-        if not is_finite(op.weight):
-            raise ModelError(
-                f"the weight {op.weight.name!r} holds NaN or Inf",
-                where=op.name,
-                fix="Export the model again; a model that was trained to this point computes nothing useful",
-            )
+        _check_finite(op)
         reason = _unfit(op)
         if reason:
             refusals.append(Refusal(op, reason))
         else:
             sites.append(_site(op, outputs))
+    for node in model.graph.nodes:
+        found = find_transposed(node)
+        if isinstance(found, Transposed):
+            _check_finite(found.op)
+            sites.append(_transposed_site(found, outputs))
+        elif found is not None:
+            refusals.append(Refusal(*found))
+    if any(s.op.kind == "ConvTranspose" for s in sites):
+        position = {id(node): i for i, node in enumerate(model.graph.nodes)}
+        sites.sort(key=lambda s: position[id(s.op.node)])
     refusals += [Refusal(op, "alpha, beta and transA have no kernel") for op in map(_scaled, model.graph.nodes) if op]
     return sites, refusals
+
+
+def _check_finite(op: WeightedOp) -> None:
+    if not is_finite(op.weight):
+        raise ModelError(
+            f"the weight {op.weight.name!r} holds NaN or Inf",
+            where=op.name,
+            fix="Export the model again; a model that was trained to this point computes nothing useful",
+        )
 
 
 def _scaled(node: gs.Node) -> WeightedOp | None:
@@ -221,6 +239,14 @@ def _site(op: WeightedOp, outputs: Sequence[gs.Variable]) -> Site:
     if window is not None and window == Window(window.channels, (1, 1), axes=window.axes):
         window = None  # one pixel: of groups, whose other columns are zeros
     site = Site(op, layout, op.node.inputs[0], op.node.outputs[0], [op.node], bias, window=window)
+    take_epilogue(site, outputs)
+    return site
+
+
+def _transposed_site(found: Transposed, outputs: Sequence[gs.Variable]) -> Site:
+    op = found.op
+    source, output = op.node.inputs[0], op.node.outputs[0]
+    site = Site(op, "planes", source, output, [op.node], found.bias, window=found.window, grow=found.grow)
     take_epilogue(site, outputs)
     return site
 

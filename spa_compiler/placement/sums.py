@@ -58,6 +58,8 @@ def _fit(site: Site, other: Site, outputs: Sequence[gs.Variable], shapes: Shapes
         return False
     if any(s.term is not None or s.residual is not None or s.window is not None for s in (site, other)):
         return False
+    if any(s.grow != (1, 1) for s in (site, other)):  # sums are those of pixels before they grow
+        return False
     if other_operand(other, outputs) is None:  # something else reads it, too, or it has an activation
         return False
     pairs = [(known.get(site.output.name), known.get(other.output.name)) for known in shapes]

@@ -6,12 +6,13 @@ A group is one site, or a few that share an input: the products of a low-rank la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.graph.weights import array_of
@@ -28,7 +29,7 @@ _OPSET, _IR = 17, 8
 
 def pick(groups: Sequence[Group]) -> list[Group]:
     """The groups of a class that its trial holds."""
-    each = sum(site.own.size * 4 for site in groups[0].products)
+    each = sum(site.op.n * site.op.k * 4 for site in groups[0].products)
     return list(groups[: max(1, min(MOST_GROUPS, MOST_BYTES // max(each, 1)))])
 
 
@@ -88,6 +89,9 @@ def _linear(
     for j, (part, source) in enumerate(zip(site.products, sources, strict=True)):
         name = f"{key}.{j}"
         if site.layout == "planes":
+            if part.op.kind == "ConvTranspose":
+                nodes.append(_transposed(part, source, name, constant))
+                continue
             w = constant(f"w{name}", _kernel(part, rank))
             inputs = [source, w, *(biases if j == 0 else [])]
             attributes = _attributes(part.window) | ({} if part.op.group == 1 else {"group": part.op.group})
@@ -102,6 +106,18 @@ def _linear(
     if biases and site.layout == "rows":
         nodes.append(helper.make_node("Add", [last, *biases], [f"p{key}"]))
     return nodes
+
+
+def _transposed(
+    site: Site, source: str, name: str, constant: Callable[[str, NDArray[np.float32]], str]
+) -> onnx.NodeProto:
+    """A transposed convolution as it is in the file; its sums come alone."""
+    inputs = [source, constant(f"w{name}", array_of(site.op.node.inputs[1]))]
+    if site.bias is not None:
+        inputs.append(constant(f"c{name}", array_of(site.op.node.inputs[2])))
+    keys = ("kernel_shape", "strides", "dilations", "pads")
+    attributes = {key: site.op.node.attrs[key] for key in keys if key in site.op.node.attrs}
+    return helper.make_node("ConvTranspose", inputs, [f"m{name}"], **attributes)
 
 
 def _kernel(site: Site, rank: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

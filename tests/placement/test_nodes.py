@@ -228,6 +228,17 @@ CASES |= {
         n=np.abs(vector(16)) + np.float32(0.5),
         axes=np.array([2, -1], np.int64),
     ),
+    "up": network(
+        """g (float["b",16,"s","h"] x) => (float["b",16,"u","v"] y, float["b",8,"u","v"] z) {
+          a = Conv(x, w) r = Relu(a) c = ConvTranspose <strides = [2, 2]> (r, e, p) d = Relu(c)
+          f = ConvTranspose <strides = [2, 2]> (x, i) k = Concat <axis = 1> (d, f)
+          l = ConvTranspose <pads = [1, 1, 1, 1]> (k, o) y = Relu(l) z = Add(d, f) }""",
+        w=pointwise(16, 16),
+        e=np.ascontiguousarray(sparse(8 * 4, 16).T).reshape(16, 8, 2, 2),
+        p=vector(8),
+        i=np.ascontiguousarray(sparse(8 * 4, 16).T).reshape(16, 8, 2, 2),
+        o=np.ascontiguousarray(sparse(16 * 9, 16).T).reshape(16, 16, 3, 3),
+    ),
     "groups": network(
         """g (float["b",16,"s","h"] x) => (float["b",16,"u","v"] y) {
           a = Conv(x, w) r = Relu(a) c = Conv <group = 4, strides = [2, 2], pads = [1, 1, 1, 1]> (r, e) d = Relu(c)

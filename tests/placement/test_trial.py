@@ -45,6 +45,20 @@ SITES = {
           c = Conv <group = 2> (x, w, b) y = HardSigmoid <alpha = 0.25> (c) }""",
         (16, 12, 1, 1),
     ),
+    "pixels of their own": (
+        """(float[2,6,4,5] x) => (float[2,16,8,15] y) {
+          c = ConvTranspose <strides = [2, 3]> (x, w, b) y = Relu(c) }""",
+        (6, 16, 2, 3),
+    ),
+    "turned around": (
+        """(float[2,6,9,11] x) => (float[2,16,10,13] y) {
+          y = ConvTranspose <pads = [1, 0, 0, 2], dilations = [1, 2]> (x, w, b) }""",
+        (6, 16, 3, 3),
+    ),
+    "pixels of a signal": (
+        "(float[2,6,9] x) => (float[2,16,36] y) { y = ConvTranspose <strides = [4]> (x, w, b) }",
+        (6, 16, 4),
+    ),
     "a gate": ("(float[2,24,1,1] x) => (float[2,16,1,1] y) { c = Conv(x, w, b) y = Sigmoid(c) }", (16, 24, 1, 1)),
     "a leaky gate": ("(float[2,24,9] x) => (float[2,16,9] y) { c = Conv(x, w, b) y = LeakyRelu(c) }", (16, 24, 1)),
     "window on a signal": (
@@ -69,7 +83,7 @@ def test_dense_and_sparse_are_the_same(name: str, tmp_path: Path) -> None:
 
     want = [y.astype(np.float64) for y in outputs(dense_model(groups, size))]
     assert_parity(outputs(sparse_model(groups, size, forms, packer)), want)
-    assert site.pixels(size) == want[0].size // 16
+    assert site.pixels(size) * site.grow[0] * site.grow[1] == want[0].size // 16
 
 
 def test_windows_of_equal_size_are_classes_of_their_own() -> None:
