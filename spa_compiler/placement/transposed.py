@@ -1,8 +1,8 @@
 """Transposed convolutions that are a product: where their windows do not overlap, or move by a pixel at a time.
 
 With a stride as large as the kernel, a pixel becomes kernel x kernel pixels of its own: a product with rows
-(y, x, output), whose channels then become pixels (`image_unfold`). With a stride of 1 it is a convolution with the kernel
-turned around.
+(y, x, output), whose channels then become pixels (`image_unfold`). With a stride of 1 it is a convolution with the
+kernel turned around.
 """
 
 from __future__ import annotations
