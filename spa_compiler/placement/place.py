@@ -18,7 +18,7 @@ from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.form import Form
 from spa_compiler.placement.attention import find_attention
 from spa_compiler.placement.between import find_between
-from spa_compiler.placement.candidates import chain_classes, classes, stored_forms
+from spa_compiler.placement.candidates import DENSE, chain_classes, classes, stored_forms
 from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
@@ -49,6 +49,9 @@ _RACE_ROUNDS = 12
 #: conversions that no site sees when it is timed by itself. A plan of the sites that gain most is worth a try, too. The
 #: bound was set by looking at MobileNetV2; a poor one costs a plan that loses its race, never a slower result.
 STRONG_GAIN = 1.8
+#: What a handful of nodes of ONNX Runtime take for the little work between small layers. A Llama of 260,000 parameters
+#: at one token: layers of 2 us that gain nothing by themselves, and the model as one node takes a fifth of the time.
+FEW_NODES_US = 20.0
 
 
 @dataclass(eq=False)
@@ -218,19 +221,27 @@ def _between(model: Model, choices: Sequence[Choice], chains: Sequence[ChainChoi
     """The forms of all layers that share regions with what becomes kernels anyway; empty if those are the same.
 
     A layer without zeros that stays ONNX Runtime's cuts a region in two, and every panel around it goes out and comes
-    back; as a kernel of full blocks it is next to as fast. Layers that stand alone are left as they are.
+    back; as a kernel of full blocks it is next to as fast. Layers that stand alone are left as they are. Where no layer
+    gains by itself, those that take no longer than a few nodes may do so together.
     """
-    own = _chosen(choices, chains, 0, WORTH_JOINING)
+    gaining = _chosen(choices, chains, 0, WORTH_JOINING)
+    own = gaining or {c.site.name: c.joined for c in choices if _takes_no_longer_than_nodes(c)}
     others = {c.site.name: c.joined for c in choices}
     forms = others | _chosen(choices, chains, 0, 0)
-    if not own or len(forms) == len(own):
+    if not own or len(forms) == len(gaining):
         return {}
     kept: dict[str, Form] = {}
     for group in _joined(model, forms, known, attention=True)[1]:
         names = [site.name for site in group.products]
-        if not own.keys().isdisjoint(names):
+        if not own.keys().isdisjoint(names) and (gaining or len(names) > 1):
             kept |= {name: forms[name] for name in names}
-    return kept if len(kept) > len(own) else {}
+    return kept if len(kept) > len(gaining) else {}
+
+
+def _takes_no_longer_than_nodes(choice: Choice) -> bool:
+    """Whether a layer was timed, and takes as little time as the nodes around it that a region saves."""
+    dense = [t[DENSE].median_us for t in choice.timings]
+    return choice.site.layout == "rows" and bool(dense) and max(dense) < FEW_NODES_US
 
 
 def _joined(model: Model, forms: Mapping[str, Form], known: Shapes, attention: bool) -> tuple[Model, list[Group]]:

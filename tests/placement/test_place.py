@@ -18,7 +18,19 @@ from spa_compiler.kernels.rx1 import Blocks
 from spa_compiler.placement import contests, timer
 from spa_compiler.placement import place as placing
 from spa_compiler.placement.measure import Timing
-from spa_compiler.placement.place import EVERY, FACTORS, PORTABLE, REGIONS, SINGLE, SOURCE, STRONG, WHOLE, Placed, place
+from spa_compiler.placement.place import (
+    EVERY,
+    FACTORS,
+    FEW_NODES_US,
+    PORTABLE,
+    REGIONS,
+    SINGLE,
+    SOURCE,
+    STRONG,
+    WHOLE,
+    Placed,
+    place,
+)
 from spa_compiler.placement.records import Records
 from spa_compiler.targets import host, parse
 from tests.networks import mlp, network, weight
@@ -277,6 +289,19 @@ def test_layers_that_stand_between_nothing_are_left_alone(
     watch.time_sites = time_sites({0: first, 1: 0.9})
     result = placed(tmp_path, proto=in_between(apart), shapes=((1, WIDTH, WIDTH), (2, WIDTH, WIDTH)))
     assert EVERY not in result.race[0]
+
+
+@pytest.mark.parametrize(("dense", "raced"), [(FEW_NODES_US / 2, True), (FEW_NODES_US * 2, False)])
+def test_layers_as_small_as_nodes_may_gain_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: float, raced: bool
+) -> None:
+    watch = Stopwatch(monkeypatch, 5.0, {EVERY: 50})
+    watch.time_sites = lambda calls: {n: _timing(dense if n == "dense" else dense * 1.2) for n in calls}
+    result = placed(tmp_path)
+    assert (EVERY in result.race[0]) == raced
+    assert result.plan.name == (EVERY if raced else PORTABLE)
+    assert len(result.plan.regions) == raced
+    assert result.gaining == []
 
 
 @pytest.mark.parametrize("time", [98, 100, 150])
