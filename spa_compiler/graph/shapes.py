@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,10 @@ def bind(proto: onnx.ModelProto, shapes: dict[str, tuple[int, ...]]) -> None:
     del proto.graph.value_info[:]
 
 
-def fixed(model: Model, feeds: Feeds) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def fixed(model: Model, feeds: Feeds) -> Shapes:
     """The concrete shape of every tensor of the outermost graph, for these feeds.
 
     onnx's inference with bound inputs gives most; the rest comes from one run.
@@ -65,11 +69,28 @@ def fixed(model: Model, feeds: Feeds) -> dict[str, tuple[int, ...]]:
         UsageError: a feed is missing or no input of that name exists.
         ModelError: the model does not run on these feeds.
     """
+    return fixed_at(model, [feeds])[0]
+
+
+def fixed_at(model: Model, every: Sequence[Feeds]) -> list[Shapes]:
+    """The same for several feeds: the model is loaded once, if at all."""
+    found = [_inferred(model, feeds) for feeds in every]
+    made = [name for name, t in model.graph.tensors().items() if isinstance(t, gs.Variable) and t.inputs]
+    unknown = [name for name in made if any(name not in shapes for shapes in found)]
+    if unknown:
+        for shapes, values in zip(found, _observe(model, every, unknown), strict=True):
+            for name, value in values.items():
+                if isinstance(value, np.ndarray):
+                    shapes.setdefault(name, tuple(value.shape))
+    return found
+
+
+def _inferred(model: Model, feeds: Feeds) -> Shapes:
     missing = [value.name for value in model.signature.inputs if value.name not in feeds]
     if missing:
         raise UsageError(f"no value for the inputs {missing}", where=model.source.name)
     tensors = model.graph.tensors()
-    shapes: dict[str, tuple[int, ...]] = {name: tuple(array.shape) for name, array in feeds.items()}
+    shapes: Shapes = {name: tuple(array.shape) for name, array in feeds.items()}
     shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, gs.Constant)}
     proto = skeleton(model)
     bind(proto, {name: tuple(array.shape) for name, array in feeds.items()})
@@ -78,17 +99,13 @@ def fixed(model: Model, feeds: Feeds) -> dict[str, tuple[int, ...]]:
         kind = value.type.tensor_type
         if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
             shapes.setdefault(value.name, tuple(dim.dim_value for dim in kind.shape.dim))
-    unknown = [name for name, t in tensors.items() if name not in shapes and isinstance(t, gs.Variable) and t.inputs]
-    if unknown:
-        for name, value in _observe(model, feeds, unknown).items():
-            if isinstance(value, np.ndarray):
-                shapes.setdefault(name, tuple(value.shape))
     return shapes
 
 
-def _observe(model: Model, feeds: Feeds, names: list[str]) -> dict[str, Any]:
+def _observe(model: Model, every: Sequence[Feeds], names: list[str]) -> list[Feeds]:
     try:
-        return run(open_model(model, optimize="none", outputs=names, prepack=False), feeds)
+        session = open_model(model, optimize="none", outputs=names, prepack=False)
+        return [run(session, feeds) for feeds in every]
     except Exception as error:
         if error.__class__.__module__.startswith("spa_compiler"):
             raise

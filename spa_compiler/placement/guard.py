@@ -115,7 +115,9 @@ def guard(
             continue
         drawn = example_feeds(model, shapes, rng)
         if race.known(contenders, drawn) is None:
-            session = session or open_session(dense.file, prepack=False)
+            if session is None:
+                race.rest()
+                session = open_session(dense.file, prepack=False)
             try:
                 run(session, drawn)
             except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root

@@ -143,7 +143,7 @@ def place(
     chains: list[ChainChoice] = []
     timer = timer or LocalTimer()
     reason = no_kernels(target)
-    known: Shapes = [graph_shapes.fixed(model, f) for f in (*feeds, *odd)]
+    known: Shapes = graph_shapes.fixed_at(model, [*feeds, *odd])
     if reason:
         placed.choices = [Choice(s, None, reason) for s in sites]
     elif not target.host_runs:

@@ -48,6 +48,10 @@ class Race:
         """What the records say."""
         return self.records.get(self._question(contenders, feeds)) if self.records else None
 
+    def rest(self) -> None:
+        """Frees what the timer keeps for the next times."""
+        self.timer.rest()
+
     def _question(self, contenders: Mapping[str, Contender], feeds: Feeds) -> dict[str, object]:
         files = {name: self._digest(each.model) for name, each in contenders.items()}
         shapes = {name: list(array.shape) for name, array in feeds.items()}

@@ -112,6 +112,9 @@ class RemoteTimer:
             raise self._fault("its times make no sense")
         return timings
 
+    def rest(self) -> None:
+        """Sessions are closed there after each question."""
+
     def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
         """Output name -> value of one run there."""
         outputs = self._ask("run", "running a model", self._question({MODEL: contender}, feeds, threads)).outputs

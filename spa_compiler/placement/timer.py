@@ -81,6 +81,9 @@ class Timer(Protocol):
             EnvironmentFault: the machine cannot be used.
         """
 
+    def rest(self) -> None:
+        """Frees what is kept for the next times."""
+
     def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
         """Output name -> value of one run there; for outputs that are no arrays, see `graph.session.flatten`."""
 
@@ -113,8 +116,7 @@ class LocalTimer:
             try:
                 yield
             finally:
-                self._open.clear()
-                give_back()
+                self.rest()
 
     def time(
         self,
@@ -128,6 +130,11 @@ class LocalTimer:
         sessions = self._sessions(contenders, threads, keep=stays is None)
         calls: dict[str, Callable[[], object]] = {n: partial(s.run, None, feeds) for n, s in sessions.items()}
         return interleave(calls, budget_s, least_rounds, stays)
+
+    def rest(self) -> None:
+        if self._open:
+            self._open.clear()
+            give_back()
 
     def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
         return dict(flatten(run(open_session(contender.model, threads=threads, library=contender.library), feeds)))

@@ -47,6 +47,9 @@ class Race:
     def known(self, contenders: Mapping[str, Contender], feeds: Feeds) -> None:
         """There are no records."""
 
+    def rest(self) -> None:
+        """Nothing is kept."""
+
 
 @pytest.fixture
 def plans(tmp_path: Path) -> tuple[Plan, Plan]:

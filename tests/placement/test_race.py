@@ -138,6 +138,9 @@ def test_sessions_stay_open_while_they_are_asked_for(tmp_path: Path, monkeypatch
         os.utime(tmp_path / "small", ns=(0, 0))
         local.time({"small": models["small"]}, FEEDS[0], 1, 0.0, 1)
         assert opened == ["large", "small", "bytes", "small"]
+        local.rest()
+        local.time({"small": models["small"]}, FEEDS[0], 1, 0.0, 1)
+        assert opened[3:] == ["small", "small"]
     local.time({"small": models["small"]}, FEEDS[0], 1, 0.0, 1)
     assert opened[-1] == "small"
-    assert len(opened) == 5
+    assert len(opened) == 6
