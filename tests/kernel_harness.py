@@ -158,6 +158,12 @@ def sparse(rng: np.random.Generator, n: int, k: int, rows: int, density: float, 
     return (rng.standard_normal((n, k)) * keep).astype(np.float32)
 
 
+def n_of_m(rng: np.random.Generator, n: int, k: int, kept: int, of: int) -> F32:
+    """A weight [n, k] with `kept` nonzeros in `of` inputs."""
+    rank = rng.random((n, k // of, of)).argsort(axis=2)
+    return (rng.standard_normal((n, k)) * (rank < kept).reshape(n, k)).astype(np.float32)
+
+
 def rx1_names(acts_of: dict[tuple[int, int], tuple[str, ...]]) -> tuple[str, ...]:
     """{(rows, lanes): activations} -> kernel names."""
     return tuple(rx1.name(rows, lanes, act) for (rows, lanes), acts in acts_of.items() for act in acts)

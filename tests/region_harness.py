@@ -14,12 +14,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from spa_compiler.kernels import activation, rx1, rxc, sliced
+from spa_compiler.kernels import activation, grouped, rx1, rxc, sliced
 from spa_compiler.kernels.form import Packed
 from spa_compiler.runtime import link
 from spa_compiler.runtime.generate import Region
 from spa_compiler.runtime.region import LinearSpec, NormSpec, Panel, RegionBuilder, RegionSpec, Term
-from tests.kernel_harness import LEVELS, sparse
+from tests.kernel_harness import LEVELS, n_of_m, sparse
 
 F64 = NDArray[np.float64]
 Evaluate = Callable[[Sequence[F64]], F64]  # inputs [tokens, features] -> [tokens, features]
@@ -41,7 +41,7 @@ class Value:
 class Recorder:
     """`RegionBuilder` that draws the weights too and remembers what numpy has to do.
 
-    `rows` of a step: R of its blocks; INTERLEAVED: slices. `cols`: C, if it is not 1.
+    `rows` of a step: R of its blocks; INTERLEAVED: slices. `cols`: C, if it is not 1. `kind`: (N, M) instead.
     """
 
     rng: np.random.Generator
@@ -60,11 +60,16 @@ class Recorder:
 
     def _product(self, source: Value, n: int, rows: int, options: dict[str, Any]) -> tuple[Any, Evaluate]:
         k = source.panel.features
-        cols = options.pop("cols", 1)
-        weight = sparse(self.rng, n, k, rows or 1, options.pop("density", 0.3), cols) / np.float32(k**0.5)
+        cols, kind = options.pop("cols", 1), options.pop("kind", None)
+        if kind:
+            weight = n_of_m(self.rng, n, k, *kind) / np.float32(k**0.5)
+        else:
+            weight = sparse(self.rng, n, k, rows or 1, options.pop("density", 0.3), cols) / np.float32(k**0.5)
         bias = self.rng.standard_normal(n).astype(np.float32)
-        if cols > 1:
-            packed: Packed = rxc.pack(weight, bias, rows, cols, **options)
+        if kind:
+            packed: Packed = grouped.pack(weight, bias, *kind, **options)
+        elif cols > 1:
+            packed = rxc.pack(weight, bias, rows, cols, **options)
         else:
             packed = rx1.pack(weight, bias, rows, **options) if rows else sliced.pack(weight, bias, **options)
         number, self.weights = self.weights, self.weights + 1
@@ -287,6 +292,18 @@ def _blocks() -> Case:
     return r.finish()
 
 
+def _grouped() -> Case:
+    """N:M: several blocks of columns, the last one short, short last groups, added up with others, both ways out."""
+    r = Recorder(np.random.default_rng(9))
+    x = r.pack(160)
+    hidden = r.linear(x, 390, 4, "gelu_erf", kind=(2, 4), k_block=64, chunk=64)
+    r.unpack(hidden)
+    y = r.linear(r.linear(x, 192, 4, kind=(4, 8)), 160, 4, "silu", residual=x, kind=(1, 4))
+    r.unpack(r.linear(y, 40, 4, kind=(8, 16), residual=r.linear(x, 40, 2), term=(x, 1, 0.1)))
+    r.linear_out(y, 51, 4, "clip", kind=(2, 4), low=-0.5, high=0.5)
+    return r.finish()
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": _mlp,
     "single": _single,
@@ -296,6 +313,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "few": _few,
     "gated": _gated,
     "blocks": _blocks,
+    "grouped": _grouped,
 }
 
 

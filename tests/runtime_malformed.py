@@ -90,7 +90,23 @@ BAD |= {
     "blocks: bias too short": ("bias0", lambda a: a[:-1], "bias must have 392 elements, it has 391"),
 }
 
-CASE_OF = {"slices": "few", "blocks": "blocks"}
+BAD |= {
+    "groups: a group of fewer steps": ("indptr0", lambda a: edited(a, 1, 1), "a group has 1 steps, not 2"),
+    "groups: a group of more steps": ("indptr0", lambda a: edited(a, 1, 3), "a group has 3 steps, not 2"),
+    "groups: a last group of fewer steps": (
+        "indptr0",
+        lambda a: edited(a, -2, a[-1]),
+        "a group has 2 steps, not 1",
+    ),
+    "groups: indptr decreases": ("indptr0", lambda a: edited(a, 1, -2), "indptr must not decrease"),
+    "groups: order repeats a group": ("order0", lambda a: edited(a, 0, a[1]), "order is not a permutation of 16"),
+    "groups: codes of columns": ("columns0", lambda a: a[:, 0], "columns must have 2 dimensions, it has 1"),
+    "groups: fewer codes": ("columns0", lambda a: a[:, :7], "columns must be [entries, 8]"),
+    "groups: codes of fewer steps": ("columns0", lambda a: a[:-1], "rows of values"),
+    "groups: fewer values": ("values0", lambda a: a[:, :63], "values must be [entries, 64]"),
+}
+
+CASE_OF = {"slices": "few", "blocks": "blocks", "groups": "grouped"}
 """The region of entries of BAD by what stands before the colon; else a single layer."""
 
 

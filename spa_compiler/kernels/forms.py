@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spa_compiler.kernels import rx1, rxc, sliced
+from spa_compiler.kernels import grouped, rx1, rxc, sliced
 from spa_compiler.kernels.form import F32, Form
 
 #: Of a weight without zeros in a panel: with R = 4, the kernel runs at the peak of dense products.
 FULL: Form = rx1.Blocks(4)
 
+_GROUPS = [grouped.Groups(kept, of) for kept, of in grouped.KINDS]
 _EXACT = 1.05  # stored elements for each nonzero, in blocks that a weight was pruned in
 
 
@@ -26,6 +28,7 @@ def forms_of(weight: F32) -> Iterator[Form]:
         yield rxc.Rectangles(rows, cols)
     elif rows in rx1.PRUNED_ROWS:
         yield rx1.Blocks(rows)
+    yield from itertools.islice((form for form in _GROUPS if form.takes(weight)), 1)
 
 
 def block_of(weight: F32) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation
 from spa_compiler.kernels.rx1 import AHEAD, ARRAYS, FULL, default_blocking, pad_bias
-from spa_compiler.kernels.sums import ACCUMULATE, BIAS, RESIDUAL, activate_in_place, add, fma, start
+from spa_compiler.kernels.sums import ACCUMULATE, BIAS, RESIDUAL, activate_in_place, add, finish, fma, start
 from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, prefetch, spread, store
 
 F32 = NDArray[np.float32]
@@ -340,35 +340,6 @@ def _many_lanes(R, C, lanes, act, window, isa):
     return rxc
 
 
-def _every_second(vectors, lanes, first):
-    """Lanes first, first + 2, ... of one vector, or of two behind each other."""
-    total = len(vectors) * lanes
-    return tirx.Shuffle(vectors, [tirx.IntImm("int32", i) for i in range(first, total, 2)])
-
-
-def _added_up(vectors, lanes, each):
-    """Vectors of `lanes` lanes -> (vectors, their lanes): the sums of every `each` lanes, in order."""
-    while each > 1:
-        pairs = [vectors[i : i + 2] for i in range(0, len(vectors), 2)] if len(vectors) > 1 else [vectors]
-        vectors = [T.bind(_every_second(pair, lanes, 0) + _every_second(pair, lanes, 1)) for pair in pairs]
-        lanes = lanes * len(pairs[0]) // 2
-        each //= 2
-    return vectors, lanes
-
-
-def _finish(regs, count, width, each, out, row, mode, bias, base):
-    """Stores the sums of rows: `count` registers, in which `each` lanes belong to a row."""
-    vectors, lanes = _added_up([T.bind(regs[at(i * width, width)]) for i in range(count)], width, each)
-    for i, total in enumerate(vectors):
-        place = row + i * lanes
-        if mode == ACCUMULATE:
-            store(out, out[at(place, lanes)] + total, place, lanes)
-        elif mode == RESIDUAL:
-            store(out, base[at(place, lanes)] + bias[at(place, lanes)] + total, place, lanes)
-        else:
-            store(out, bias[at(place, lanes)] + total, place, lanes)
-
-
 def _activations(P, column, cols, width):
     """What a register of values meets: C activations, again for each of its rows."""
     once = T.bind(P[at(T.Cast("int32", column), cols)])
@@ -442,11 +413,11 @@ def _one_lane(R, C, act, isa):
                 for i in T.unroll((U - 1) * A):
                     add(regs, T.truncmod(i, A) * W, (A + i) * W, W)
             if mode == ACCUMULATE:
-                _finish(regs, A, W, C, out, row, ACCUMULATE, bias, base)
+                finish(regs, A, W, C, out, row, ACCUMULATE, bias, base)
             elif mode == RESIDUAL:
-                _finish(regs, A, W, C, out, row, RESIDUAL, bias, base)
+                finish(regs, A, W, C, out, row, RESIDUAL, bias, base)
             else:
-                _finish(regs, A, W, C, out, row, BIAS, bias, base)
+                finish(regs, A, W, C, out, row, BIAS, bias, base)
             if epilogue:
                 if last != 0:
                     activate_in_place(out, row, act, low, high, R, isa)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tvm import tirx
+from tvm.script import tirx as T
+
 from spa_compiler.kernels import activation
 from spa_compiler.kernels.vector import at, spread, store
 
@@ -28,3 +31,32 @@ def add(regs, index, other, width):
 
 def activate_in_place(out, position, act, low, high, width, isa):
     store(out, activation.emit(out[at(position, width)], act, low, high, width, isa), position, width)
+
+
+def _every_second(vectors, lanes, first):
+    """Lanes first, first + 2, ... of one vector, or of two behind each other."""
+    total = len(vectors) * lanes
+    return tirx.Shuffle(vectors, [tirx.IntImm("int32", i) for i in range(first, total, 2)])
+
+
+def _added_up(vectors, lanes, each):
+    """Vectors of `lanes` lanes -> (vectors, their lanes): the sums of every `each` lanes, in order."""
+    while each > 1:
+        pairs = [vectors[i : i + 2] for i in range(0, len(vectors), 2)] if len(vectors) > 1 else [vectors]
+        vectors = [T.bind(_every_second(pair, lanes, 0) + _every_second(pair, lanes, 1)) for pair in pairs]
+        lanes = lanes * len(pairs[0]) // 2
+        each //= 2
+    return vectors, lanes
+
+
+def finish(regs, count, width, each, out, row, mode, bias, base):
+    """Stores the sums of rows: `count` registers, in which `each` lanes belong to a row."""
+    vectors, lanes = _added_up([T.bind(regs[at(i * width, width)]) for i in range(count)], width, each)
+    for i, total in enumerate(vectors):
+        place = row + i * lanes
+        if mode == ACCUMULATE:
+            store(out, out[at(place, lanes)] + total, place, lanes)
+        elif mode == RESIDUAL:
+            store(out, base[at(place, lanes)] + bias[at(place, lanes)] + total, place, lanes)
+        else:
+            store(out, bias[at(place, lanes)] + total, place, lanes)

@@ -95,6 +95,19 @@ def gather(buffer, index, width, isa):
     return T.bind(T.call_llvm_intrin(f"float32x{width}", intrinsic, const(0.0, width), start, index, every, scale))
 
 
+def pick(table, places):
+    """16 lanes of the 512-bit registers in `table`, two or four, at `places`: of four, lanes 0 to 7 are in the first
+    two and lanes 8 to 15 in the others."""
+    intrinsic = "llvm.x86.avx512.vpermi2var.ps.512"
+    found = [
+        T.bind(T.call_llvm_pure_intrin(f"float32x{ZMM}", intrinsic, table[i], places, table[i + 1]))
+        for i in range(0, len(table), 2)
+    ]
+    half = ZMM // 2
+    halves = [tirx.IntImm("int32", i if i < half else ZMM + i) for i in range(ZMM)]
+    return found[0] if len(found) == 1 else T.bind(tirx.Shuffle(found, halves))
+
+
 def horner(x, coefficients, width):
     result = const(coefficients[0], width)
     for c in coefficients[1:]:

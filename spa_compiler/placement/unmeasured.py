@@ -32,8 +32,8 @@ def why(target: Target) -> str:
 
 def estimate(form: Form, share: float) -> float:
     """Speed over dense of a kernel that stores `share` of the weight, by the formula above."""
-    one = form.pattern == "unstructured" or form.rows == 1
-    return (EFFICIENCY_OF_ONE if one else EFFICIENCY) / max(share, 1e-3)
+    shared = form.pattern.startswith("block:") and form.rows > 1
+    return (EFFICIENCY if shared else EFFICIENCY_OF_ONE) / max(share, 1e-3)
 
 
 def choose_unmeasured(sites: Sequence[Site], target: Target) -> list[Choice]:

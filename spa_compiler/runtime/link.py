@@ -24,6 +24,7 @@ from spa_compiler.kernels import (
     combine,
     depthwise,
     gate,
+    grouped,
     layernorm,
     panel,
     rmsnorm,
@@ -141,6 +142,9 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
     if parts[0] in ("rxc", "rxcw"):
         rows, cols = map(int, parts[1].split("x"))
         return rxc.kernel(rows, cols, int(parts[2]), parts[3], parts[0] == "rxcw", isa)
+    if parts[0] == "grouped":
+        kept, of = map(int, parts[1].split("of"))
+        return grouped.kernel(kept, of, int(parts[2]), "_".join(parts[3:]), isa)
     if parts[0] == "sliced":
         return sliced.kernel(int(parts[1]), "_".join(parts[2:]), isa)
     return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa)

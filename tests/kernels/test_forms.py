@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spa_compiler.kernels import rx1, rxc
+from spa_compiler.kernels import grouped, rx1, rxc
 from spa_compiler.kernels.forms import FULL, block_of, forms_of
-from tests.kernel_harness import sparse
+from tests.kernel_harness import n_of_m, sparse
 
 
 @pytest.mark.parametrize("n", [1, 5, 64, 70])
@@ -90,3 +90,33 @@ def test_blocks_fit_the_weight(n: int, k: int, found: tuple[int, int]) -> None:
 def test_names_of_blocks_are_those_of_patterns() -> None:
     assert rxc.Rectangles(4, 2).name == rxc.Rectangles(4, 2).pattern == "block:4x2"
     assert rxc.Rectangles(4, 2, 128).name == "block:4x2 in 128x"
+
+
+@pytest.mark.parametrize(
+    "kept, of, found",
+    [
+        (2, 4, ["2:4"]),
+        (1, 2, ["2:4"]),
+        (4, 8, ["4:8"]),
+        (8, 16, ["8:16"]),
+        (1, 4, ["1:4"]),
+        (2, 8, ["2:8"]),
+        (4, 16, ["4:16"]),
+        (3, 4, []),
+        (1, 8, []),
+        (16, 32, []),
+    ],
+)
+def test_n_of_m_is_found(kept: int, of: int, found: list[str]) -> None:
+    weight = n_of_m(np.random.default_rng(0), 64, 256, kept, of)
+    assert [f.name for f in forms_of(weight) if isinstance(f, grouped.Groups)] == found
+    weight[0, :64] = 1
+    assert not [f for f in forms_of(weight) if isinstance(f, grouped.Groups)], "too many in a group"
+
+
+def test_n_of_m_is_for_weights_that_fill_it() -> None:
+    weight = n_of_m(np.random.default_rng(0), 64, 256, 2, 4)
+    assert grouped.Groups(2, 4).takes(weight * (np.arange(256) != 7))
+    assert not grouped.Groups(2, 4).takes(weight * (np.arange(256) < 200)), "a fifth of the places are empty"
+    assert not grouped.Groups(2, 4).takes(weight[:, :240]), "32 inputs are a step"
+    assert not grouped.Groups(2, 4).takes(sparse(np.random.default_rng(0), 64, 256, 1, 0.5))

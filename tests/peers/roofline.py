@@ -43,6 +43,12 @@ MOST_BYTES = 1 << 30
 ROUNDS, SECONDS = 9, 2.0
 CHAINS = 20  # of roofline.c
 PEAK_STEPS, STREAM_FLOATS = 100_000, 1 << 19
+STUB = """/* What steps.c needs of other files, for errors that cannot be here. */
+#include "region.h"
+Api spa_api;
+Status* spa_refuse(const Node* node, int code, const char* format, ...) { return (void)node, (void)code, (void)format, NULL; }
+const char* spa_show(char text[160], const int64_t* dims, size_t rank) { return (void)dims, (void)rank, text; }
+"""
 CPU = {"x86-64-v4": "x86_64_v4", "x86-64-v3": "x86_64_v3", "x86-64": "x86_64"}
 
 
@@ -74,7 +80,7 @@ def build(folder: Path, cases: list[Case]) -> ctypes.CDLL:
     names = sorted({case.form.kernel(case.lanes, "none", False) for case in cases})
     objects = [str(build_object(name, kernel, host().level, cache_dir() / "objects")) for name in names]
     stub = folder / "api.c"
-    stub.write_text('#include "region.h"\nApi spa_api;\n')
+    stub.write_text(STUB)
     run_linker(
         [
             *("-shared", "-fPIC", "-O3", "-std=gnu11", "-ffp-contract=fast", f"-mcpu={CPU[host().level]}"),

@@ -16,7 +16,7 @@ from tests.region_harness import CASES, MCPU, assert_parity, case, run, session
 from tests.runtime_malformed import BAD, case_of, edited
 
 TOKENS = (0, 1, 3, 7, 16, 33, 64, 65, 128, 200)
-ROWS = ("mlp", "single", "wide", "sum", "thin", "gated", "blocks")
+ROWS = ("mlp", "single", "wide", "sum", "thin", "gated", "blocks", "grouped")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -84,7 +84,11 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
         }
         CHECK(node, indptr[entry] <= indptr[entry + 1] && indptr[entry + 1] <= size[VALUES],
               "weight %d: indptr must not decrease", which);
-        for (int64_t j = indptr[entry] * own; j < indptr[entry + 1] * own; ++j)
+        /* codes point nowhere else than into the inputs of their entry */
+        CHECK(node, !w->codes || (indptr[entry + 1] - indptr[entry]) * w->span == width,
+              "weight %d: a group has %d steps, not %lld", which, indptr[entry + 1] - indptr[entry],
+              (long long)(w->codes ? width / w->span : 0));
+        for (int64_t j = indptr[entry] * own; !w->codes && j < indptr[entry + 1] * own; ++j)
           CHECK(node, columns[j] + cols <= width, "weight %d: column %d is out of range, the block has %lld", which, columns[j],
                 (long long)width);
       }
@@ -127,10 +131,10 @@ static Status* initialize(Node* node, const void* info) {
   for (int i = 0; i < region->linear_count; ++i) {
     for (int a = 0; a < LINEAR_ARRAYS; ++a) {
       const LinearInfo* w = &region->linears[i];
-      int wide = a == VALUES || (w->interleaved && (a == ORDER || a == COLUMNS));
+      int wide = a == VALUES || (w->interleaved && (a == ORDER || a == COLUMNS)) || (w->codes && a == COLUMNS);
       TRY(initializer(node, info, input++, linear_names[a], wide ? 2 : 1, dims, &node->linears[i][a]));
       size[a] = dims[0];
-      int64_t across = a == VALUES ? w->rows * block_columns(w) : w->rows;
+      int64_t across = a == VALUES ? w->rows * block_columns(w) : w->codes ? w->codes : w->rows;
       CHECK(node, !wide || dims[1] == across, "weight %d: %s must be [entries, %lld]", i, linear_names[a],
             (long long)across);
     }

@@ -43,9 +43,10 @@ typedef void Rotate(const float* x, const float* cos, const float* sin, float* o
 typedef void Gate(float* x, const float* factor, int32_t count);
 typedef void Norm(const float* x, const float* gamma, const float* beta, float* out, int32_t features, float epsilon);
 
-typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, with `cols` rxc.py, interleaved sliced.py */
+typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, with `cols` rxc.py, interleaved sliced.py, with `codes` grouped.py */
   int64_t n, k, rows, chunk, k_block, interleaved; /* rows: of a group. interleaved: each has columns of its own */
   int64_t cols; /* of a block, from its column on; 0: one */
+  int64_t codes, span; /* uint16 of an entry in the place of columns, and its inputs; else 0. All groups have as many */
   float low, high;
   Multiply* const* kernels; /* one per lane count; on images one for each of 1 to 4 registers */
 } LinearInfo;
@@ -232,7 +233,7 @@ static inline int64_t blocks_of(int64_t total, int64_t size) { return (total + s
 static inline int64_t own_columns(const LinearInfo* w) { return w->interleaved ? w->rows : 1; }
 static inline int64_t block_columns(const LinearInfo* w) { return w->cols ? w->cols : 1; }
 static inline int64_t entry_bytes(const LinearInfo* w) { /* values and columns of what `indptr` counts */
-  return w->rows * block_columns(w) * (int64_t)sizeof(float) + own_columns(w) * (int64_t)sizeof(uint16_t);
+  return w->rows * block_columns(w) * (int64_t)sizeof(float) + (w->codes ? w->codes : own_columns(w)) * (int64_t)sizeof(uint16_t);
 }
 /* The node's inputs before its initializers. */
 static inline size_t spa_first_array(const Region* r) {
