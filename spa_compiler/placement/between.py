@@ -62,12 +62,14 @@ Between = ImageOp | DepthwiseSite
 def find_between(model: Model, shapes: Shapes) -> list[Between]:
     """Every operator that regions of convolutions have a step for, in topological order, with activations behind it.
 
-    A Split of channels becomes Slices in the model: a node of ours gives out each part by itself.
+    A Split of channels becomes Slices in the model: a node of ours gives out each part by itself. A Concat that begins
+    as an earlier one does reads what that one gives.
 
     Args:
         shapes: of all tensors, one entry for each binding of the inputs.
     """
     called = _split_in_slices(model)
+    _nest_concats(model)
     outputs = held(model.graph)
     found: list[Between] = []
     taken: set[int] = set()
@@ -104,6 +106,20 @@ def _split_in_slices(model: Model) -> dict[int, str]:
             at += size
     model.graph.nodes = nodes
     return called
+
+
+def _nest_concats(model: Model) -> None:
+    """Of dense blocks, where each layer reads all before it: a region has few inputs and outputs, and a Concat of many
+    tensors would keep it from growing."""
+    made: dict[tuple[int, ...], gs.Variable] = {}  # what a Concat along axis 1 reads -> what it gives
+    for node in model.graph.nodes:
+        if node.op != "Concat" or node.domain or node.attrs["axis"] != 1:
+            continue
+        sources = tuple(map(id, node.inputs))
+        length = next((n for n in range(len(sources) - 1, 1, -1) if sources[:n] in made), 0)
+        made.setdefault(sources, node.outputs[0])
+        if length:
+            node.inputs = [made[sources[:length]], *node.inputs[length:]]
 
 
 def _split_sizes(node: gs.Node) -> list[int]:

@@ -249,7 +249,8 @@ def _joined(model: Model, forms: Mapping[str, Form], known: Shapes, attention: b
     twin = model.copy()
     sites = [s for s in find_sites(twin)[0] if s.name in forms]
     attentions = find_attention(twin, known) if attention else []
-    between = [*find_depthwise(twin), *find_between(twin, known)]
+    images = any(s.layout == "planes" for s in sites)
+    between = [*find_depthwise(twin), *find_between(twin, known)] if images else []
     return twin, join(twin, sites, find_norms(twin), attentions, between, known)
 
 

@@ -60,6 +60,20 @@ def test_channels_are_taken_apart_and_put_together_without_a_step() -> None:
     assert last.images == 4
 
 
+def test_a_concatenation_reads_an_earlier_one_that_begins_alike() -> None:
+    body = """a = Relu(x) b = Neg(x) c = Concat <axis = 1> (x, a) d = Concat <axis = 1> (x, a, b, x) e = Concat <axis = 1> (x, b, a)
+      f = Concat <axis = 1> (x, a, b, x, a) y = Concat <axis = 1> (c, d, e, f)"""
+    ops = {op.output.name: op for op in found(body)}
+    sources = {name: [s.name for s in op.sources] for name, op in ops.items() if isinstance(op, ImageOp)}
+    assert sources == {
+        "c": ["x", "a"],
+        "d": ["c", "b", "x"],
+        "e": ["x", "b", "a"],
+        "f": ["d", "a"],
+        "y": ["c", "d", "e", "f"],
+    }
+
+
 def test_activations_come_along() -> None:
     (op,) = found("a = Add(x, x) y = Relu(a)")
     assert [n.op for n in op.nodes] == ["Add", "Relu"]
