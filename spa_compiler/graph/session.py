@@ -87,6 +87,8 @@ def open_session(
     options.log_severity_level = _QUIET
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Several sessions are timed in turns here: threads that spin on after a run would take the cores of the next one's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.graph_optimization_level = {
         "all": levels.ORT_ENABLE_ALL,
         "extended": levels.ORT_ENABLE_EXTENDED,

@@ -426,6 +426,7 @@ def _one_lane(R, act, isa):
     """One token: the R rows of a group fill the register instead, four columns at a time."""
     U = 4
     E = R & -R  # rows that are activated at once: instructions have widths that are powers of two
+    lines = max(1, U * R // 16)  # of values, read in one turn of the loop
     epilogue = act != "none"
 
     @T.prim_func(s_tir=True)
@@ -470,7 +471,8 @@ def _one_lane(R, act, isa):
             for u in T.unroll(U - 1):
                 store(regs, const(0.0, R), (u + 1) * R, R)
             for j in T.serial(T.truncdiv(count, U)):
-                prefetch(values, (begin + j * U) * R + AHEAD)
+                for line in T.unroll(lines):
+                    prefetch(values, (begin + j * U) * R + line * 16 + AHEAD)
                 prefetch(columns, begin + j * U + AHEAD // R)
                 for u in T.unroll(U):
                     fma(

@@ -95,15 +95,17 @@ def choose(classes: Sequence[SiteClass], referee: Referee) -> list[Choice]:
     """
     timed = [c for c in classes if c.stored]
     known = [variants.winners(referee.mcpu, referee.records.all()), variants.shipped()] if referee.trials else []
+    tiles = [variants.ranked(c, referee.mcpu, referee.threads, known) if referee.trials else [] for c in timed]
     contests = [
         Contest(
             single(c.sites),
             c.shapes,
             _candidates(c, c.stored),
             [c.question(shape, referee.threads, referee.trials) for shape in c.shapes],
-            _candidates(c, variants.ranked(c, referee.mcpu, referee.threads, known) if referee.trials else ()),
+            _candidates(c, more),
+            {s.name: s.form.cut(None, None).name for s in more},
         )
-        for c in timed
+        for c, more in zip(timed, tiles, strict=True)
     ]
     found = iter(referee.timings("timing sites", contests))
     choices: list[Choice] = []

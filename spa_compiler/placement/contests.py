@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from spa_compiler.runtime.link import link
 
 _BUDGET_S = 0.25  # the least of one contest at one shape
 _EACH_S = 0.1  # of each of its candidates
+#: a form this much slower than the best one in the usual tiles is not tried in others: they change it by a third at most
+_FAR_BEHIND = 1.35
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Contest:
     Attributes:
         forms: the candidate's name -> the form of each site by name.
         questions: what the records call it, one for each of `shapes`.
-        more: further candidates, the first ones as the referee's `trials` allow.
+        more: further candidates, of which the first ones are timed, as the referee's `trials` allow.
+        of: for each of `more`, the one of `forms` that it is a variant of; those of forms that are far behind are not
+            timed.
     """
 
     groups: list[Group]
@@ -41,6 +45,7 @@ class Contest:
     forms: dict[str, dict[str, Form]]
     questions: list[dict[str, object]]
     more: dict[str, dict[str, Form]] = field(default_factory=dict)
+    of: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,30 +72,55 @@ class Referee:
 
     def timings(self, what: str, contests: Sequence[Contest]) -> list[list[dict[str, Timing]]]:
         """Of each contest at each of its shapes, by form; `what` is for the progress."""
+        known = [[self.records.get(q) for q in c.questions] for c in contests]
+        turns = 2 if self.trials and any(c.more for c in contests) else 1
+        found = self._turn(what, contests, [c.forms for c in contests], known, [[{} for _ in a] for a in known], 1, turns)
+        if turns == 2:
+            chosen = [self._promising(c, answers) for c, answers in zip(contests, found, strict=True)]
+            found = self._turn(what, contests, chosen, known, found, 2, turns)
+        return found
+
+    def _turn(
+        self,
+        what: str,
+        contests: Sequence[Contest],
+        forms: Sequence[dict[str, dict[str, Form]]],
+        known: Sequence[Sequence[dict[str, Timing] | None]],
+        before: Sequence[Sequence[dict[str, Timing]]],
+        turn: int,
+        turns: int,
+    ) -> list[list[dict[str, Timing]]]:
+        """What is known, else what was timed `before` and, beside it, `forms`; after the last turn it becomes known."""
         out = []
         with tempfile.TemporaryDirectory(prefix="trial-", dir=self.workspace) as folder:
             library = Path(folder) / "kernels.so"
-            known = [[self.records.get(q) for q in c.questions] for c in contests]
-            tried = [self._tried(c, answers) for c, answers in zip(contests, known, strict=True)]
-            missing = [(c, forms) for c, forms, answers in zip(contests, tried, known, strict=True) if None in answers]
-            if missing:
-                link([spec for contest, forms in missing for spec in _regions(contest, forms)], (self.mcpu,), library)
-            for i, (contest, forms, answers) in enumerate(zip(contests, tried, known, strict=True)):
+            missing = [(c, own) for c, own, answers in zip(contests, forms, known, strict=True) if None in answers]
+            if any(own for _, own in missing):
+                link([spec for contest, own in missing for spec in _regions(contest, own)], (self.mcpu,), library)
+            for i, (contest, own, answers) in enumerate(zip(contests, forms, known, strict=True)):
                 timings = []
-                for shape, question, answer in zip(contest.shapes, contest.questions, answers, strict=True):
+                for j, (shape, question, answer) in enumerate(
+                    zip(contest.shapes, contest.questions, answers, strict=True)
+                ):
                     if answer is None:
-                        answer = self._time(contest, forms, shape, library)
-                        self.records.put(question, answer)
+                        answer = before[i][j] | (self._time(contest, own, shape, library) if own else {})
+                        if turn == turns:
+                            self.records.put(question, answer)
                     timings.append(answer)
                 out.append(timings)
-                self.progress(what, i + 1, len(contests))
+                self.progress(what, (turn - 1) * len(contests) + i + 1, turns * len(contests))
         return out
 
-    def _tried(self, contest: Contest, answers: Sequence[Mapping[str, Timing] | None]) -> dict[str, dict[str, Form]]:
-        """The contest's own forms, and of the others first those that were timed at its other shapes."""
-        before = [name for answer in answers for name in answer or () if name in contest.more]
-        names = list(dict.fromkeys([*before, *contest.more]))[: self.trials]
-        return contest.forms | {name: contest.more[name] for name in names}
+    def _promising(self, contest: Contest, answers: Sequence[Mapping[str, Timing]]) -> dict[str, dict[str, Form]]:
+        """The forms that lead at some shape, and as many of their variants as may be tried: first those that were
+        timed before, at other shapes. Empty where there is no variant."""
+        leading = {name for answer in answers for name in _leading(answer, contest.forms)}
+        before = [name for answer in answers for name in answer if name in contest.more]
+        names = [name for name in dict.fromkeys([*before, *contest.more]) if contest.of.get(name, name) in leading]
+        if not names:
+            return {}
+        variants = {name: contest.more[name] for name in names[: self.trials]}
+        return {name: own for name, own in contest.forms.items() if name in leading} | variants
 
     def _time(
         self,
@@ -117,6 +147,12 @@ class Referee:
             name: Timing(t.median_us / count, t.p10_us / count, t.p90_us / count, t.runs)
             for name, t in self.timer.time(contenders, feeds, self.threads, budget, stays=(DENSE,)).items()
         }
+
+
+def _leading(answer: Mapping[str, Timing], forms: Collection[str]) -> list[str]:
+    """The fastest of `forms` and those that a better tile might bring ahead of it."""
+    times = {name: answer[name].median_us for name in forms if name in answer}
+    return [name for name, time in times.items() if time <= min(times.values()) * _FAR_BEHIND]
 
 
 class _Sizes(Packer):

@@ -9,6 +9,7 @@ measured, comes first. Both only rank: what is taken was timed.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,7 +105,9 @@ def ranked(each: SiteClass, isa: str, threads: int, known: Sequence[Iterable[Win
         for source in reversed(known):
             best = min(source, key=asked.distance, default=None)
             if best is not None and best.chunk and asked.distance(best) < _FAR:
-                found.sort(key=lambda s: _unlike(s.form, best, site.k))
+                # In turns: what won on another machine says little of how far this one's caches carry.
+                near = sorted(found, key=lambda s: _unlike(s.form, best, site.k))
+                found = list(dict.fromkeys(itertools.chain.from_iterable(zip(near, found, strict=True))))
         queues.append(found)
     # Of every form in turns: the model's word is worth less between forms than between tiles of one.
     queues.sort(key=lambda queue: min((cost(s, site.n, site.k, tokens, threads) for s in queue[:1]), default=0.0))
@@ -122,14 +125,14 @@ def cost(stored: Stored, n: int, k: int, tokens: int, threads: int) -> float:
     vectors, calls = -(-lanes // _REGISTER), -(-tokens // lanes)
     chunks, blocks = -(-n // chunk), -(-k // k_block)
     groups, entries = n / rows * blocks, stored.share * n * k / rows
-    multiply = entries * max(rows * vectors, rows + vectors) / 2
-    from_l2 = entries * vectors if k_block * lanes * 4 > _L1 else 0.0
+    from_l2 = vectors if k_block * lanes * 4 > _L1 else 0.0  # a line a cycle, while multiply-adds go on
+    multiply = entries * max(rows * vectors / 2, (rows + vectors) / 2, from_l2)
     loops = groups * (12 + rows * vectors * (1 if blocks > 1 else 0))
     of_chunk = entries / chunks * (4 * rows + 2)
     again = chunks * of_chunk / 32 if calls > 1 and of_chunk > _L2 else 0.0
     items = chunks * calls
     idle = -(-items // threads) * threads / items
-    return calls * (multiply + from_l2 + loops + again) * idle / threads + items * 200
+    return calls * (multiply + loops + again) * idle / threads + items * 200
 
 
 def winners(isa: str, records: Iterable[tuple[Mapping[str, object], Mapping[str, Timing]]]) -> list[Winner]:

@@ -6,7 +6,8 @@
 The peak of multiply-adds and the bandwidth of memory change from second to second on a machine that others use, too. So
 they are measured right before and right after every burst of a kernel; it is compared with the better of the two, and the
 median of these ratios is shown.
-Weights rotate through more than twice the L3 cache, or through `MOST_BYTES`, if that is less.
+Weights rotate through more than twice the L3 cache. Every form is measured in the tile that is the fastest here, as a
+compilation finds it.
 """
 
 from __future__ import annotations

@@ -159,10 +159,24 @@ BASE = ["unstructured", "block:4x1", "block:8x1"]
 def test_so_many_tiles_are_tried(trials: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times, each = Times(monkeypatch, {}), site_class(1)
     decide(tmp_path, each, trials)
-    assert times.asked[0][:3] == BASE
-    all_tiles = sum(len(tiles(s, 256, 256)) for s in each.stored)
-    assert len(times.asked[0]) == 3 + min(trials, all_tiles)
-    assert len(set(times.asked[0])) == len(times.asked[0])
+    assert times.asked[0] == BASE
+    assert len(times.asked) == (2 if trials else 1)
+    for tried in times.asked[1:]:
+        assert tried[:3] == BASE
+        all_tiles = sum(len(tiles(s, 256, 256)) for s in each.stored)
+        assert len(set(tried)) == len(tried) == 3 + min(trials, all_tiles)
+
+
+def test_forms_far_behind_are_tried_in_no_other_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times, each = Times(monkeypatch, {"block:4x1": 4.0, "unstructured": 3.2}), site_class(1, 128)
+    choice = decide(tmp_path, each, 6)
+    assert times.asked[:2] == [BASE, BASE]  # both shapes
+    for tried in times.asked[2:]:
+        assert tried[:2] == BASE[:2]
+        assert len(tried) == 2 + 6
+        assert {name.partition(" in ")[0] for name in tried} == set(BASE[:2])
+    assert choice.form == Blocks(4)
+    assert all("block:8x1" in timings for timings in choice.timings)  # timed once, and reported
 
 
 @pytest.mark.parametrize(
@@ -190,12 +204,12 @@ def test_a_second_time_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.M
     times = Times(monkeypatch, {last.name: 5.0})
     first = decide(tmp_path, each, 6)
     assert first.form == last.form
-    assert len(times.asked) == 2
+    assert len(times.asked) == 4  # two shapes in two turns
     again = decide(tmp_path, each, 6)
-    assert len(times.asked) == 2
+    assert len(times.asked) == 4
     assert (again.form, again.timings, again.reason) == (first.form, first.timings, first.reason)
     decide(tmp_path, each, 5)
-    assert len(times.asked) == 4
+    assert len(times.asked) == 8
 
 
 def test_own_records_are_tried_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,17 +218,18 @@ def test_own_records_are_tried_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     times = Times(monkeypatch, {best.name: 5.0})
     decide(tmp_path, each, 1000)
     decide(tmp_path, other, 6)
-    assert best.name in times.asked[1]
+    assert best.name in times.asked[3]
     decide(tmp_path, other, 6, records="empty.sqlite")
-    assert best.name not in times.asked[2]
+    assert best.name not in times.asked[5]
 
 
 def test_another_shape_is_tried_in_the_same_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = Times(monkeypatch, {})
     decide(tmp_path, site_class(512), 6)
     decide(tmp_path, site_class(1, 512), 6)
-    assert sorted(times.asked[1]) == sorted(times.asked[0])
-    assert len(times.asked) == 2
+    assert len(times.asked) == 4
+    assert times.asked[2] == BASE
+    assert sorted(times.asked[3]) == sorted(times.asked[1])
 
 
 def test_winners_of_records() -> None:
