@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from spa_compiler.kernels import grouped, rx1, rxc, sliced
+from spa_compiler.kernels import grouped, permuted, rx1, rxc, sliced
 from spa_compiler.kernels.form import F32, Form
 
 #: Of a weight without zeros in a panel: with R = 4, the kernel runs at the peak of dense products.
@@ -18,11 +18,17 @@ _GROUPS = [grouped.Groups(kept, of) for kept, of in grouped.KINDS]
 _EXACT = 1.05  # stored elements for each nonzero, in blocks that a weight was pruned in
 
 
-def forms_of(weight: F32) -> Iterator[Form]:
-    """The forms that `weight` [n, k] can be stored in, whether they leave something out or not."""
+def forms_of(weight: F32, tokens: int) -> Iterator[Form]:
+    """The forms that `weight` [n, k] can be stored in, whether they leave something out or not.
+
+    Args:
+        tokens: the fewest that it will meet; one form is for a single one.
+    """
     yield from (rx1.Blocks(rows) for rows in rx1.BLOCK_ROWS if rows <= len(weight))
     if len(weight) >= sliced.ROWS:
         yield sliced.Slices()
+        if tokens == 1 and weight.shape[1] >= permuted.LEAST_COLUMNS:
+            yield permuted.Permuted()
     rows, cols = block_of(weight)
     if cols > 1:
         yield rxc.Rectangles(rows, cols)

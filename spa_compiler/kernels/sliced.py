@@ -199,7 +199,7 @@ def kernel(lanes: int, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
     return _one_lane(act, isa) if lanes == 1 else _many_lanes(lanes, act, isa)
 
 
-def _begin(regs, index, mode, bias, begin, places, isa):
+def begin_rows(regs, index, mode, bias, begin, places, isa):
     """The first values of a register of rows; `begin` is what they begin with: the output so far, or a residual."""
     W = isa.width
     if mode == ACCUMULATE:
@@ -259,13 +259,13 @@ def _one_lane(act, isa):
             count: T.let[T.int32] = indptr[g + 1] - begin
             if mode == ACCUMULATE:
                 for v in T.unroll(V):
-                    _begin(regs, v * W, ACCUMULATE, bias, out, order[at(g * ROWS + v * W, W)], isa)
+                    begin_rows(regs, v * W, ACCUMULATE, bias, out, order[at(g * ROWS + v * W, W)], isa)
             elif mode == RESIDUAL:
                 for v in T.unroll(V):
-                    _begin(regs, v * W, RESIDUAL, bias, base, order[at(g * ROWS + v * W, W)], isa)
+                    begin_rows(regs, v * W, RESIDUAL, bias, base, order[at(g * ROWS + v * W, W)], isa)
             else:
                 for v in T.unroll(V):
-                    _begin(regs, v * W, None, bias, None, order[at(g * ROWS + v * W, W)], isa)
+                    begin_rows(regs, v * W, None, bias, None, order[at(g * ROWS + v * W, W)], isa)
             for i in T.unroll((U - 1) * V):
                 store(regs, const(0.0, W), (V + i) * W, W)
             for j in T.serial(T.truncdiv(count, U)):

@@ -13,6 +13,7 @@ from spa_compiler.placement.sites import Site
 
 DENSE = "dense"
 LOW_RANK = "low rank"
+MANY = 64  # tokens: as many as a panel tile has lanes
 WORTH_BESIDE = 2.5  # times what the smallest form stores: no kernel is that much faster than another
 WORTH_TIMING = 0.95  # of the weight's elements stored: above that a sparse kernel does all of the dense work
 #: Groups of a few channels are slow in ONNX Runtime, and a kernel that does all of their work may win: 1.5x and 1.2x at
@@ -65,10 +66,14 @@ class SiteClass:
         }
 
 
-def stored_forms(site: Site) -> tuple[Stored, ...]:
-    """The forms that leave something out, each with what it stores; none that stores far more than another."""
+def stored_forms(site: Site, tokens: int = MANY) -> tuple[Stored, ...]:
+    """The forms that leave something out, each with what it stores; none that stores far more than another.
+
+    Args:
+        tokens: the fewest that the site meets.
+    """
     weight = site.weight
-    possible = [form for form in forms_of(weight) if site.layout == "rows" or form.windowed]
+    possible = [form for form in forms_of(weight, tokens) if site.layout == "rows" or form.windowed]
     found = [Stored(form, form.stored(weight) / site.own.size) for form in possible]
     worth = WORTH_TIMING if site.op.group == 1 else WORTH_TIMING_OF_GROUPS
     most = min(worth, WORTH_BESIDE * min((s.share for s in found), default=0.0))
@@ -80,7 +85,7 @@ def classes(sites: Sequence[Site], shapes: Sequence[dict[str, tuple[int, ...]]])
     found: dict[object, SiteClass] = {}
     for site in sites:
         own = tuple(known[site.source.name] for known in shapes)
-        stored = stored_forms(site)
+        stored = stored_forms(site, min((site.pixels(shape) for shape in own), default=MANY))
         key = (*_size(site), site.bias is not None, own, tuple((s.form, round(s.share, 2)) for s in stored))
         found.setdefault(key, SiteClass([], own, stored)).sites.append(site)
     return list(found.values())

@@ -74,7 +74,9 @@ class Referee:
         """Of each contest at each of its shapes, by form; `what` is for the progress."""
         known = [[self.records.get(q) for q in c.questions] for c in contests]
         turns = 2 if self.trials and any(c.more for c in contests) else 1
-        found = self._turn(what, contests, [c.forms for c in contests], known, [[{} for _ in a] for a in known], 1, turns)
+        found = self._turn(
+            what, contests, [c.forms for c in contests], known, [[{} for _ in a] for a in known], 1, turns
+        )
         if turns == 2:
             chosen = [self._promising(c, answers) for c, answers in zip(contests, found, strict=True)]
             found = self._turn(what, contests, chosen, known, found, 2, turns)

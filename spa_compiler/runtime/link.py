@@ -27,6 +27,7 @@ from spa_compiler.kernels import (
     grouped,
     layernorm,
     panel,
+    permuted,
     rmsnorm,
     rotate,
     rx1,
@@ -124,6 +125,8 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return depthwise.pad_kernel()
     if name.startswith(("spa_depthwise_", "spa_largest_")):
         return depthwise.kernel(*depthwise.parse(name), isa)
+    if name.startswith("spa_permuted_"):
+        return permuted.kernel(*permuted.parse(name), isa)
     parts = name.removeprefix("spa_").split("_", 3)
     if parts[0] == "pack":
         return panel.pack_kernel(int(parts[2]), isa)

@@ -13,7 +13,8 @@ from tests.kernel_harness import n_of_m, sparse
 @pytest.mark.parametrize("n", [1, 5, 64, 70])
 def test_every_form_says_what_it_stores_and_decides_its_sizes(n: int) -> None:
     weight = sparse(np.random.default_rng(n), n, 300, 1, 0.2)
-    forms = list(forms_of(weight))
+    forms = list(forms_of(weight, 1))
+    assert [f for f in forms if f.name != "unstructured permuted"] == list(forms_of(weight, 2))
     assert len({f.name for f in forms}) == len(set(forms)) == len(forms) > 0
     for form in forms:
         packed = form.pack(weight)

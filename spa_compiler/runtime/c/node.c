@@ -84,6 +84,9 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
         }
         CHECK(node, indptr[entry] <= indptr[entry + 1] && indptr[entry + 1] <= size[VALUES],
               "weight %d: indptr must not decrease", which);
+        CHECK(node, indptr[entry + 1] - indptr[entry] >= w->least_slots,
+              "weight %d: a slice must have %lld slots, it has %d", which, (long long)w->least_slots,
+              indptr[entry + 1] - indptr[entry]);
         /* codes point nowhere else than into the inputs of their entry */
         CHECK(node, !w->codes || (indptr[entry + 1] - indptr[entry]) * w->span == width,
               "weight %d: a group has %d steps, not %lld", which, indptr[entry + 1] - indptr[entry],

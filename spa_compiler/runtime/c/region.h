@@ -43,10 +43,13 @@ typedef void Rotate(const float* x, const float* cos, const float* sin, float* o
 typedef void Gate(float* x, const float* factor, int32_t count);
 typedef void Norm(const float* x, const float* gamma, const float* beta, float* out, int32_t features, float epsilon);
 
-typedef struct { /* a weight; spa_compiler/kernels/rx1.py has the format, with `cols` rxc.py, interleaved sliced.py, with `codes` grouped.py */
+/* A weight; spa_compiler/kernels/rx1.py has the format, with `cols` rxc.py, with `codes` grouped.py, interleaved
+ * sliced.py and permuted.py. */
+typedef struct {
   int64_t n, k, rows, chunk, k_block, interleaved; /* rows: of a group. interleaved: each has columns of its own */
   int64_t cols; /* of a block, from its column on; 0: one */
   int64_t codes, span; /* uint16 of an entry in the place of columns, and its inputs; else 0. All groups have as many */
+  int64_t least_slots; /* of a group that its kernel reads without asking, permuted.py */
   float low, high;
   Multiply* const* kernels; /* one per lane count; on images one for each of 1 to 4 registers */
 } LinearInfo;
