@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from spa_compiler.kernels import activation, grouped, rx1, rxc, sliced
+from spa_compiler.kernels import activation, grouped, permuted, rx1, rxc, sliced
 from spa_compiler.kernels.form import Packed
 from spa_compiler.runtime import link
 from spa_compiler.runtime.generate import Region
@@ -26,7 +26,7 @@ Evaluate = Callable[[Sequence[F64]], F64]  # inputs [tokens, features] -> [token
 
 MCPU = LEVELS[0]  # the best that this machine runs
 EPSILON = 1e-5
-INTERLEAVED = 0
+INTERLEAVED, PERMUTED = 0, -1
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Value:
 class Recorder:
     """`RegionBuilder` that draws the weights too and remembers what numpy has to do.
 
-    `rows` of a step: R of its blocks; INTERLEAVED: slices. `cols`: C, if it is not 1. `kind`: (N, M) instead.
+    `rows` of a step: R of its blocks; INTERLEAVED, PERMUTED: slices. `cols`: C, if it is not 1. `kind`: (N, M) instead.
     """
 
     rng: np.random.Generator
@@ -64,12 +64,14 @@ class Recorder:
         if kind:
             weight = n_of_m(self.rng, n, k, *kind) / np.float32(k**0.5)
         else:
-            weight = sparse(self.rng, n, k, rows or 1, options.pop("density", 0.3), cols) / np.float32(k**0.5)
+            weight = sparse(self.rng, n, k, max(rows, 1), options.pop("density", 0.3), cols) / np.float32(k**0.5)
         bias = self.rng.standard_normal(n).astype(np.float32)
         if kind:
             packed: Packed = grouped.pack(weight, bias, *kind, **options)
         elif cols > 1:
             packed = rxc.pack(weight, bias, rows, cols, **options)
+        elif rows == PERMUTED:
+            packed = permuted.pack(weight, bias, 3)
         else:
             packed = rx1.pack(weight, bias, rows, **options) if rows else sliced.pack(weight, bias, **options)
         number, self.weights = self.weights, self.weights + 1
@@ -265,6 +267,17 @@ def _few() -> Case:
     return r.finish()
 
 
+def _windows() -> Case:
+    """Slices for one token, by themselves, added up and both ways out; the last window of the inputs is short."""
+    r = Recorder(np.random.default_rng(8))
+    x = r.pack(140)
+    hidden = r.linear(x, 300, PERMUTED, "silu", density=0.1)
+    y = r.linear(hidden, 140, PERMUTED, "relu", residual=x)
+    r.unpack(r.linear(y, 40, PERMUTED, term=(x, PERMUTED, 0.2)))
+    r.linear_out(y, 50, PERMUTED)
+    return r.finish()
+
+
 def _gated() -> Case:
     """A Llama's feed-forward part: RMS norms and gates, of odd sizes, in several chunks, with a residual and a sum."""
     r = Recorder(np.random.default_rng(8))
@@ -311,6 +324,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "sum": _sum,
     "thin": _thin,
     "few": _few,
+    "windows": _windows,
     "gated": _gated,
     "blocks": _blocks,
     "grouped": _grouped,

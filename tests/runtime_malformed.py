@@ -104,9 +104,17 @@ BAD |= {
     "groups: fewer codes": ("columns0", lambda a: a[:, :7], "columns must be [entries, 8]"),
     "groups: codes of fewer steps": ("columns0", lambda a: a[:-1], "rows of values"),
     "groups: fewer values": ("values0", lambda a: a[:, :63], "values must be [entries, 64]"),
+    # The first slice gives its slots to the second one: nothing else is wrong with it.
+    "windows: a slice with too few slots": (
+        "indptr0",
+        lambda a: edited(a, 1, 14),
+        "a slice must have 15 slots, it has 14",
+    ),
+    "windows: a slice without slots": ("indptr0", lambda a: edited(a, 1, 0), "a slice must have 15 slots, it has 0"),
+    "windows: column past the inputs": ("columns0", lambda a: edited(a, (0, 0), 140), "column 140 is out of range"),
 }
 
-CASE_OF = {"slices": "few", "blocks": "blocks", "groups": "grouped"}
+CASE_OF = {"slices": "few", "blocks": "blocks", "groups": "grouped", "windows": "windows"}
 """The region of entries of BAD by what stands before the colon; else a single layer."""
 
 

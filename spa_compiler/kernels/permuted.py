@@ -1,16 +1,17 @@
 """Unstructured zeros for one token where gathers are slow: most activations come out of two registers instead.
 
 The arrays are those of `sliced.py`, and so are the kernels for more than one token; only the order of a slice's slots
-says more. The inputs are cut into windows of 32, which two 512-bit registers hold, and a slice begins with `depth` slots
-for each window: there, every row's column lies in that window, and one permutation of the two registers (vpermt2ps)
-fetches all 16 activations. Entries of a row that are more than `depth` in one window follow, in slots that are gathered.
+says more. The inputs are cut into windows of 32, which two 512-bit registers hold, and a slice begins with `depth`
+slots for each window: there, every row's column lies in that window, and one permutation of the two registers
+(vpermt2ps) fetches all 16 activations. Entries of a row that are more than `depth` in one window follow, in slots that
+are gathered.
 
     slice       slots 0 .. depth-1              columns 0 .. 31
                 slots depth .. 2 depth-1        columns 32 .. 63          ... to the last window
-                further slots                   any column                what was left over, padded to the longest row
+                further slots                   any column                left over, padded to the longest row
 
-A slot that a row does not need holds a zero, and the first column of its window. `depth` is one for the whole weight, so
-that the loop over a window's slots is unrolled and no branch depends on the weight. There is one block of columns.
+A slot that a row does not need holds a zero, and the first column of its window. `depth` is one for the whole weight,
+so that the loop over a window's slots is unrolled and no branch depends on the weight. There is one block of columns.
 """
 
 from __future__ import annotations

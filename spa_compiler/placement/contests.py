@@ -24,7 +24,7 @@ from spa_compiler.runtime.link import link
 
 _BUDGET_S = 0.25  # the least of one contest at one shape
 _EACH_S = 0.1  # of each of its candidates
-#: a form this much slower than the best one in the usual tiles is not tried in others: they change it by a third at most
+#: a form this much slower than the best one, both in usual tiles, is not tried in others: they bring a third at most
 _FAR_BEHIND = 1.35
 
 

@@ -83,7 +83,8 @@ def tiles(stored: Stored, n: int, k: int) -> list[Stored]:
     step = math.lcm(CHUNK_STEP, stored.form.rows)
     chunks = [chunk // step * step for chunk in CHUNKS if step <= chunk < n + CHUNKS[0]]
     blocks = [block for block in K_BLOCKS if block < k] + [k]
-    return [Stored(stored.form.cut(chunk, block), stored.share) for chunk in chunks for block in blocks]
+    forms = dict.fromkeys(stored.form.cut(chunk, block) for chunk in chunks for block in blocks)
+    return [Stored(form, stored.share) for form in forms if form != stored.form]
 
 
 def ranked(each: SiteClass, isa: str, threads: int, known: Sequence[Iterable[Winner]]) -> list[Stored]:

@@ -71,7 +71,8 @@ def link(regions: Sequence[Region], levels: Sequence[str], output: Path) -> None
         EnvironmentFault: the linker cannot be run or fails.
     """
     wanted = list(dict.fromkeys(regions))
-    functions = [name for names in kernels_of(wanted).values() for name in names]
+    # Two forms may have kernels in common.
+    functions = list(dict.fromkeys(name for names in kernels_of(wanted).values() for name in names))
     objects = build([(name, level) for level in levels for name in functions])
     # Beside the output, which a run that is killed leaves in a place that the next one tidies up.
     with tempfile.TemporaryDirectory(prefix="spa-link-", dir=output.parent) as folder:
