@@ -50,8 +50,8 @@ def test_a_second_compilation_measures_nothing(tmp_path: Path, counted: list[lis
     onnx.save(mlp(0.1, WIDTH), tmp_path / "model.onnx")
     first = compiled(tmp_path)
     trials = [names for names in counted if DENSE in names]
-    assert trials
-    assert all(sum(" in " in name for name in names) == 6 for names in trials)
+    tiles = [sum(" in " in name for name in names) for names in trials]
+    assert set(tiles) == {0, 6}  # first the forms, then tiles of those that lead
     assert len(counted) > len(trials)  # the races
     files = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     counted.clear()

@@ -63,7 +63,7 @@ def test_the_blocks_that_a_weight_was_pruned_in_are_found(
     assert block_of(weight) == found
     forms = [f for f in forms_of(weight, 2) if isinstance(f, rxc.Rectangles)]
     assert forms == ([rxc.Rectangles(*found)] if found[1] > 1 else [])
-    tried = [f.rows for f in forms_of(weight) if isinstance(f, rx1.Blocks)]
+    tried = [f.rows for f in forms_of(weight, 2) if isinstance(f, rx1.Blocks)]
     assert tried == [1, 4, 8, 16, *([found[0]] if found in ((2, 1), (6, 1)) else [])]
 
 
