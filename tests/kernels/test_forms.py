@@ -110,9 +110,9 @@ def test_names_of_blocks_are_those_of_patterns() -> None:
 )
 def test_n_of_m_is_found(kept: int, of: int, found: list[str]) -> None:
     weight = n_of_m(np.random.default_rng(0), 64, 256, kept, of)
-    assert [f.name for f in forms_of(weight) if isinstance(f, grouped.Groups)] == found
+    assert [f.name for f in forms_of(weight, 2) if isinstance(f, grouped.Groups)] == found
     weight[0, :64] = 1
-    assert not [f for f in forms_of(weight) if isinstance(f, grouped.Groups)], "too many in a group"
+    assert not [f for f in forms_of(weight, 2) if isinstance(f, grouped.Groups)], "too many in a group"
 
 
 def test_n_of_m_is_for_weights_that_fill_it() -> None:
