@@ -2,8 +2,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from spa_compiler.placement import contests, guard, place
+
+# How long an example takes says how busy the machine is; tests of speed say so.
+settings.register_profile("spa", deadline=None)
+settings.load_profile("spa")
 
 pytest.register_assert_rewrite("tests.onnx_text", "tests.networks", "tests.kernel_harness", "tests.region_harness")
 

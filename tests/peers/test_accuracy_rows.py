@@ -237,7 +237,7 @@ def test_what_the_package_refuses_is_a_row() -> None:
 
 
 def test_memory_counts_the_process_and_its_children() -> None:
-    hold = "x = bytearray(b'1') * (64 << 20); import sys, time; sys.stdin.close(); time.sleep(2)"
+    hold = "x = bytearray(b'1') * (64 << 20); import time; time.sleep(5)"
     child = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; p.wait(); print(1)"
     )
