@@ -299,12 +299,12 @@ def test_an_output_on_a_read_only_file_system(here: Path, model: str, monkeypatc
     assert names(here) == {"net.onnx"}
 
 
-@pytest.mark.parametrize("stage", ["save", "_collect"])
+@pytest.mark.parametrize("stage", ["settle", "_collect"])
 def test_a_full_disk(here: Path, model: str, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(place if stage == "save" else compiler, stage, full)
+    monkeypatch.setattr(place if stage == "settle" else compiler, stage, full)
     assert_refused(
         invoke(main, model, "-o", "deep/out", "--threads", "1"), 6, "the disk is full", "deep/out", "Make room"
     )
