@@ -28,7 +28,7 @@ demo: $(VENV)/ready
 	$(BIN)/python models/demo.py
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "not slow and not peers"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not peers"
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -q -m "slow and not peers"
