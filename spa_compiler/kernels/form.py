@@ -80,3 +80,8 @@ class Packed(Protocol):
 
     def with_bias(self, bias: F32 | None) -> Packed:
         """The same weight with `bias` [n]; None: zeros."""
+
+
+def tiled(name: str, chunk: int | None, k_block: int | None) -> str:
+    """The name of a form in a tile: `block:4x1 in 128x768`, `block:4x1 in x768`; by itself in the usual one."""
+    return name if chunk is None and k_block is None else f"{name} in {chunk or ''}x{k_block or ''}"

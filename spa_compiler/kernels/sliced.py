@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
-from spa_compiler.kernels import activation
+from spa_compiler.kernels import activation, sums
+from spa_compiler.kernels.form import tiled
 from spa_compiler.kernels.rx1 import AHEAD, ARRAYS, default_blocking, pad_bias
 from spa_compiler.kernels.sums import ACCUMULATE, RESIDUAL, activate_in_place, add, fma, start
 from spa_compiler.kernels.vector import ANY, AVX512, Isa, at, const, gather, prefetch, spread, store
@@ -55,8 +56,7 @@ class Slices:
     @property
     def name(self) -> str:
         """`unstructured interleaved`; `unstructured interleaved in 128x768` with the tile."""
-        tile = f"{self.chunk or ''}x{self.k_block or ''}"
-        return "unstructured interleaved" + ("" if tile == "x" else f" in {tile}")
+        return tiled("unstructured interleaved", self.chunk, self.k_block)
 
     @property
     def pattern(self) -> str:
@@ -181,10 +181,7 @@ def reference(
     panel: F32, packed: Packed, residual: F32 | None = None, act: str = "none", low: float = 0.0, high: float = 0.0
 ) -> F32:
     """What the kernel computes on a panel tile [k, lanes], in float64: [n, lanes]."""
-    y = unpack(packed).astype(np.float64) @ panel.astype(np.float64) + packed.bias[: packed.n, None]
-    if residual is not None:
-        y = y + residual
-    return activation.reference(y, act, low, high).astype(np.float32)
+    return sums.reference(unpack(packed), packed.bias, panel, residual, act, low, high)
 
 
 def name(lanes: int, act: str) -> str:

@@ -1,14 +1,28 @@
-"""What the kernels of products share: how sums begin, grow and end. Functions emit statements into a script."""
+"""What the kernels of products share: how sums begin, grow and end, and what they come to. All functions but
+`reference` emit statements into a script."""
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
 from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation
 from spa_compiler.kernels.vector import at, spread, store
 
+F32 = NDArray[np.float32]
+
 ACCUMULATE, BIAS, RESIDUAL = 0, 1, 2  # modes: sums begin with the output so far, the bias, or residual + bias
+
+
+def reference(dense: F32, bias: F32, panel: F32, residual: F32 | None, act: str, low: float, high: float) -> F32:
+    """What a product gives for a weight [n, k] on a panel tile [k, lanes], summed in float64: float32 [n, lanes].
+
+    `bias` may be longer than n; `residual` [n, lanes] or None.
+    """
+    y = dense.astype(np.float64) @ panel.astype(np.float64) + bias[: len(dense), None]
+    return activation.reference(y if residual is None else y + residual, act, low, high).astype(np.float32)
 
 
 def start(regs, index, mode, bias, row, begin, position, width):
