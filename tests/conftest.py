@@ -18,7 +18,7 @@ def spa_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """A cache of the test run's own; what depends on nothing but its content is kept from run to run."""
     folder = tmp_path_factory.mktemp("spa-cache")
     cache = getattr(request.config, "cache", None)  # there is none with `-p no:cacheprovider`
-    for name in ("objects", "zig") if cache else ():
+    for name in ("objects", "zig", "cuda", "cuda-emulator") if cache else ():
         (folder / name).symlink_to(cache.mkdir(f"spa-{name}"), target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPA_CACHE_DIR", str(folder))
