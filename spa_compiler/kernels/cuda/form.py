@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa_compiler.kernels import activation
+from spa_compiler.kernels.cuda.arrays import Array
 from spa_compiler.targets.cuda import Architecture
 
 Dtype = Literal["fp16", "bf16", "fp32"]
@@ -103,6 +104,13 @@ class Form(Protocol):
     @property
     def arrays(self) -> Sequence[str]:
         """Names of what `pack` gives, in the order of a kernel's arguments."""
+
+    def rules(self, dtype: Dtype) -> Sequence[Array]:
+        """What `pack` gives for `dtype`, in this order: types, sizes, and what integers that kernels index with may be.
+
+        The C side refuses arrays that break a rule (`arrays.py`), so a kernel may rely on all that is stated here, and
+        must not rely on anything else.
+        """
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> arrays of types that ONNX has; 16-bit numbers as uint16.
