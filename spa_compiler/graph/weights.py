@@ -77,6 +77,21 @@ class Weight(LazyValues):  # type: ignore[misc]
         return self._nonzero
 
 
+class Widened(LazyValues):  # type: ignore[misc]
+    """float32 values of a Constant with 16-bit floats, widened whenever they are read."""
+
+    def __init__(self, constant: gs.Constant) -> None:
+        stub = TensorProto(name=constant.name, data_type=TensorProto.FLOAT, dims=list(constant.shape))
+        stub.data_location = TensorProto.EXTERNAL  # there is no float32 data anywhere yet
+        super().__init__(stub)
+        self._narrow = gs.Constant(constant.name, np.zeros(0, np.float32))
+        self._narrow._values = constant._values
+
+    def load(self) -> np.ndarray[Any, Any]:
+        """The values, a new array."""
+        return np.asarray(array_of(self._narrow)).astype(np.float32)
+
+
 def array_of(constant: gs.Constant) -> np.ndarray[Any, Any]:
     """The values of a Constant without making it hold them: right for one pass over all weights."""
     held = constant._values
