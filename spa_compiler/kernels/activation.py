@@ -16,14 +16,16 @@ Absolute errors against float64 stay below 1e-6 of max(1, |x|); `tests/kernels/t
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import scipy.special
+from numpy.polynomial import Chebyshev, Polynomial
 from numpy.typing import NDArray
 from tvm.script import tirx as T
 
-from spa_compiler.kernels.vector import LOG2_E, const, exp2, horner, reciprocal, spread
+from spa_compiler.kernels.vector import LOG2_E, ZMM, const, constants, exp2, horner, pick, reciprocal, spread
 
 NAMES = ("none", "relu", "clip", "gelu_erf", "gelu_tanh", "silu", "sigmoid", "hard_swish", "hard_sigmoid", "leaky_relu")
 
@@ -44,6 +46,9 @@ _ERF_Q = (
     -7.37332916720468e-03,
     -1.42647390514189e-02,
 )
+
+# The left halves of both GELUs as ZMM polynomials, for equal parts of [-LEFT, 0]; further left they are 0.
+_LEFT, _DEGREE = 5.5, 4
 
 
 def reference(x: NDArray[np.float64], name: str, low: float = 0.0, high: float = 0.0) -> NDArray[np.float64]:
@@ -89,6 +94,8 @@ def emit(x, name, low, high, width, isa):
             slope, middle = spread(low, width), spread(high, width)
         gate = T.min(const(1.0, width), T.max(const(0.0, width), slope * x + middle))
         return x * gate if name == "hard_swish" else gate
+    if name.startswith("gelu") and width == ZMM and isa.gathers:
+        return _gelu_by_parts(x, name)
     # Below these bounds the results are 0, but a large x times the last bit of the other factor would not be.
     x = T.bind(T.max(const(-4 * 2**0.5 if name == "gelu_erf" else -100.0, width), x))
     if name == "gelu_erf":
@@ -103,3 +110,37 @@ def emit(x, name, low, high, width, isa):
         y = x * (const(2 * math.sqrt(2 / math.pi), width) + const(2 * math.sqrt(2 / math.pi) * 0.044715, width) * x * x)
     sigmoid = reciprocal(const(1.0, width) + exp2(y * const(-LOG2_E, width), width), width, isa)
     return sigmoid if name == "sigmoid" else x * sigmoid
+
+
+def _gelu_by_parts(x, name):
+    """gelu(x) = max(x, 0) + gelu(-|x|), the second from a polynomial whose coefficients permutations find in registers.
+
+    Half the instructions of the quotients below, and few of them multiply: products have the multipliers all the time.
+    """
+    kind = f"int32x{ZMM}"
+    end = const(np.nextafter(np.float32(ZMM), np.float32(0)).item(), ZMM)
+    # min(a, b) is `a < b ? a : b`: NaN, which no integer stands for, is the end here, and itself in what is added
+    place = T.bind(T.min(T.max(x, -x) * const(ZMM / _LEFT, ZMM), end))
+    part = T.bind(T.Cast(kind, place))
+    inside = T.bind(place - T.Cast(kind.replace("int", "float"), part))
+    first, *others = (pick([constants(row)], part) for row in _parts(name))
+    for coefficient in others:
+        first = first * inside + coefficient
+    return T.max(const(0.0, ZMM), x) + first
+
+
+@functools.cache
+def _parts(name: str) -> NDArray[np.float64]:
+    """The coefficients of each power, the highest first: [_DEGREE + 1, parts]. `name` is 0 at 0 and at the far end."""
+    rows = []
+    for part in range(ZMM):
+        fitted = Chebyshev.interpolate(
+            lambda t, part=part: reference(-(part + t) * (_LEFT / ZMM), name), _DEGREE, domain=[0, 1]
+        )
+        row = fitted.convert(kind=Polynomial).coef
+        if part == 0:
+            row[0] = 0.0
+        if part == ZMM - 1:
+            row[0] -= row.sum()
+        rows.append(row[::-1])
+    return np.asarray(np.array(rows).T, np.float64)

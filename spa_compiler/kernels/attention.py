@@ -39,8 +39,8 @@ def name(lanes: int) -> str:
     return f"spa_attention_{lanes}"
 
 
-def _score(regs, i, scale, mask, S, index, top, v, W):
-    masked = T.max(mask[at(index, W)] * const(LOG2_E, W), const(LOWEST, W))
+def _score(regs, i, scale, shown, S, index, top, v, W):
+    masked = T.max(shown * const(LOG2_E, W), const(LOWEST, W))
     x = T.bind(regs[at(i, W)] * spread(scale, W) + masked)
     store(S, x, index, W)
     store(top, T.max(top[at(v, W)], x), v, W)
@@ -57,11 +57,12 @@ def _fma(regs, index, value, x, W):
 
 
 def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
-    """void spa_attention_<lanes>(q, k, v, mask, scores, state, out, depth, keys, part, scale): one tile of keys.
+    """void spa_attention_<lanes>(q, k, v, mask, scores, state, out, depth, keys, mask_stride, part, scale): one tile of
+    keys.
 
-    `q`, `k`, `v`, `out` point at the head's first feature in their tiles. `mask` is [lanes, lanes], a row for each key,
-    and LOWEST in the rows past the last key; `scores` has room for [lanes, lanes], `state` for [2, lanes] (maximum and
-    sum). `part` has FIRST set on the first call, LAST on the last.
+    `q`, `k`, `v`, `out` point at the head's first feature in their tiles. `mask` has a row for each key of the tile,
+    LOWEST past the last one: `lanes` floats, or one for all queries where `mask_stride` is 0. `scores` has room for
+    [lanes, lanes], `state` for [2, lanes] (maximum and sum). `part` has FIRST set on the first call, LAST on the last.
     """
     W, V, passes = isa.passes(ROWS, lanes)
     R = min(ROWS, lanes)  # keys at a time; a tile of one token has one
@@ -77,6 +78,7 @@ def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
         out_: T.handle("float32"),
         depth: T.int32,
         keys: T.int32,
+        mask_stride: T.int32,
         part: T.int32,
         scale: T.float32,
     ):
@@ -115,19 +117,34 @@ def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
                                 Q[at(d * lanes + lane + v * W, W)],
                                 W,
                             )
-                for r in T.unroll(R):
-                    for v in T.unroll(V):
-                        _score(
-                            regs,
-                            (r * V + v) * W,
-                            scale,
-                            mask,
-                            S,
-                            (t * R + r) * lanes + lane + v * W,
-                            top,
-                            v * W,
-                            W,
-                        )
+                if mask_stride == 0:
+                    for r in T.unroll(R):
+                        for v in T.unroll(V):
+                            _score(
+                                regs,
+                                (r * V + v) * W,
+                                scale,
+                                spread(mask[t * R + r], W),
+                                S,
+                                (t * R + r) * lanes + lane + v * W,
+                                top,
+                                v * W,
+                                W,
+                            )
+                else:
+                    for r in T.unroll(R):
+                        for v in T.unroll(V):
+                            _score(
+                                regs,
+                                (r * V + v) * W,
+                                scale,
+                                mask[at((t * R + r) * lanes + lane + v * W, W)],
+                                S,
+                                (t * R + r) * lanes + lane + v * W,
+                                top,
+                                v * W,
+                                W,
+                            )
             for v in T.unroll(V):
                 store(factor, exp2(state[at(lane + v * W, W)] - top[at(v * W, W)], W), v * W, W)
                 store(state, top[at(v * W, W)], lane + v * W, W)

@@ -18,6 +18,7 @@ ANY = 1 << 20  # extent of a flat buffer: extents are not checked at run time, p
 # softmax multiplies by 2^0 for every tile of keys that brings no new maximum, and what is a bit off there adds up.
 EXP2 = (0.001326472731, 0.009671512991, 0.05550733581, 0.2402224243, 0.6931470037, 1.0)
 LOG2_E = 1.4426950408889634
+_WHOLE = 3 << 22  # 1.5 x 2^23: the sum with any |x| <= 2^22 is a whole number
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ def const(value, width):
     return T.float32(value) if width == 1 else T.Broadcast(T.float32(value), width)
 
 
+def constants(values):
+    """A vector of numbers."""
+    return tirx.Shuffle([T.float32(v) for v in values], [tirx.IntImm("int32", i) for i in range(len(values))])
+
+
 def spread(value, width):
     """A scalar expression in every lane."""
     return value if width == 1 else T.Broadcast(value, width)
@@ -96,8 +102,10 @@ def gather(buffer, index, width, isa):
 
 
 def pick(table, places):
-    """16 lanes of the 512-bit registers in `table`, two or four, at `places`: of four, lanes 0 to 7 are in the first
-    two and lanes 8 to 15 in the others."""
+    """16 lanes of the 512-bit registers in `table`, one, two or four, at `places`: of four, lanes 0 to 7 are in the
+    first two and lanes 8 to 15 in the others."""
+    if len(table) == 1:
+        return T.bind(T.call_llvm_pure_intrin(f"float32x{ZMM}", "llvm.x86.avx512.permvar.sf.512", table[0], places))
     intrinsic = "llvm.x86.avx512.vpermi2var.ps.512"
     found = [
         T.bind(T.call_llvm_pure_intrin(f"float32x{ZMM}", intrinsic, table[i], places, table[i + 1]))
@@ -117,15 +125,14 @@ def horner(x, coefficients, width):
 
 def exp2(x, width):
     """2^x for |x| <= 126, relative error below 2e-7; the bounds' values beyond, NaN for NaN."""
-    # max(a, b) is `a > b ? a : b`: the first two keep NaN, the third keeps it away from the cast to an integer
+    # max(a, b) is `a > b ? a : b`, which keeps NaN
     x = T.bind(T.max(const(-126.0, width), T.min(const(126.0, width), x)))
-    # Of what is positive, a cast is the floor: SSE2 has no other, and TVM's simplifier folds the usual rounding by
-    # adding and subtracting a magic number.
-    kind = "int32" if width == 1 else f"int32x{width}"
-    biased = T.bind(T.Cast(kind, T.min(x + const(127.5, width), const(254.0, width))))
-    fraction = T.bind(x - T.Cast(kind.replace("int", "float"), biased - spread(T.int32(127), width)))
-    bits = T.shift_left(biased, spread(T.int32(23), width))
-    power = T.reinterpret(kind.replace("int", "float"), bits)
+    # A float this large has no fraction, and its last bits are the whole number, with the exponent's bias. The way
+    # through integers hides from TVM's simplifier that what is added is taken off again.
+    integers, floats = ("int32", "float32") if width == 1 else (f"int32x{width}", f"float32x{width}")
+    bits = T.bind(T.reinterpret(integers, x + const(_WHOLE + 127, width)))
+    fraction = T.bind(x - (T.reinterpret(floats, bits) - const(_WHOLE + 127, width)))
+    power = T.reinterpret(floats, T.shift_left(bits, spread(T.int32(23), width)))
     return T.bind(horner(fraction, EXP2, width) * power)
 
 

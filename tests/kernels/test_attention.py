@@ -16,8 +16,13 @@ NAMES = tuple(attention.name(lanes) for lanes in panel.LANE_COUNTS)
 LOG2_E = 1.4426950408889634
 
 
-def run(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
-    """`q` [depth, lanes], `k`, `v` [depth, keys], `mask` [keys, lanes]: tile by tile, as `steps.c` does."""
+def run(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float, shared: bool = False
+) -> np.ndarray:
+    """`q` [depth, lanes], `k`, `v` [depth, keys], `mask` [keys, lanes]: tile by tile, as `steps.c` does.
+
+    `shared`: all queries have the mask of the first, and the kernel reads it once.
+    """
     depth, lanes = q.shape
     keys, tiles = k.shape[1], -(-k.shape[1] // lanes)
     out, canaries = output((depth, lanes))
@@ -33,8 +38,10 @@ def run(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: fl
         tile_mask = np.full((lanes, lanes), attention.LOWEST, np.float32)
         tile_mask[:count] = mask[part]
         which = (attention.FIRST if t == 0 else 0) | (attention.LAST if t == tiles - 1 else 0)
-        arrays = [guarded(a) for a in (q, tile_k, tile_v, tile_mask)]
-        call(NAMES, attention.name(lanes), *arrays, scores, state, out, depth, count, which, scale * LOG2_E)
+        rows = np.ascontiguousarray(tile_mask[:, 0]) if shared else tile_mask
+        arrays = [guarded(a) for a in (q, tile_k, tile_v, rows)]
+        numbers = (depth, count, 0 if shared else lanes, which, scale * LOG2_E)
+        call(NAMES, attention.name(lanes), *arrays, scores, state, out, *numbers)
     assert_untouched(canaries)
     return np.array(out)
 
@@ -64,6 +71,8 @@ def test_it_computes_what_the_reference_computes(
     want = attention.reference(q, k, v, mask, depth**-0.5)
     got = run(q, k, v, mask, depth**-0.5)
     assert np.abs(got - want).max() <= 3e-6 * max(1.0, np.abs(v).max()) * max(1.0, spread)
+    if kind != "causal":
+        np.testing.assert_array_equal(run(q, k, v, mask, depth**-0.5, shared=True), got)
 
 
 @pytest.mark.parametrize("lanes", panel.LANE_COUNTS)

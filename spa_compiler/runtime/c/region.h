@@ -36,7 +36,7 @@ typedef void Combine(const float* a, const float* b, float* out, int32_t registe
 typedef void Pack(const float* x, float* panel, int32_t tokens, int32_t features, int32_t stride);
 typedef void Unpack(const float* panel, float* y, int32_t tokens, int32_t features, int32_t stride);
 typedef void Attend(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
-                    float* out, int32_t depth, int32_t keys, int32_t part, float scale);
+                    float* out, int32_t depth, int32_t keys, int32_t mask_stride, int32_t part, float scale);
 typedef void Cached(const float* q, const float* k, const float* v, const float* mask, float* scores, float* state,
                     float* out, int32_t keys, int32_t mask_stride, int32_t part, float scale);
 typedef void Rotate(const float* x, const float* cos, const float* sin, float* out, int32_t count);

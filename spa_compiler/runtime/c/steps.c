@@ -142,23 +142,21 @@ static void linear_item(void* user, size_t item) {
   }
 }
 
-/* The mask of one tile of queries and one of keys as [lanes, lanes], a row for each key; rows past the last key say
- * never. */
-static void mask_tile(const Step* s, int64_t head, int64_t tile, int64_t key_tile, float* mask) {
+/* The mask of one tile of queries and one of keys, a row for each key: of `lanes` floats, or of one where all queries see the
+ * same. Rows past the last key say never. Returns the floats from row to row, 0 where all queries see the same. */
+static int32_t mask_tile(const Step* s, int64_t head, int64_t tile, int64_t key_tile, float* mask) {
   const Run* r = s->run;
-  int64_t lanes = r->lanes, keys = tokens_in(r, key_tile), first_key = token_of(r, key_tile);
-  if (s->mask) {
-    const float* from = s->mask + sequence_of(r, tile) * s->mask_stride[0] + head * s->mask_stride[1] + first_key;
-    if (s->mask_stride[2])
-      r->node->region->pack[r->lane_index](from + token_of(r, tile) * s->mask_stride[2], mask,
-                                           (int32_t)tokens_in(r, tile), (int32_t)keys, (int32_t)s->mask_stride[2]);
-    else
-      for (int64_t key = 0; key < keys; ++key)
-        for (int64_t i = 0; i < lanes; ++i) mask[key * lanes + i] = from[key];
-  } else {
-    for (int64_t i = 0; i < keys * lanes; ++i) mask[i] = 0.0f;
-  }
-  for (int64_t i = keys * lanes; i < lanes * lanes; ++i) mask[i] = LOWEST;
+  int64_t keys = tokens_in(r, key_tile), row = s->mask ? s->mask_stride[2] : 0, width = row ? r->lanes : 1;
+  const float* from = NULL;
+  if (s->mask)
+    from = s->mask + sequence_of(r, tile) * s->mask_stride[0] + head * s->mask_stride[1] + token_of(r, tile) * row +
+           token_of(r, key_tile);
+  if (row)
+    r->node->region->pack[r->lane_index](from, mask, (int32_t)tokens_in(r, tile), (int32_t)keys, (int32_t)row);
+  else
+    for (int64_t key = 0; key < keys; ++key) mask[key] = from ? from[key] : 0.0f;
+  for (int64_t i = keys * width; i < r->lanes * width; ++i) mask[i] = LOWEST;
+  return row ? (int32_t)width : 0;
 }
 
 /* Whether a row of a mask shows a key of those from `first` to `end`. */
@@ -200,9 +198,9 @@ static void attention_item(void* user, size_t item) {
   _Alignas(64) float scores[MAX_LANES * MAX_LANES], mask[MAX_LANES * MAX_LANES], state[2 * MAX_LANES];
   for (int64_t t = 0; t < needed; ++t) {
     int64_t at = (first + t) * stride + key;
-    mask_tile(s, head, tile, first + t, mask);
+    int32_t mask_stride = mask_tile(s, head, tile, first + t, mask);
     a->kernels[r->lane_index](s->from + query, s->k + at, s->v + at, mask, scores, state, s->to + query,
-                              (int32_t)a->depth, (int32_t)tokens_in(r, first + t),
+                              (int32_t)a->depth, (int32_t)tokens_in(r, first + t), mask_stride,
                               (t == 0 ? FIRST : 0) | (t + 1 == needed ? LAST : 0), a->scale);
   }
 }
