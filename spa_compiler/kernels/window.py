@@ -127,19 +127,35 @@ def _copy_vector(to, place, source, begin, width):
     store(to, source[at(begin, width)], place, width)
 
 
-def _copy_even(to, place, source, begin):
-    """8 floats, of every second one."""
-    pair = [T.bind(source[at(begin + i * 8, 8)]) for i in range(2)]
-    store(to, tirx.Shuffle(pair, [tirx.IntImm("int32", 2 * i) for i in range(8)]), place, 8)
+def _every_second(source, begin, width):
+    """`width` floats, of every second one."""
+    pair = [T.bind(source[at(begin + i * width, width)]) for i in range(2)]
+    return tirx.Shuffle(pair, [tirx.IntImm("int32", 2 * i) for i in range(width)])
+
+
+def _columns(to, place, source, begin, step, keep, fill, width):
+    """The part of a row that a register holds; padding where it sees none."""
+    found = source[at(begin, width)] if step == 1 else _every_second(source, begin, width)
+    store(to, tirx.Select(keep, found, spread(fill, width)), place, width)
+
+
+def _seen(first, low, high, width):
+    """Which lanes of a register see a column: its outputs begin with `first`."""
+    lanes = T.Ramp(first, 1, width)
+    return tirx.And(lanes >= spread(low, width), lanes < spread(high, width))
 
 
 def _padding(to, place, fill):
     store(to, spread(fill, PITCH_STEP), place, PITCH_STEP)
 
 
+def _within(value, low, high):
+    return T.max(T.min(value, high), low)
+
+
 def shift_kernel() -> tirx.PrimFunc:
-    """void spa_shift(x, to, top, rows, phases, height, width, pitch, low, high, left, step, fill): one channel of one
-    copy.
+    """void spa_shift(x, to, top, rows, phases, height, width, pitch, low, high, left, step, before, behind, fill): one
+    channel of one copy.
 
     Args (of the kernel):
         x: the channel [height, width].
@@ -149,6 +165,8 @@ def shift_kernel() -> tirx.PrimFunc:
         low, high: outputs of a row that see a column of x; the others see padding.
         left: the column that output 0 sees; negative in the padding.
         step: the horizontal stride.
+        before, behind: floats that may be read in front of x, and from its first one on: whole registers are read, and
+            what does not belong to a row is dropped.
         fill: what the padding holds.
     """
 
@@ -166,38 +184,80 @@ def shift_kernel() -> tirx.PrimFunc:
         high: T.int32,
         left: T.int32,
         step: T.int32,
+        before: T.int32,
+        behind: T.int32,
         fill: T.float32,
     ):
         T.func_attr({"global_symbol": SHIFT, "tirx.noalias": True})
         X = T.decl_buffer((ANY,), "float32", data=x_)
         to = T.decl_buffer((ANY,), "float32", data=to_)
         for phase in T.serial(phases):
-            for y in T.serial(rows):
-                row: T.let[T.int32] = top + y * phases + phase
-                place: T.let[T.int32] = (phase * rows + y) * pitch
-                if T.And(row >= 0, row < height):
-                    begin: T.let[T.int32] = row * width + left
-                    # Whole vectors read past both ends of a row, though never of the channel, and its edges are
-                    # mended below.
-                    inside: T.let[T.bool] = T.And(begin >= 0, begin + pitch * step <= height * width)
-                    if T.And(step == 1, inside):
-                        for i in T.serial(T.truncdiv(pitch, ZMM)):
-                            _copy_vector(to, place + i * ZMM, X, begin + i * ZMM, ZMM)
-                        if T.truncmod(pitch, ZMM) != 0:
-                            _copy_vector(to, place + pitch - 8, X, begin + pitch - 8, 8)
-                    elif T.And(step == 2, inside):
-                        for i in T.serial(T.truncdiv(pitch, 8)):
-                            _copy_even(to, place + i * 8, X, begin + i * 16)
-                    else:
-                        for i in T.serial(high - low):
-                            to[place + low + i] = X[begin + (low + i) * step]
+            plane: T.let[T.int32] = phase * rows * pitch
+            # Rows are padding, then unsafe to read in whole registers, then safe, unsafe and padding again.
+            upper: T.let[T.int32] = _within(T.floordiv(phases - 1 - top - phase, phases), 0, rows)
+            under: T.let[T.int32] = _within(T.floordiv(height + phases - 1 - top - phase, phases), upper, rows)
+            early: T.let[T.int32] = T.floordiv(width - 1 - left - before, width)
+            late: T.let[T.int32] = T.floordiv(behind - left - pitch * step, width)
+            begin: T.let[T.int32] = _within(T.floordiv(early + phases - 1 - top - phase, phases), upper, under)
+            end: T.let[T.int32] = _within(T.floordiv(late + phases - top - phase, phases), begin, under)
+            for i in T.serial(T.truncdiv(upper * pitch, PITCH_STEP)):
+                _padding(to, plane + i * PITCH_STEP, fill)
+            for i in T.serial(T.truncdiv((rows - under) * pitch, PITCH_STEP)):
+                _padding(to, plane + under * pitch + i * PITCH_STEP, fill)
+            safe: T.let[T.int32] = T.if_then_else(step <= 2, begin, under)
+            again: T.let[T.int32] = T.if_then_else(step <= 2, end, under)
+            # The vectors of a column of registers have their padding in common.
+            row: T.let[T.int32] = (top + phase + begin * phases) * width + left
+            place: T.let[T.int32] = plane + begin * pitch
+            if step == 1:
+                for i in T.serial(T.truncdiv(pitch, ZMM)):
+                    for y in T.serial(end - begin):
+                        _columns(
+                            to,
+                            place + y * pitch + i * ZMM,
+                            X,
+                            row + y * phases * width + i * ZMM,
+                            1,
+                            _seen(i * ZMM, low, high, ZMM),
+                            fill,
+                            ZMM,
+                        )
+                if T.truncmod(pitch, ZMM) != 0:
+                    for y in T.serial(end - begin):
+                        _columns(
+                            to,
+                            place + y * pitch + pitch - 8,
+                            X,
+                            row + y * phases * width + pitch - 8,
+                            1,
+                            _seen(pitch - 8, low, high, 8),
+                            fill,
+                            8,
+                        )
+            elif step == 2:
+                for i in T.serial(T.truncdiv(pitch, 8)):
+                    for y in T.serial(end - begin):
+                        _columns(
+                            to,
+                            place + y * pitch + i * 8,
+                            X,
+                            row + y * phases * width + i * 16,
+                            2,
+                            _seen(i * 8, low, high, 8),
+                            fill,
+                            8,
+                        )
+            for part in T.serial(2):
+                first: T.let[T.int32] = T.if_then_else(part == 0, upper, again)
+                for y in T.serial(T.if_then_else(part == 0, safe, under) - first):
+                    source: T.let[T.int32] = (top + phase + (first + y) * phases) * width + left
+                    target: T.let[T.int32] = plane + (first + y) * pitch
                     for i in T.serial(low):
-                        to[place + i] = fill
+                        to[target + i] = fill
+                    for i in T.serial(high - low):
+                        to[target + low + i] = X[source + (low + i) * step]
                     for i in T.serial(pitch - high):
-                        to[place + high + i] = fill
-                else:
-                    for i in T.serial(T.truncdiv(pitch, PITCH_STEP)):
-                        _padding(to, place + i * PITCH_STEP, fill)
+                        to[target + high + i] = fill
 
     return shift
 

@@ -138,6 +138,7 @@ class Image:
     part_of: Image | None = None  # of whose channels, from `first` on, it is a view
     first: int = 0
     parts: list[Image] = field(default_factory=list)  # that are views of it
+    over: Image | None = None  # may be written where this one lies: a residual, each float of which is read just before
 
     @property
     def home(self) -> Image:
@@ -196,16 +197,21 @@ class ImageBuilder:
         if term is not None:
             second, others = f"{self._number(term[1])}, {term[0].number}", [term[0], *others]
         made = self._made(spec.n, "LINEAR", source, None, others)
+        made.over = _apart(residual, [source] if term is None else [source, term[0]])
         arguments = f"{first}, {source.number}, {second}, {residual.number if residual else -1}, {made.number}"
         self._lines.append(f"spa_image_linear(r, {arguments})")
         return made
 
     def window(self, source: Image, window: Window, spec: LinearSpec, residual: Image | None = None) -> Image:
-        """act(W x + b + residual), where x is what a window sees."""
+        """act(W x + b + residual), where x is what a window sees: a pixel of some, once the others are left out, is all
+        of an image."""
         if window.channels != source.channels or spec.k != window.k:
             raise ValueError(f"{window} takes {window.k} columns of {window.channels} channels")
+        if window.size == (1, 1) and not any(window.pads):
+            return self.linear(self._every(source, window), spec, residual)
         number = self._number(spec)
         made = self._made(spec.n, "WINDOW", source, window, [residual] if residual else [])
+        made.over = _apart(residual, [source])
         arguments = f"{number}, {source.number}, {residual.number if residual else -1}, {made.number}"
         self._lines.append(f"spa_image_window(r, {arguments})")
         return made
@@ -369,7 +375,8 @@ class ImageBuilder:
         return image.kind in _EXACT and not image.parts
 
     def _slots(self) -> tuple[dict[int, int], int]:
-        """The slot of every image that is no part of another, and how many there are: the free one that fits best."""
+        """The slot of every image that is no part of another, and how many there are: that of a residual that nothing
+        needs any more, whose lines are in the caches when the sum is written; else the free one that fits best."""
         sizes: list[float] = []
         free_from: list[int] = []
         places: dict[int, int] = {}
@@ -378,7 +385,10 @@ class ImageBuilder:
                 places[image.number] = -1 - image.outputs[0]
                 continue
             free = [s for s in range(len(sizes)) if free_from[s] <= image.born]
-            if free:
+            over = image.over
+            if over is not None and over.dies == image.born and places.get(over.number, -1) >= 0:
+                slot = places[over.number]
+            elif free:
                 slot = min(free, key=lambda s: (sizes[s] < image.weight, abs(sizes[s] - image.weight)))
             else:
                 slot = len(sizes)
@@ -399,6 +409,12 @@ class ImageBuilder:
             image.readers.append(len(self._lines))
         step = window.stride[0] * window.stride[1] if window else 1
         return self._new(channels, kind, source.number, window, source.shrunk / step)
+
+    def _every(self, source: Image, window: Window) -> Image:
+        """The pixels that a stride leaves."""
+        made = self._made(source.channels, "EVERY", source, window, [])
+        self._lines.append(f"spa_image_every(r, {source.number}, {made.number})")
+        return made
 
     def _grown(self, step: str, source: Image, channels: int, grow: tuple[int, int], axes: int) -> Image:
         made = self._made(channels, "GROW", source, None, [])
@@ -422,6 +438,11 @@ class ImageBuilder:
         self._made_at[at] = len(self._images)
         self._images.append(Image(len(self._images), channels, kind, source, window, shrunk, at, at))
         return self._images[-1]
+
+
+def _apart(residual: Image | None, sources: list[Image]) -> Image | None:
+    """The residual, where none of the sources of the same step lies in it."""
+    return None if residual is None or any(s.home is residual.home for s in sources) else residual
 
 
 def _keep(image: Image, step: int) -> None:

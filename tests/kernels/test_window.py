@@ -96,6 +96,8 @@ def shifted(x: np.ndarray, w: Window, first: int, height: int, slack: int) -> tu
                 high,
                 left,
                 step,
+                c * x[0].size,
+                x[c:].size,
                 0.0,
             )
     return planes, canaries

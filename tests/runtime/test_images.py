@@ -170,7 +170,7 @@ def touched(call: str) -> list[int]:
     values = [int(v) for v in found[2].split(",")]
     if found[1] in ("in", "out"):
         return values[:1]
-    if found[1] in ("mean", "repeat", "unfold"):
+    if found[1] in ("mean", "repeat", "unfold", "every"):
         return values
     if found[1] == "combine":
         return [i for i in values[1:] if i >= 0]
@@ -178,6 +178,13 @@ def touched(call: str) -> list[int]:
         _, source, second, second_source, residual, made = values
         return [i for i in (source, second_source if second >= 0 else -1, residual, made) if i >= 0]
     return [i for i in values[1:] if i >= 0]
+
+
+def residual_alone(line: str) -> int:
+    """The residual of a step, where it reads that image as nothing else; else -1."""
+    found = re.search(r"spa_image_(linear|window)\(r, ([-\d, ]+)\)", line)
+    values = [int(v) for v in found[2].split(", ")] if found else [-1, -1]
+    return values[-2] if values[-2] not in touched(line)[:-2] else -1
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -188,6 +195,7 @@ def test_images_that_live_at_the_same_time_have_slots_of_their_own(name: str) ->
         return [spec.images[i].home for i in images]
 
     together: list[list[int]] = []  # the images of a step, or of all steps of a loop
+    over = {at_home(touched(line)[-1:])[0]: residual_alone(line) for line in spec.lines if line.startswith("TRY")}
     looping = False
     for line in spec.lines:
         if line.startswith("TRY"):
@@ -206,8 +214,35 @@ def test_images_that_live_at_the_same_time_have_slots_of_their_own(name: str) ->
     for a, b in combinations(alive, 2):
         if spec.images[a].slot == spec.images[b].slot >= 0:
             shared += 1
-            assert alive[a][-1] < alive[b][0] or alive[b][-1] < alive[a][0], (a, b)
+            # but a sum may be written over its residual
+            replaced = over.get(b) == a and spec.images[a].channels == spec.images[b].channels
+            assert alive[a][-1] < alive[b][0] + replaced or alive[b][-1] < alive[a][0], (a, b)
     assert shared or name != "inverted"
+
+
+@pytest.mark.parametrize(("read_later", "its_own_source"), [(False, False), (True, False), (False, True)])
+def test_a_sum_is_written_over_a_residual_that_nothing_else_reads(read_later: bool, its_own_source: bool) -> None:
+    r = Recorder()
+    x = r.linear(r.input(8), 8, 4)
+    seen = r.linear(x, 4, 4, window=Window(8, (3, 3), pads=SAME))
+    y = r.linear(x if its_own_source else seen, 8, 4, residual=x)
+    r.output(r.linear(r.concat(y, r.linear(x, 8, 4)) if read_later else y, 9, 4))
+    n = r.finish()
+    slots = [n.spec.images[i.home].slot for i in n.spec.images if i.kind == "LINEAR" and i.channels == 8]
+    assert (slots[0] == slots[1]) == (not read_later and not its_own_source)
+    feeds = n.feeds(2, (5, 7))
+    assert_parity(run(session(n.model(), path=linked(n.spec)), feeds), n.expected(feeds))
+
+
+def test_pixels_that_a_stride_leaves_out_are_left_out_before_the_product() -> None:
+    def kinds(window: Window) -> list[str]:
+        r = Recorder()
+        r.output(r.linear(r.linear(r.input(8), 8, 4), 8, 4, window=window))
+        return [i.kind for i in r.finish().spec.images[2:]]
+
+    assert kinds(Window(8, (1, 1), (2, 3))) == ["EVERY", "LINEAR"]
+    assert kinds(Window(8, (1, 1), (2, 2), pads=(1, 0, 0, 0))) == ["WINDOW"]
+    assert kinds(Window(8, (1, 2), (2, 2))) == ["WINDOW"]
 
 
 def test_what_is_put_together_is_written_to_its_place() -> None:

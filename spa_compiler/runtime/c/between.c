@@ -1,4 +1,5 @@
-/* What stands between two convolutions and has no weight: means, sums and products of images, pixels that are repeated. */
+/* What stands between two convolutions and has no weight: means, sums and products of images, pixels that are repeated or
+ * left out. */
 #include <string.h>
 
 #include "region.h"
@@ -9,7 +10,7 @@ typedef struct {
   const CombineInfo* info;
   const Image *from, *other, *to;
   int64_t channels, registers;
-  const int64_t* grow;
+  const int64_t *grow, *stride;
 } Step;
 
 static void mean_item(void* user, size_t channel) {
@@ -62,6 +63,27 @@ static void put(const Step* s, const float* x, float* y, int64_t row_step, int64
     else
       for (int64_t j = 0; j < s->from->width; ++j) to[j * column_step] = row[j];
   }
+}
+
+static void every_item(void* user, size_t channel) {
+  const Step* s = user;
+  const float* x = s->from->at + (int64_t)channel * s->from->pitch;
+  float* y = s->to->at + (int64_t)channel * s->to->pitch;
+  int64_t width = s->to->width, step = s->stride[1];
+  for (int64_t i = 0; i < s->to->height; ++i, y += width) {
+    const float* row = x + i * s->stride[0] * s->from->width;
+    if (step == 2)
+      for (int64_t j = 0; j < width; ++j) y[j] = row[2 * j];
+    else
+      for (int64_t j = 0; j < width; ++j) y[j] = row[j * step];
+  }
+  spa_clear_slack(s->to, (int64_t)channel);
+}
+
+Status* spa_image_every(const Run* r, int from, int to) {
+  const ImageInfo* info = &r->node->region->images[to];
+  Step s = {.from = &r->images[from], .to = &r->images[to], .stride = info->window->stride};
+  return KernelContext_ParallelFor(r->context, every_item, (size_t)info->channels, 0, &s);
 }
 
 static void repeat_item(void* user, size_t channel) {

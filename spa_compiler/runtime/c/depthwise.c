@@ -47,7 +47,8 @@ static void fill(const Step* s, int64_t channel, int64_t top, int64_t rows, int6
     int64_t end = most(begin, least(seen < width ? blocks_of(width - seen, step) : 0, pitch));
     s->run->node->region->shift(x, buffer + phase * plane, (int32_t)(top - s->from->base), (int32_t)rows, 1,
                                 (int32_t)s->from->held, (int32_t)width, (int32_t)pitch, (int32_t)begin, (int32_t)end,
-                                (int32_t)seen, (int32_t)step, s->fill);
+                                (int32_t)seen, (int32_t)step, (int32_t)(channel * s->from->pitch),
+                                (int32_t)((s->info->channels - channel) * s->from->pitch), s->fill);
   }
 }
 

@@ -26,7 +26,8 @@ typedef void Multiply(const float* panel, const int32_t* offsets, const int32_t*
                  int32_t groups, int32_t mode, int32_t last, int32_t base_pitch, int32_t out_pitch, float low,
                  float high);
 typedef void Shift(const float* x, float* to, int32_t top, int32_t rows, int32_t phases, int32_t height, int32_t width,
-                   int32_t pitch, int32_t low, int32_t high, int32_t left, int32_t step, float fill);
+                   int32_t pitch, int32_t low, int32_t high, int32_t left, int32_t step, int32_t before, int32_t behind,
+                   float fill);
 typedef void Crop(const float* tile, float* plane, const int32_t* runs, int32_t count);
 typedef void Depthwise(const float* buffer, const float* taps, const float* bias, float* out, int32_t height,
                        int32_t width, int32_t plane, int32_t pitch, int32_t out_pitch, float low, float high);
@@ -73,7 +74,7 @@ typedef struct { /* spa_compiler/kernels/combine.py */
 
 /* IMAGE_VIEW: channels of other images, without a step of its own. */
 enum { IMAGE_INPUT, IMAGE_LINEAR, IMAGE_WINDOW, IMAGE_DEPTHWISE, IMAGE_LARGEST, IMAGE_MEAN, IMAGE_COMBINE, IMAGE_GROW,
-       IMAGE_VIEW };
+       IMAGE_EVERY, IMAGE_VIEW };
 typedef struct { /* what a step makes */
   int64_t channels;
   int kind, source; /* the input's number, or the image that it is made of and that gives its size */
@@ -274,6 +275,7 @@ Status* spa_image_depthwise(const Run*, int depthwise, int from, int to);
 Status* spa_image_largest(const Run*, int largest, int from, int to);
 Status* spa_image_mean(const Run*, int from, int to);
 Status* spa_image_combine(const Run*, int combine, int from, int other, int to); /* `other` < 0: a copy */
+Status* spa_image_every(const Run*, int from, int to); /* pixels as far apart as the stride of `to`'s window says */
 Status* spa_image_repeat(const Run*, int from, int to); /* every pixel as many times as its image grows */
 Status* spa_image_unfold(const Run*, int from, int to); /* channels (y, x, channel) -> pixels (y, x) of each channel */
 Status* spa_image_out(const Run*, int from, int output);

@@ -66,16 +66,17 @@ static void shift_item(void* user, size_t channel) {
   const Band* b = user;
   const WindowInfo* w = b->window;
   int64_t plane = b->layout.rows * b->layout.pitch, step = w->stride[1];
-  int64_t channels = b->linear->k / (w->size[0] * w->size[1]);
+  int64_t channels = b->linear->k / (w->size[0] * w->size[1]), before = (int64_t)channel * b->from->pitch;
   for (int64_t x = 0; x < w->size[1]; ++x) {
     int64_t left = x * w->dilation[1] - w->pads[1] + b->left * step;
     int64_t low = least(left < 0 ? blocks_of(-left, step) : 0, b->width);
     int64_t high = most(low, least(left < b->from->width ? blocks_of(b->from->width - left, step) : 0, b->width));
     b->run->node->region->shift(
-        b->from->at + (int64_t)channel * b->from->pitch, b->planes + (x * channels + (int64_t)channel) * plane,
+        b->from->at + before, b->planes + (x * channels + (int64_t)channel) * plane,
         (int32_t)(b->first * w->stride[0] - w->pads[0] - b->from->base), (int32_t)(b->layout.rows / w->stride[0]),
         (int32_t)w->stride[0], (int32_t)b->from->held, (int32_t)b->from->width, (int32_t)b->layout.pitch,
-        (int32_t)low, (int32_t)high, (int32_t)left, (int32_t)step, 0.0f);
+        (int32_t)low, (int32_t)high, (int32_t)left, (int32_t)step, (int32_t)before,
+        (int32_t)(channels * b->from->pitch - before), 0.0f);
   }
 }
 
