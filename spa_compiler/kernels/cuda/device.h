@@ -256,8 +256,8 @@ SPA_MMA(spa_mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
     asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                           \
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " SELECTOR ";"   \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
-                 "r"(places)); \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), \
+                   "r"(places));                                                                                       \
   }
 SPA_MMA_SPARSE(spa_mma_sparse_fp16_first, "f16", "0x0")
 SPA_MMA_SPARSE(spa_mma_sparse_fp16_second, "f16", "0x1")
