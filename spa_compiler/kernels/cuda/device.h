@@ -45,7 +45,7 @@ SPA_DEVICE void spa_cp_async16(void* shared, const void* global) {
 // address.
 SPA_DEVICE void spa_cp_async16_part(void* shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(spa_shared_address(shared)), "l"(global),
-  "r"(valid)
+               "r"(valid)
                : "memory");
 }
 
@@ -236,35 +236,34 @@ SPA_DEVICE void spa_ldmatrix_x2_trans(uint* r, const void* shared) {
 }
 
 // d += a b
-#define SPA_MMA(NAME, SHAPE)                                                                                     \
-  SPA_DEVICE void NAME(float* d, const uint* a, const uint* b) {                                                 \
-    asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"    \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                            \
+#define SPA_MMA(NAME, SHAPE)                                                                                  \
+  SPA_DEVICE void NAME(float* d, const uint* a, const uint* b) {                                              \
+    asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
   }
 SPA_MMA(spa_mma_fp16, "m16n8k16.row.col.f32.f16.f16.f32")
 SPA_MMA(spa_mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 SPA_MMA(spa_mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef SPA_MMA
 
-// d += a b with a [16, 32] in 2:4: a holds the two of every four columns that `places` names, as the fragment of a 16
-// x 16 matrix; b is [32, 8], b[i] rows 8 i + 2 t, 8 i + 2 t + 1. `places` of lanes with t = 0 and 1 (_first; t = 2 and
-// 3: _second) count: lane t = 0 has row g, t = 1 row g + 8... of which columns 0..15 in the low half; see two_four.py.
-#if __CUDA_ARCH__ >= 800
-#define SPA_MMA_SPARSE(NAME, TYPE, SELECTOR)                                                                           \
-  SPA_DEVICE void NAME(float* d, const uint* a, const uint* b, uint places) {                                          \
-    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                           \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " SELECTOR ";"   \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), \
-                   "r"(places));                                                                                       \
+// d += a b with a [16, 32] in 2:4: a holds the two of every four columns, as the fragment of a 16 x 16 matrix; b is
+// [32, 8], b[i] has rows 8 i + 2 t, 8 i + 2 t + 1. A nibble of `places` says which two of four columns, the lower
+// first: the low half is row g, the high half row g + 8; lane t = 0 has columns 0..15, t = 1 columns 16..31. _second
+// takes them from lanes t = 2 and 3 instead.
+#define SPA_MMA_SPARSE(NAME, TYPE, SELECTOR)                                                                         \
+  SPA_DEVICE void NAME(float* d, const uint* a, const uint* b, uint places) {                                        \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                         \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " SELECTOR ";" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),           \
+                   "r"(places));                                                                                     \
   }
 SPA_MMA_SPARSE(spa_mma_sparse_fp16_first, "f16", "0x0")
 SPA_MMA_SPARSE(spa_mma_sparse_fp16_second, "f16", "0x1")
 SPA_MMA_SPARSE(spa_mma_sparse_bf16_first, "bf16", "0x0")
 SPA_MMA_SPARSE(spa_mma_sparse_bf16_second, "bf16", "0x1")
 #undef SPA_MMA_SPARSE
-#endif
 
 // ---- between the lanes of a warp, all of them together ----
 
@@ -278,7 +277,8 @@ SPA_DEVICE float spa_warp_sum(float v) {
 }
 SPA_DEVICE void spa_syncwarp() { __syncwarp(); }
 
-// ---- activations, named as in kernels/activation.py; `low` and `high` are used by those that have bounds ----
+// ---- activations, named as in kernels/activation.py; `low` and `high` are used by those that have
+// bounds ----
 
 SPA_DEVICE float spa_act_none(float x, float, float) { return x; }
 // Comparisons, not fmaxf: NaN stays NaN.

@@ -1,0 +1,330 @@
+// A CUDA thread block on one CPU thread: every GPU thread is a fiber, and blocks run one after the other.
+//
+// What a GPU leaves open is decided by chance, from a seed, so that code that relies on it fails here:
+//   - which thread goes on: any that is not waiting, anew whenever one waits;
+//   - when an asynchronous copy lands: at once, or at the wait for it; until then its target is garbage;
+//   - what shared memory starts with: garbage (NaN in every type).
+// Errors (misaligned vectors, addresses outside of the registered buffers, threads that wait for different things) end
+// the launch with a message. No C++ library is used: building one takes longer than all tests.
+
+#pragma once
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+struct spa_dim3 {
+  unsigned x, y, z;
+};
+
+enum { SPA_LANES = 32, SPA_MAX_THREADS = 1024, SPA_STACK = 128 << 10, SPA_COPIES = 256, SPA_BUFFERS = 32 };
+
+enum spa_state { SPA_READY, SPA_AT_BARRIER, SPA_AT_WARP, SPA_DONE };
+
+struct spa_copy {
+  char* to;
+  const char* from;
+  int size, valid, group;
+};
+
+struct spa_thread {
+  void* stack_pointer;
+  char* stack;
+  spa_dim3 index;
+  int number, state, barrier;
+  // asynchronous copies
+  spa_copy copies[SPA_COPIES];
+  int n_copies, group;
+  // what it brings to an operation of its warp
+  const char* operation;
+  const void* in[4];
+  void* out;
+  int argument;
+};
+
+typedef void (*spa_warp_function)(spa_thread* lanes);
+
+static struct {
+  spa_thread* threads;
+  int n_threads, n_live;
+  spa_thread* current;
+  void* scheduler;
+  int ready[SPA_MAX_THREADS], n_ready;
+  int at_warp[SPA_MAX_THREADS / SPA_LANES];
+  int at_barrier[16];
+  uint64_t random;
+  char* shared;
+  int shared_bytes;
+  struct {
+    const char *start, *end;
+  } buffers[SPA_BUFFERS];
+  int n_buffers;
+  void (*entry)(void);
+  char message[512];
+} spa_gpu;
+
+static spa_dim3 spa_block, spa_grid, spa_block_size;
+
+static uint32_t spa_chance(uint32_t below) {  // xorshift64*
+  spa_gpu.random ^= spa_gpu.random >> 12, spa_gpu.random ^= spa_gpu.random << 25,
+      spa_gpu.random ^= spa_gpu.random >> 27;
+  return (uint32_t)((spa_gpu.random * 2685821657736338717ull) >> 33) % below;
+}
+
+// Saves the registers that a callee keeps, and goes on where `to` was saved.
+extern "C" void spa_switch(void** from, void* to);
+__asm__(
+    ".text\n"
+    ".type spa_switch, @function\n"
+    "spa_switch:\n"
+    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n"
+    "  movq %rsi, %rsp\n"
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+    "  ret\n"
+    ".size spa_switch, . - spa_switch\n");
+
+static void spa_yield() { spa_switch(&spa_gpu.current->stack_pointer, spa_gpu.scheduler); }
+
+// Does not return: nobody goes on after an error.
+__attribute__((noreturn, format(printf, 1, 2))) static void spa_fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  int used = vsnprintf(spa_gpu.message, sizeof spa_gpu.message, format, arguments);
+  va_end(arguments);
+  if (spa_gpu.current && used < (int)sizeof spa_gpu.message) {
+    snprintf(spa_gpu.message + used, sizeof spa_gpu.message - used, " (block %u %u %u, thread %d)", spa_block.x,
+             spa_block.y, spa_block.z, spa_gpu.current->number);
+  }
+  spa_yield();
+  abort();
+}
+
+static void spa_wake(spa_thread* thread) {
+  thread->state = SPA_READY;
+  spa_gpu.ready[spa_gpu.n_ready++] = thread->number;
+}
+
+static void spa_wake_barrier(int id) {
+  spa_gpu.at_barrier[id] = 0;
+  for (int i = 0; i < spa_gpu.n_threads; ++i) {
+    spa_thread* thread = &spa_gpu.threads[i];
+    if (thread->state == SPA_AT_BARRIER && thread->barrier == id) spa_wake(thread);
+  }
+}
+
+// `count` threads meet at barrier `id`; 0: all of the block. One that has ended is missing, for simplicity's sake.
+static void spa_barrier(int id, int count) {
+  spa_gpu.at_barrier[id]++;
+  spa_gpu.current->state = SPA_AT_BARRIER;
+  spa_gpu.current->barrier = id;
+  if (spa_gpu.at_barrier[id] == (count ? count : spa_gpu.n_threads)) spa_wake_barrier(id);
+  spa_yield();
+}
+
+// An operation that all lanes take part in: the last to come runs it for all.
+static void spa_together(const char* operation, spa_warp_function run) {
+  spa_thread* self = spa_gpu.current;
+  int warp = self->number / SPA_LANES;
+  spa_thread* lanes = &spa_gpu.threads[warp * SPA_LANES];
+  self->operation = operation;
+  self->state = SPA_AT_WARP;
+  if (++spa_gpu.at_warp[warp] == SPA_LANES) {
+    for (int i = 0; i < SPA_LANES; ++i) {
+      if (strcmp(lanes[i].operation, operation)) {
+        spa_fail("lanes of a warp do different things: %s and %s", operation, lanes[i].operation);
+      }
+    }
+    run(lanes);
+    spa_gpu.at_warp[warp] = 0;
+    for (int i = 0; i < SPA_LANES; ++i) spa_wake(&lanes[i]);
+  }
+  spa_yield();
+}
+
+// Whether `size` bytes at `p` are aligned to `align` and lie in a registered buffer, in shared memory or on the
+// thread's stack.
+static void spa_check(const void* p, int size, int align, const char* what) {
+  const char* at = (const char*)p;
+  if ((uintptr_t)p % align) spa_fail("%s: address is no multiple of %d", what, align);
+  if (!size) return;
+  if (at >= spa_gpu.shared && at + size <= spa_gpu.shared + spa_gpu.shared_bytes) return;
+  if (at >= spa_gpu.current->stack && at + size <= spa_gpu.current->stack + SPA_STACK) return;
+  for (int i = 0; i < spa_gpu.n_buffers; ++i) {
+    if (at >= spa_gpu.buffers[i].start && at + size <= spa_gpu.buffers[i].end) return;
+  }
+  const char* near = "";
+  long off = 0, best = 1L << 40;
+  for (int i = 0; i < spa_gpu.n_buffers; ++i) {
+    long past = at + size - spa_gpu.buffers[i].end, before = spa_gpu.buffers[i].start - at;
+    long out = past > before ? past : before;
+    if (out < best) best = out, off = i, near = past > before ? "past the end" : "before the start";
+  }
+  spa_fail("%s: %d bytes outside of all buffers, %ld bytes %s of buffer %ld; shared memory from %ld of %d", what, size,
+           best, near, off, (long)(at - spa_gpu.shared), spa_gpu.shared_bytes);
+}
+
+static void spa_check_shared(const void* p, int size, int align, const char* what) {
+  spa_check(p, 0, align, what);
+  const char* at = (const char*)p;
+  if (at < spa_gpu.shared || at + size > spa_gpu.shared + spa_gpu.shared_bytes) {
+    spa_fail("%s: %ld is outside of the %d bytes of shared memory", what, (long)(at - spa_gpu.shared),
+             spa_gpu.shared_bytes);
+  }
+}
+
+// ---- asynchronous copies ----
+
+static void spa_land(const spa_copy* copy) {
+  memcpy(copy->to, copy->from, copy->valid);
+  memset(copy->to + copy->valid, 0, copy->size - copy->valid);
+}
+
+static void spa_copy_begin(void* shared, const void* global, int size, int valid, const char* what) {
+  spa_thread* self = spa_gpu.current;
+  if (valid < 0 || valid > size) spa_fail("%s: %d of %d bytes", what, valid, size);
+  spa_check_shared(shared, size, size, what);
+  spa_check(global, valid, size, what);
+  spa_copy copy = {(char*)shared, (const char*)global, size, valid, self->group};
+  if (spa_chance(3) == 0) {
+    spa_land(&copy);
+    return;
+  }
+  if (self->n_copies == SPA_COPIES) spa_fail("%s: more than %d copies in flight", what, (int)SPA_COPIES);
+  memset(shared, 0xff, size);
+  self->copies[self->n_copies++] = copy;
+}
+
+static void spa_copy_commit() { spa_gpu.current->group++; }
+
+static void spa_copy_wait(int in_flight) {
+  spa_thread* self = spa_gpu.current;
+  int left = 0;
+  for (int i = 0; i < self->n_copies; ++i) {
+    if (self->copies[i].group < self->group - in_flight) {
+      spa_land(&self->copies[i]);
+    } else {
+      self->copies[left++] = self->copies[i];
+    }
+  }
+  self->n_copies = left;
+}
+
+// ---- launches ----
+
+static void spa_fiber() {
+  spa_gpu.entry();
+  spa_gpu.current->state = SPA_DONE;
+  spa_gpu.n_live--;
+  spa_yield();
+}
+
+static void spa_run_block() {
+  memset(spa_gpu.shared, 0xff, spa_gpu.shared_bytes);
+  memset(spa_gpu.at_warp, 0, sizeof spa_gpu.at_warp);
+  memset(spa_gpu.at_barrier, 0, sizeof spa_gpu.at_barrier);
+  spa_gpu.n_ready = 0;
+  spa_gpu.n_live = spa_gpu.n_threads;
+  for (int i = 0; i < spa_gpu.n_threads; ++i) {
+    spa_thread* thread = &spa_gpu.threads[i];
+    thread->number = i;
+    thread->index = {(unsigned)i, 0, 0};
+    thread->n_copies = thread->group = 0;
+    void** top = (void**)(thread->stack + SPA_STACK) - 1;  // as after a call: 8 off a multiple of 16
+    *--top = (void*)spa_fiber;
+    for (int r = 0; r < 6; ++r) *--top = nullptr;
+    thread->stack_pointer = top;
+    spa_wake(thread);
+  }
+  while (spa_gpu.n_ready) {
+    int pick = (int)spa_chance(spa_gpu.n_ready);
+    spa_thread* next = &spa_gpu.threads[spa_gpu.ready[pick]];
+    spa_gpu.ready[pick] = spa_gpu.ready[--spa_gpu.n_ready];
+    spa_gpu.current = next;
+    spa_switch(&spa_gpu.scheduler, next->stack_pointer);
+    spa_gpu.current = nullptr;
+    if (spa_gpu.message[0]) return;
+  }
+  if (spa_gpu.n_live) {
+    int barrier = 0, warp = 0, one = 0;
+    for (int i = 0; i < spa_gpu.n_threads; ++i) {
+      barrier += spa_gpu.threads[i].state == SPA_AT_BARRIER;
+      warp += spa_gpu.threads[i].state == SPA_AT_WARP;
+      if (spa_gpu.threads[i].state == SPA_AT_WARP) one = i;
+    }
+    snprintf(
+        spa_gpu.message, sizeof spa_gpu.message,
+        "deadlock in block %u %u %u: %d threads are at a barrier, %d at an operation of their warp (thread %d: %s), "
+        "%d have ended",
+        spa_block.x, spa_block.y, spa_block.z, barrier, warp, one, warp ? spa_gpu.threads[one].operation : "",
+        spa_gpu.n_threads - spa_gpu.n_live);
+  }
+}
+
+static char* spa_map(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return memory == MAP_FAILED ? nullptr : (char*)memory;
+}
+
+// As cuLaunchKernel: `entry` runs once for each thread. Returns a message, empty when all went well.
+static const char* spa_launch(void (*entry)(void), const int* grid, int threads, int shared_bytes, uint64_t seed,
+                              void* const* buffers, const long* sizes, int n_buffers) {
+  spa_gpu.message[0] = 0;
+  spa_gpu.current = nullptr;
+  if (threads < 1 || threads > SPA_MAX_THREADS || threads % SPA_LANES || n_buffers > SPA_BUFFERS) {
+    return "threads are no multiple of 32 up to 1024, or there are too many buffers";
+  }
+  size_t page = 4096, room = (shared_bytes + page - 1) / page * page,
+         own = (sizeof(spa_thread) * threads + page - 1) / page * page;
+  char *shared = spa_map(room + page), *stacks = spa_map((size_t)threads * SPA_STACK), *state = spa_map(own);
+  if (!shared || !stacks || !state || mprotect(shared + room, page, PROT_NONE)) return "out of memory";
+  spa_gpu.threads = (spa_thread*)state;
+  // The end borders on a page that cannot be touched, up to what alignment takes.
+  spa_gpu.shared = shared + room - (shared_bytes + 127) / 128 * 128;
+  spa_gpu.shared_bytes = shared_bytes;
+  spa_gpu.n_threads = threads;
+  spa_gpu.entry = entry;
+  spa_gpu.random = seed * 2654435769u + 88172645463325252ull;
+  spa_gpu.n_buffers = n_buffers;
+  for (int i = 0; i < n_buffers; ++i) {
+    spa_gpu.buffers[i].start = (const char*)buffers[i];
+    spa_gpu.buffers[i].end = (const char*)buffers[i] + sizes[i];
+  }
+  for (int i = 0; i < threads; ++i) spa_gpu.threads[i].stack = stacks + (size_t)i * SPA_STACK;
+  spa_grid = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
+  spa_block_size = {(unsigned)threads, 1, 1};
+  for (int z = 0; z < grid[2] && !spa_gpu.message[0]; ++z) {
+    for (int y = 0; y < grid[1] && !spa_gpu.message[0]; ++y) {
+      for (int x = 0; x < grid[0] && !spa_gpu.message[0]; ++x) {
+        spa_block = {(unsigned)x, (unsigned)y, (unsigned)z};
+        spa_run_block();
+      }
+    }
+  }
+  munmap(shared, room + page);
+  munmap(stacks, (size_t)threads * SPA_STACK);
+  munmap(state, own);
+  return spa_gpu.message;
+}
+
+// A kernel's arguments as cuLaunchKernel takes them: pointers to each.
+static void** spa_arguments;
+template <class T, T...>
+struct spa_indices {};
+template <class... Types, int... I>
+static void spa_apply(void (*kernel)(Types...), spa_indices<int, I...>) {
+  kernel(*(Types*)spa_arguments[I]...);
+}
+template <class... Types>
+static void spa_call(void (*kernel)(Types...)) {
+  spa_apply(kernel, __make_integer_seq<spa_indices, int, sizeof...(Types)>());
+}
+
+#define SPA_LAUNCHER(name)                                                                                  \
+  extern "C" const char* launch_##name(void** arguments, const int* grid, int threads, int shared_bytes,    \
+                                       uint64_t seed, void* const* buffers, const long* sizes, int count) { \
+    spa_arguments = arguments;                                                                              \
+    return spa_launch([] { spa_call(name); }, grid, threads, shared_bytes, seed, buffers, sizes, count);    \
+  }
