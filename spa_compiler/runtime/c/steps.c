@@ -6,6 +6,8 @@
 
 enum { FEATURE_BLOCK = 256 }; /* features of one pack or unpack item */
 
+enum { LINE = 64, AHEAD = 8192 }; /* bytes: of a cache line; that kernels fetch ahead of values */
+
 enum { FIRST = 1, LAST = 2 }; /* bits of an attention kernel's `part` */
 static const float LOWEST = -1e30f; /* a mask value that means never */
 
@@ -120,6 +122,34 @@ static void add_product(const Run* r, const Product* p, int64_t tile, int64_t ch
                   (Rows){base, r->lanes}, (Rows){out, r->lanes});
 }
 
+static void fetch(const void* from, int64_t bytes) { /* may go past the end of an array: nothing is read */
+  for (uintptr_t at = (uintptr_t)from, end = at + (uintptr_t)bytes; at < end; at += LINE)
+    __builtin_prefetch((const void*)at);
+}
+
+/* What kernels do not fetch ahead themselves: all but values and columns, and the first of those. */
+static void fetch_chunk(const LinearInfo* w, const void* const* arrays, int64_t chunk) {
+  int64_t blocks = blocks_of(w->k, w->k_block), per_chunk = w->chunk / w->rows, first = chunk * per_chunk * blocks;
+  int64_t groups = least(blocks_of(w->n, w->rows) - chunk * per_chunk, per_chunk), own = own_columns(w);
+  fetch((const int32_t*)arrays[INDPTR] + first, groups * blocks * (int64_t)sizeof(int32_t));
+  fetch((const int32_t*)arrays[ORDER] + first * own, groups * blocks * own * (int64_t)sizeof(int32_t));
+  fetch((const float*)arrays[BIAS] + chunk * w->chunk, groups * w->rows * (int64_t)sizeof(float));
+  if (chunk == 0) {
+    fetch(arrays[VALUES], AHEAD);
+    fetch(arrays[COLUMNS], AHEAD / w->rows / (int64_t)(sizeof(float) / sizeof(uint16_t)));
+  }
+}
+
+/* Fetches the chunk after `chunk`, which may be the next weight's first. Weights come from memory in every call. */
+static void fetch_next(const Step* s, int64_t chunk) {
+  const Node* node = s->run->node;
+  const LinearInfo *w = s->product[0].linear, *next = w + s->products;
+  if (chunk + 1 < blocks_of(w->n, w->chunk))
+    fetch_chunk(w, s->product[0].arrays, chunk + 1);
+  else if (next < node->region->linears + node->region->linear_count)
+    fetch_chunk(next, node->linears[next - node->region->linears], 0);
+}
+
 /* One chunk of output rows of one tile. Items go chunk by chunk, so that a chunk's weights stay in L2 for all tiles. */
 static void linear_item(void* user, size_t item) {
   const Step* s = user;
@@ -129,6 +159,7 @@ static void linear_item(void* user, size_t item) {
   int64_t in_panel = (tile * spa_rows(w->n) + row) * r->lanes;
   _Alignas(64) float accumulators[MAX_CHUNK * MAX_LANES];
   float* out = s->edge < 0 ? s->to + in_panel : accumulators;
+  if (tile == r->tiles - 1) fetch_next(s, chunk);
   add_product(r, &s->product[0], tile, chunk, s->residual ? START_RESIDUAL : START_BIAS, s->products == 1,
               s->residual ? s->residual + in_panel : out, out);
   if (s->products == 2) add_product(r, &s->product[1], tile, chunk, ACCUMULATE, 1, out, out);
