@@ -55,12 +55,16 @@ typedef struct {
 } Linear;
 
 /* The next tile of an image that does not stay in L2: a few lines of each channel, all on pages of their own, are more
- * than hardware prefetches. */
-static void fetch(const Image* image, const Image* to, int64_t channels, int64_t first) {
+ * than hardware prefetches. A line that is written is read before that, too. */
+static void fetch(const Image* image, const Image* to, int64_t channels, int64_t first, int written) {
   const float* place = image->at + spa_first_pixel(to, image) + first;
   if (image->held * image->width * channels * (int64_t)sizeof(float) <= STAYS) return;
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t line = 0; line < MAX_LANES; line += LINE) __builtin_prefetch(place + c * image->pitch + line, 0, 2);
+  for (int64_t c = 0; c < channels; ++c, place += image->pitch)
+    for (int64_t line = 0; line < MAX_LANES; line += LINE)
+      if (written)
+        __builtin_prefetch(place + line, 1, 2);
+      else
+        __builtin_prefetch(place + line, 0, 2);
 }
 
 /* One chunk of output channels of one tile of pixels. */
@@ -102,8 +106,9 @@ static void linear_item(void* user, size_t item) {
   }
   int64_t next = ((int64_t)item + 1) * s->vectors / s->tiles * REGISTER;
   if ((int64_t)item + 1 < s->tiles) {
-    for (int p = 0; p < s->products; ++p) fetch(s->product[p].from, s->to, s->product[p].linear->k, next);
-    if (s->residual) fetch(s->residual, s->to, s->product[0].linear->n, next);
+    for (int p = 0; p < s->products; ++p) fetch(s->product[p].from, s->to, s->product[p].linear->k, next, 0);
+    if (s->residual) fetch(s->residual, s->to, s->product[0].linear->n, next, 0);
+    if (s->residual == NULL || s->residual->at != s->to->at) fetch(s->to, s->to, s->product[0].linear->n, next, 1);
   }
   for (int64_t chunk = 0; chunk < s->chunks; ++chunk) linear_chunk(s, (int64_t)item, chunk);
 }
