@@ -211,11 +211,13 @@ def reference(
     return sums.reference(unpack(packed), packed.bias, panel, residual, act, low, high)
 
 
-def name(rows: int, lanes: int, act: str, window: bool = False) -> str:
-    return f"spa_rx1{'w' if window else ''}_{rows}_{lanes}_{act}"
+def name(rows: int, lanes: int, act: str, window: bool = False, pitched: bool = False) -> str:
+    return f"spa_rx1{'p' if pitched else 'w' if window else ''}_{rows}_{lanes}_{act}"
 
 
-def kernel(rows: int, lanes: int, act: str, window: bool = False, isa: Isa = AVX512) -> tirx.PrimFunc:
+def kernel(
+    rows: int, lanes: int, act: str, window: bool = False, isa: Isa = AVX512, pitched: bool = False
+) -> tirx.PrimFunc:
     """void spa_rx1_<R>_<lanes>_<act>(panel, offsets, indptr, order, columns, values, bias, base, out, groups, mode,
     last, base_pitch, out_pitch, low, high)
 
@@ -227,10 +229,12 @@ def kernel(rows: int, lanes: int, act: str, window: bool = False, isa: Isa = AVX
         window: the tile is part of an image. Column c of the block is not row c of a panel tile, but lies `offsets[c]`
             floats behind `panel` (`kernels/window.py`), and the rows of `base` and `out` are `base_pitch` and
             `out_pitch` floats apart; whole registers of lanes alone. Otherwise these three are not read.
+        pitched: the same, where columns are `offsets[0]` floats apart: a multiplication is faster than a table.
     """
+    window = window or pitched
     if window and lanes < ZMM:
         raise ValueError(f"a window of {lanes} lanes: whole registers of {ZMM} alone")
-    return _one_lane(rows, act, isa) if lanes == 1 else _many_lanes(rows, lanes, act, window, isa)
+    return _one_lane(rows, act, isa) if lanes == 1 else _many_lanes(rows, lanes, act, window, isa, pitched)
 
 
 def rows_at_once(rows: int, isa: Isa) -> int:
@@ -246,10 +250,10 @@ def _accumulator_sets(rows: int, vectors: int) -> int:
     return 2 if rows * vectors < 8 else 1
 
 
-def _place(offsets, column, lanes, window):
+def _place(offsets, column, lanes, window, pitched):
     """Where the activations of a column begin."""
     column = T.Cast("int32", column)
-    return offsets[column] if window else column * lanes
+    return column * offsets[0] if pitched else offsets[column] if window else column * lanes
 
 
 def _position(i, vectors, width, row, lane, pitch):
@@ -263,7 +267,7 @@ def _put(regs, i, out, row, lane, pitch, vectors, act, low, high, width, isa):
     store(out, value, _position(i, vectors, width, row, lane, pitch), width)
 
 
-def _many_lanes(R, lanes, act, window, isa):
+def _many_lanes(R, lanes, act, window, isa, pitched):
     Q = rows_at_once(R, isa)
     W, V, passes = isa.passes(Q, lanes)
     U = _accumulator_sets(Q, V)
@@ -296,7 +300,7 @@ def _many_lanes(R, lanes, act, window, isa):
         low: T.float32,
         high: T.float32,
     ):
-        T.func_attr({"global_symbol": name(R, lanes, act, window), "tirx.noalias": True})
+        T.func_attr({"global_symbol": name(R, lanes, act, window, pitched), "tirx.noalias": True})
         P = T.decl_buffer((ANY,), "float32", data=p_)
         offsets = T.decl_buffer((ANY,), "int32", data=offsets_)
         indptr = T.decl_buffer((ANY,), "int32", data=indptr_)
@@ -364,7 +368,7 @@ def _many_lanes(R, lanes, act, window, isa):
                                 spread(values[(begin + j * U + u) * R + first + row_of(i)], W),
                                 P[
                                     at(
-                                        _place(offsets, columns[begin + j * U + u], lanes, window)
+                                        _place(offsets, columns[begin + j * U + u], lanes, window, pitched)
                                         + lane
                                         + vector_of(i) * W,
                                         W,
@@ -381,7 +385,7 @@ def _many_lanes(R, lanes, act, window, isa):
                                 spread(values[(begin + count - 1 - j) * R + first + row_of(i)], W),
                                 P[
                                     at(
-                                        _place(offsets, columns[begin + count - 1 - j], lanes, window)
+                                        _place(offsets, columns[begin + count - 1 - j], lanes, window, pitched)
                                         + lane
                                         + vector_of(i) * W,
                                         W,

@@ -9,7 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from spa_compiler.kernels import attention, cached, combine, depthwise, gate, layernorm, panel, rmsnorm, rotate, window
+from spa_compiler.kernels import (
+    attention,
+    cached,
+    combine,
+    depthwise,
+    gate,
+    layernorm,
+    panel,
+    rmsnorm,
+    rotate,
+    rx1,
+    window,
+)
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.images import ImageRegion
@@ -43,6 +55,8 @@ _COPIES = (window.SHIFT, window.CROP, depthwise.PAD)  # in every region on image
 
 def _functions(linear: LinearSpec, region: Region) -> tuple[str, ...]:
     """Its kernels, one for each lane count that the region has."""
+    if linear.pitched:
+        return tuple(rx1.name(linear.form.rows, lanes, linear.act, pitched=True) for lanes in PIXELS)
     images = isinstance(region, ImageRegion)
     return tuple(linear.form.kernel(lanes, linear.act, images) for lanes in (PIXELS if images else panel.LANE_COUNTS))
 
@@ -146,6 +160,7 @@ def _data(region: Region, level: str) -> list[str]:
     linears = [
         f"{{.n = {s.n}, .k = {s.k}, .rows = {s.form.rows}, .chunk = {s.form.chunk}, .k_block = {s.form.k_block}, "
         f"{''.join(f'.{field} = {value}, ' for field, value in s.form.info.items())}"
+        f"{'.pitched = 1, ' if s.pitched else ''}"
         f".low = {_c_float(s.low)}, .high = {_c_float(s.high)}, .kernels = {symbol(_array_of(s, region), level)}}}"
         for s in region.linears
     ]

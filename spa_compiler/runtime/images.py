@@ -21,10 +21,12 @@ what they make, as far as they are made here; others are copied. Neither is a st
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_OUTPUTS, LinearSpec
 
@@ -193,9 +195,9 @@ class ImageBuilder:
         """
         if spec.k != source.channels or (term is not None and not spec.same_chunks(term[1])):
             raise ValueError(f"{spec} cannot read {source.channels} channels, or is cut differently from its term")
-        first, second, others = self._number(spec), "-1, 0", [residual] if residual else []
+        first, second, others = self._number(_pitched(spec)), "-1, 0", [residual] if residual else []
         if term is not None:
-            second, others = f"{self._number(term[1])}, {term[0].number}", [term[0], *others]
+            second, others = f"{self._number(_pitched(term[1]))}, {term[0].number}", [term[0], *others]
         made = self._made(spec.n, "LINEAR", source, None, others)
         made.over = _apart(residual, [source] if term is None else [source, term[0]])
         arguments = f"{first}, {source.number}, {second}, {residual.number if residual else -1}, {made.number}"
@@ -438,6 +440,11 @@ class ImageBuilder:
         self._made_at[at] = len(self._images)
         self._images.append(Image(len(self._images), channels, kind, source, window, shrunk, at, at))
         return self._images[-1]
+
+
+def _pitched(spec: LinearSpec) -> LinearSpec:
+    """The same, by kernels that do not ask where a channel lies, where asking takes its time."""
+    return dataclasses.replace(spec, pitched=isinstance(spec.form, rx1.Blocks) and spec.form.rows == 1)
 
 
 def _apart(residual: Image | None, sources: list[Image]) -> Image | None:

@@ -151,7 +151,7 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return grouped.kernel(kept, of, int(parts[2]), "_".join(parts[3:]), isa)
     if parts[0] == "sliced":
         return sliced.kernel(int(parts[1]), "_".join(parts[2:]), isa)
-    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa)
+    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa, parts[0] == "rx1p")
 
 
 def linker(level: str = "") -> list[str]:

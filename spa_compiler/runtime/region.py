@@ -35,7 +35,11 @@ def rows_in_scratch(features: int) -> int:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """y = act(W x + b): W [n, k] in a form whose sizes are all decided, as `pack` gives it."""
+    """y = act(W x + b): W [n, k] in a form whose sizes are all decided, as `pack` gives it.
+
+    Attributes:
+        pitched: every pixel of an image by itself, unstructured; it has kernels of its own (`rx1.kernel`).
+    """
 
     n: int
     k: int
@@ -43,6 +47,7 @@ class LinearSpec:
     act: str = "none"
     low: float = 0.0
     high: float = 0.0
+    pitched: bool = False
 
     def __post_init__(self) -> None:
         # steps.c keeps the accumulators of a chunk in an array of that many rows

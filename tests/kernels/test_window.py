@@ -18,8 +18,9 @@ LANES = (16, 32, 48, 64)
 ACTS = {
     (rows, lanes): activation.NAMES if (rows, lanes) == (4, 64) else ("none",) for rows in (1, 4, 8) for lanes in LANES
 }
+PITCHED = tuple(rx1.name(1, lanes, "relu", pitched=True) for lanes in LANES)
 PRODUCTS = tuple(rx1.name(rows, lanes, act, window=True) for (rows, lanes), acts in ACTS.items() for act in acts)
-NAMES = (window.SHIFT, window.CROP, *PRODUCTS)
+NAMES = (window.SHIFT, window.CROP, *PRODUCTS, *PITCHED)
 
 
 @st.composite
@@ -187,6 +188,44 @@ def test_the_product_reads_columns_where_the_offsets_say(
         assert_close(out[:19, lane : lane + length], activation.reference(want, act, -0.75, 0.5), w.k + 4)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(LANES), st.integers(1, 40), st.integers(0, 90), st.floats(0, 1), st.booleans(), st.data())
+def test_columns_that_are_a_pitch_apart_need_no_table(
+    lanes: int, k: int, more: int, density: float, residual: bool, data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32), "seed"))
+    packed = rx1.pack(sparse(rng, 19, k, 1, density), rng.standard_normal(19).astype(np.float32), 1, None, 24)
+    x = rng.standard_normal((k, lanes + more)).astype(np.float32)
+    tile = guarded(x.reshape(-1)[: k * (lanes + more) - more])  # nothing behind the last column is read
+    base = guarded(rng.standard_normal((19, lanes)).astype(np.float32))
+    out, canaries = output((19, lanes))
+    for b in range(-(-k // packed.k_block)):
+        call(
+            NAMES,
+            rx1.name(1, lanes, "relu", pitched=True),
+            tile[b * packed.k_block * (lanes + more) :],
+            guarded(np.array([lanes + more], np.int32)),
+            packed.indptr[b * 19 :],
+            packed.order[b * 19 :],
+            packed.columns,
+            packed.values,
+            packed.bias,
+            base,
+            out,
+            19,
+            sums.ACCUMULATE if b else sums.RESIDUAL if residual else sums.BIAS,
+            int((b + 1) * packed.k_block >= k),
+            lanes,
+            lanes,
+            0.0,
+            0.0,
+        )
+    assert_untouched(canaries)
+    assert_close(out, rx1.reference(x[:, :lanes], packed, base if residual else None, "relu"), k + 4)
+
+
 def test_few_lanes_have_no_window() -> None:
     with pytest.raises(ValueError, match="8 lanes"):
         rx1.kernel(4, 8, "none", window=True)
+    with pytest.raises(ValueError, match="8 lanes"):
+        rx1.kernel(1, 8, "none", pitched=True)

@@ -89,7 +89,8 @@ static void linear_chunk(const Linear* s, int64_t tile, int64_t chunk) {
   }
   for (int p = 0; p < s->products; ++p)
     spa_add_product(s->product[p].linear, s->product[p].arrays, (int)registers - 1,
-                    (Rows){s->product[p].from->at + spa_first_pixel(s->to, s->product[p].from) + first, 0},
+                    (Rows){s->product[p].from->at + spa_first_pixel(s->to, s->product[p].from) + first,
+                           s->product[p].from->pitch},
                     s->product[p].offsets, chunk,
                     p ? ACCUMULATE : s->residual ? START_RESIDUAL : START_BIAS, p == s->products - 1, base, out);
   if (direct) return;
@@ -125,7 +126,7 @@ Status* spa_image_linear(const Run* r, int linear, int from, int second, int sec
     CHECK(node, source->height == s.to->height && source->width == s.to->width,
           "products of %lld x %lld and %lld x %lld pixels are added", (long long)s.to->height, (long long)s.to->width,
           (long long)source->height, (long long)source->width);
-    for (int64_t c = 0; c < w->k; ++c) offsets[c] = (int32_t)(c * source->pitch);
+    for (int64_t c = 0; c < w->k; ++c) offsets[c] = (int32_t)((w->pitched ? 1 : c) * source->pitch);
     s.product[s.products].linear = w;
     s.product[s.products].arrays = node->linears[linears[p]];
     s.product[s.products].from = source;

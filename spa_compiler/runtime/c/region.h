@@ -50,6 +50,7 @@ typedef struct {
   int64_t n, k, rows, chunk, k_block, interleaved; /* rows: of a group. interleaved: each has columns of its own */
   int64_t cols; /* of a block, from its column on; 0: one */
   int64_t codes, span; /* uint16 of an entry in the place of columns, and its inputs; else 0. All groups have as many */
+  int64_t pitched; /* on images: the table of offsets is one number, what channels are apart */
   int64_t least_slots; /* of a group that its kernel reads without asking, permuted.py */
   float low, high;
   Multiply* const* kernels; /* one per lane count; on images one for each of 1 to 4 registers */

@@ -107,7 +107,8 @@ void spa_add_product(const LinearInfo* w, const void* const* arrays, int kernel,
   const float* bias = arrays[BIAS];
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t group = chunk * per_chunk * blocks + b * groups, column = b * w->k_block;
-    w->kernels[kernel](offsets ? from.at : from.at + column * from.pitch, offsets ? offsets + column : NULL,
+    int64_t known = offsets && !w->pitched; /* the places of all columns */
+    w->kernels[kernel](known ? from.at : from.at + column * from.pitch, known ? offsets + column : offsets,
                        indptr + group, order + group * own_columns(w), arrays[COLUMNS], arrays[VALUES], bias + chunk * w->chunk, base.at,
                        out.at, (int32_t)groups, b ? ACCUMULATE : start, last && b == blocks - 1, (int32_t)base.pitch,
                        (int32_t)out.pitch, w->low, w->high);
