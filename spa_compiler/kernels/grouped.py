@@ -424,8 +424,8 @@ def _many_lanes(N, M, lanes, act, isa):
                         start(regs, i * W, BIAS, bias, row + T.truncdiv(i, V), out, 0, W)
                 for j in T.serial(count):
                     for i in T.unroll(ROWS):
-                        prefetch(values, (begin + j) * (ROWS * STEP) + i * ZMM + AHEAD)
-                    prefetch(columns, (begin + j + AHEAD // (ROWS * STEP)) * (ROWS * WORDS))
+                        prefetch(values, (begin + j) * (ROWS * STEP) + i * ZMM + AHEAD, lanes)
+                    prefetch(columns, (begin + j + AHEAD // (ROWS * STEP)) * (ROWS * WORDS), lanes)
                     for part in T.serial(STEP // BODY):
                         for b in T.unroll(BODY):
                             for i in T.unroll(Q * V):

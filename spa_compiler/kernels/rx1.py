@@ -274,6 +274,8 @@ def _many_lanes(R, lanes, act, window, isa, pitched):
     inline_prefetch = R > 1
     short = act in ("relu", "clip")  # an instruction or two, applied on the way out of the registers
     epilogue = act != "none" and not short
+    # A long chain of operations wants others beside it. A row by itself has those of the next row, which is short.
+    at_end = epilogue and R > 1 and Q * V < 8
     # Of the kind of factor that there are more of one stays in a register, of the other all.
     row_of, vector_of = (
         (lambda i: T.truncdiv(i, V), lambda i: T.truncmod(i, V))
@@ -353,13 +355,13 @@ def _many_lanes(R, lanes, act, window, isa, pitched):
                     store(regs, const(0.0, W), (Q * V + i) * W, W)
                 if not inline_prefetch:
                     for i in T.serial(T.truncdiv(count + 15, 16)):
-                        prefetch(values, begin + i * 16 + AHEAD)
+                        prefetch(values, begin + i * 16 + AHEAD, lanes)
                     for i in T.serial(T.truncdiv(count + 31, 32)):
-                        prefetch(columns, begin + i * 32 + AHEAD)
+                        prefetch(columns, begin + i * 32 + AHEAD, lanes)
                 for j in T.serial(T.truncdiv(count, U)):
                     if inline_prefetch:
-                        prefetch(values, (begin + j * U) * R + AHEAD)
-                        prefetch(columns, begin + j * U + AHEAD // R)
+                        prefetch(values, (begin + j * U) * R + AHEAD, lanes)
+                        prefetch(columns, begin + j * U + AHEAD // R, lanes)
                     for u in T.unroll(U):
                         for i in T.unroll(Q * V):
                             fma(
@@ -406,7 +408,7 @@ def _many_lanes(R, lanes, act, window, isa, pitched):
                 else:
                     for i in T.unroll(Q * V):
                         _put(regs, i, out, row, lane, out_pitch if window else lanes, V, "none", low, high, W, isa)
-                if epilogue:
+                if epilogue and not at_end:
                     # a loop over what was just stored, not over registers: one copy of the polynomial's code
                     if last != 0:
                         for i in T.serial(Q * V):
@@ -419,6 +421,11 @@ def _many_lanes(R, lanes, act, window, isa, pitched):
                                 W,
                                 isa,
                             )
+        if at_end:
+            if last != 0:
+                for r in T.serial(groups * R):
+                    for i in T.serial(T.truncdiv(lanes, W)):
+                        activate_in_place(out, r * (out_pitch if window else lanes) + i * W, act, low, high, W, isa)
 
     return rx1
 

@@ -291,8 +291,8 @@ def _many_lanes(R, C, lanes, act, window, isa):
                     store(regs, const(0.0, W), (Q * V + i) * W, W)
                 for j in T.serial(count):
                     for i in T.unroll((R * C + ZMM - 1) // ZMM):
-                        prefetch(values, (begin + j) * (R * C) + i * ZMM + AHEAD)
-                    prefetch(columns, begin + j + AHEAD // (R * C))
+                        prefetch(values, (begin + j) * (R * C) + i * ZMM + AHEAD, lanes)
+                    prefetch(columns, begin + j + AHEAD // (R * C), lanes)
                     for c in T.unroll(C):
                         for i in T.unroll(Q * V):
                             fma(

@@ -35,7 +35,7 @@ from spa_compiler.kernels import activation, sums
 from spa_compiler.kernels.form import tiled
 from spa_compiler.kernels.rx1 import AHEAD, ARRAYS, default_blocking, pad_bias
 from spa_compiler.kernels.sums import ACCUMULATE, RESIDUAL, activate_in_place, add, fma, start
-from spa_compiler.kernels.vector import ANY, AVX512, Isa, at, const, gather, prefetch, spread, store
+from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, gather, prefetch, spread, store
 
 F32 = NDArray[np.float32]
 
@@ -307,6 +307,28 @@ def _shape(lanes, isa):
     return W, vectors, next(r for r in (16, 8, 4) if r * vectors <= sums)
 
 
+def _four_rows(regs, row, P, columns, values, entry, lanes, lane, V, W):
+    """Multiply-adds of four entries that follow each other, the first of them for the sums of row `row`.
+
+    With AVX-512 a core loads one register a cycle, and that is to be the activations: the columns come in one load, and
+    so do the values, which are then spread from register to register. LLVM would make loads of that again, if it saw
+    where they come from; `llvm.arithmetic.fence` is no instruction.
+    """
+    packed = T.bind(T.reinterpret("uint64", columns[at(entry, 4)]))
+    if W == ZMM:
+        repeated = tirx.Shuffle([T.bind(values[at(entry, 4)])] * 4, [tirx.IntImm("int32", i) for i in range(ZMM)])
+        fours = T.bind(T.call_llvm_pure_intrin(f"float32x{ZMM}", "llvm.arithmetic.fence", repeated))
+    for r in range(4):
+        column = T.bitwise_and(T.shift_right(packed, T.uint64(16 * r)), T.uint64(0xFFFF))
+        place = T.Cast("int64", column) * lanes + lane
+        if W == ZMM:
+            value = T.bind(tirx.Shuffle([fours], [tirx.IntImm("int32", i // 4 * 4 + r) for i in range(ZMM)]))
+        else:
+            value = spread(values[entry + r], W)
+        for v in range(V):
+            fma(regs, ((row + r) * V + v) * W, value, P[at(place + v * W, W)], W)
+
+
 def _many_lanes(lanes, act, isa):
     W, V, R = _shape(lanes, isa)
     passes = lanes // (V * W)
@@ -379,22 +401,21 @@ def _many_lanes(lanes, act, isa):
                         for v in T.unroll(V):
                             start(regs, (r * V + v) * W, None, bias, order[g * ROWS + first + r], None, 0, W)
                 for j in T.serial(count):
-                    prefetch(values, (begin + j) * ROWS + AHEAD)
-                    prefetch(columns, (begin + j) * ROWS + AHEAD)
-                    for r in T.unroll(R):
-                        for v in T.unroll(V):
-                            fma(
-                                regs,
-                                (r * V + v) * W,
-                                spread(values[(begin + j) * ROWS + first + r], W),
-                                P[
-                                    at(
-                                        T.Cast("int32", columns[(begin + j) * ROWS + first + r]) * lanes + lane + v * W,
-                                        W,
-                                    )
-                                ],
-                                W,
-                            )
+                    prefetch(values, (begin + j) * ROWS + AHEAD, lanes)
+                    prefetch(columns, (begin + j) * ROWS + AHEAD, lanes)
+                    for quarter in T.unroll(R // 4):
+                        _four_rows(
+                            regs,
+                            quarter * 4,
+                            P,
+                            columns,
+                            values,
+                            (begin + j) * ROWS + first + quarter * 4,
+                            lanes,
+                            lane,
+                            V,
+                            W,
+                        )
                 for r in T.unroll(R):
                     for v in T.unroll(V):
                         store(out, regs[at((r * V + v) * W, W)], order[g * ROWS + first + r] * lanes + lane + v * W, W)

@@ -130,6 +130,25 @@ def test_products_of_other_kernels_stay_in_registers(name: str, products: int, l
     assert not any(spills(body, words) for body in found)
 
 
+@pytest.mark.parametrize("lanes", [16, 64])
+def test_slices_load_activations_and_hardly_anything_else(lanes: int) -> None:
+    """A core loads one 512-bit register a cycle: four values come in one, and no instruction spreads one from memory."""
+    assembly = compile_module([kernel(f"spa_sliced_{lanes}_none", "x86-64-v4")], "x86-64-v4").inspect_source("asm")
+    body = max(loops(assembly), key=lambda b: count("vfmadd", b))
+    products, vectors = count(r"vfmadd\w+\s.*%zmm", body), lanes // 16
+    assert products
+    assert not count(r"vbroadcastss\s+.*\(|\{1to16\}", body), "a value is spread from memory"
+    assert count(r"v\w+\s+.*\(.*zmm", body) <= products * (1 + 1 / (4 * vectors))
+    assert not spills(body, WORDS["x86-64-v4"])
+
+
+@pytest.mark.parametrize("name", ["rx1_4", "rxc_4x4", "grouped_2of4", "sliced"])
+@pytest.mark.parametrize("lanes, level", [(1, "prefetcht0"), (8, "prefetcht0"), (16, "prefetcht1"), (64, "prefetcht1")])
+def test_weights_are_fetched_past_l1_where_a_panel_needs_it(name: str, lanes: int, level: str) -> None:
+    module = compile_module([kernel(f"spa_{name}_{lanes}_none", "x86-64-v4")], "x86-64-v4")
+    assert set(re.findall(r"prefetch\w+", module.inspect_source("asm"))) == {level}
+
+
 @pytest.mark.parametrize("level", ISAS)
 def test_a_transpose_is_cut_into_squares_that_fit_the_registers(level: str) -> None:
     assembly = compile_module([panel.pack_kernel(64, ISAS[level])], level).inspect_source("asm")
