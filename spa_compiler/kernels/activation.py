@@ -94,7 +94,7 @@ def emit(x, name, low, high, width, isa):
             slope, middle = spread(low, width), spread(high, width)
         gate = T.min(const(1.0, width), T.max(const(0.0, width), slope * x + middle))
         return x * gate if name == "hard_swish" else gate
-    if name.startswith("gelu") and width == ZMM and isa.gathers:
+    if name.startswith("gelu") and width == ZMM and isa.width == ZMM:
         return _gelu_by_parts(x, name)
     # Below these bounds the results are 0, but a large x times the last bit of the other factor would not be.
     x = T.bind(T.max(const(-4 * 2**0.5 if name == "gelu_erf" else -100.0, width), x))

@@ -161,7 +161,7 @@ def test_a_transpose_is_cut_into_squares_that_fit_the_registers(level: str) -> N
 @pytest.mark.parametrize("act", activation.NAMES)
 def test_activations_call_nothing(act: str, level: str) -> None:
     """SSE2 rounds no vector to integers and has no fused multiply-add: LLVM would call floorf and fmaf."""
-    for rows, lanes in ((1, 1), (4, 16)):
+    for rows, lanes in ((1, 1), (16, 1), (4, 16)):
         script = rx1.kernel(rows, lanes, act, isa=ISAS[level])
         assert not re.search(WORDS[level].call, compile_module([script], level).inspect_source("asm"))
     if act == "none":
