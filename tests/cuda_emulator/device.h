@@ -101,9 +101,12 @@ SPA_DEVICE uint spa_load4(const void* p) {
 }
 SPA_DEVICE void spa_load16_once(uint* r, const void* p) { spa_check(p, 16, 16, "spa_load16_once"), memcpy(r, p, 16); }
 SPA_DEVICE void spa_load8_once(uint* r, const void* p) { spa_check(p, 8, 8, "spa_load8_once"), memcpy(r, p, 8); }
+SPA_DEVICE void spa_load8_once_at(uint* r, const void* p, int bytes) { spa_load8_once(r, (const char*)p + bytes); }
+SPA_DEVICE void spa_load16_once_at(uint* r, const void* p, int bytes) { spa_load16_once(r, (const char*)p + bytes); }
 SPA_DEVICE void spa_store16(void* p, const uint* r) { spa_check(p, 16, 16, "spa_store16"), memcpy(p, r, 16); }
 SPA_DEVICE void spa_store8(void* p, const uint* r) { spa_check(p, 8, 8, "spa_store8"), memcpy(p, r, 8); }
 SPA_DEVICE void spa_store4(void* p, uint r) { spa_check(p, 4, 4, "spa_store4"), memcpy(p, &r, 4); }
+SPA_DEVICE void spa_store2(void* p, uint r) { spa_check(p, 2, 2, "spa_store2"), memcpy(p, &r, 2); }
 static void spa_check_part(const void* p, int valid, int align, const char* what) {
   if (valid > 16) valid = 16;
   if (valid < 0 || valid % 2) spa_fail("%s: %d bytes", what, valid);

@@ -115,9 +115,12 @@ SPA_DEVICE void spa_load16_once(uint* r, const void* p) {
 SPA_DEVICE void spa_load8_once(uint* r, const void* p) {
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(p));
 }
+SPA_DEVICE void spa_load8_once_at(uint* r, const void* p, int bytes) { spa_load8_once(r, (const char*)p + bytes); }
+SPA_DEVICE void spa_load16_once_at(uint* r, const void* p, int bytes) { spa_load16_once(r, (const char*)p + bytes); }
 SPA_DEVICE void spa_store16(void* p, const uint* r) { *(uint4*)p = make_uint4(r[0], r[1], r[2], r[3]); }
 SPA_DEVICE void spa_store8(void* p, const uint* r) { *(uint2*)p = make_uint2(r[0], r[1]); }
 SPA_DEVICE void spa_store4(void* p, uint r) { *(uint*)p = r; }
+SPA_DEVICE void spa_store2(void* p, uint r) { *(ushort*)p = (ushort)r; }
 
 // The first `valid` bytes of 16, zeros for the others, from or to an address that is a multiple of `align`, as in
 // spa_copy16.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import Form
 
-FORMS: tuple[Form, ...] = ()
+FORMS: tuple[Form, ...] = (Few(),)
