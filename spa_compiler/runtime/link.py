@@ -37,7 +37,9 @@ from spa_compiler.kernels import (
 )
 from spa_compiler.kernels.lower import build_object, object_path
 from spa_compiler.kernels.vector import Isa, isa_of
+from spa_compiler.runtime import gpu as gpu_tables
 from spa_compiler.runtime.generate import Region, kernels_of, symbol, write_c
+from spa_compiler.runtime.gpu import GpuLibrary
 from spa_compiler.targets import AARCH64, host
 from spa_compiler.targets.machine import cache_dir
 
@@ -59,13 +61,14 @@ SOURCES = (
 FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-shared", "-s")
 
 
-def link(regions: Sequence[Region], levels: Sequence[str], output: Path) -> None:
+def link(regions: Sequence[Region], levels: Sequence[str], output: Path, gpu: GpuLibrary | None = None) -> None:
     """Writes kernels.so.
 
     Args:
         regions: what the model's nodes need; may be empty, the library then loads and registers nothing.
         levels: to have kernels for, of one architecture; the machine takes the highest that it runs.
         output: the file to write.
+        gpu: operators for GPUs and their code; also without operators, the library is then one for GPUs.
 
     Raises:
         EnvironmentFault: the linker cannot be run or fails.
@@ -77,7 +80,12 @@ def link(regions: Sequence[Region], levels: Sequence[str], output: Path) -> None
     # Beside the output, which a run that is killed leaves in a place that the next one tidies up.
     with tempfile.TemporaryDirectory(prefix="spa-link-", dir=output.parent) as folder:
         generated = Path(folder) / "regions.c"
-        generated.write_text(write_c(wanted, levels))
+        tables = gpu_tables.NO_GPU if gpu is None else gpu_tables.write_c(gpu)
+        generated.write_text(write_c(wanted, levels) + tables)
+        for_gpus: list[str] = []
+        if gpu is not None:
+            for_gpus = [str(C_FOLDER / s) for s in gpu_tables.SOURCES]
+            for_gpus += [str(gpu_tables.write_images(gpu, Path(folder))), *gpu_tables.FLAGS]
         run_linker(
             [
                 *FLAGS,
@@ -89,6 +97,7 @@ def link(regions: Sequence[Region], levels: Sequence[str], output: Path) -> None
                 *(str(C_FOLDER / s) for s in SOURCES),
                 str(generated),
                 *map(str, objects),
+                *for_gpus,
                 "-o",
                 str(output),
             ],

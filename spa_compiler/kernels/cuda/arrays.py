@@ -74,7 +74,7 @@ Check = Below | Offsets | Permutation
 
 @dataclass(frozen=True)
 class Array:
-    """One packed array: numpy's name of its type, the extent of each axis, what its integers may be, if that matters."""
+    """One packed array: numpy's name of its type, the extent of each axis, what its integers may be if that matters."""
 
     name: str
     dtype: str

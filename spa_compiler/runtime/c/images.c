@@ -295,7 +295,7 @@ Status* spa_infer_images(const Region* region, void* context) {
       own[rank - 2 + (size_t)axis] = sizes[image][axis];
       called[rank - 2 + (size_t)axis] = named[image][axis];
     }
-    TRY(spa_set_shape(context, o, own, called, rank));
+    TRY(spa_set_shape(context, ELEMENT_FLOAT, o, own, called, rank));
   }
   return NULL;
 }

@@ -11,15 +11,19 @@ static const int linear_types[LINEAR_ARRAYS] = {ELEMENT_INT32, ELEMENT_INT32, EL
                                                 ELEMENT_FLOAT};
 static const char* const linear_names[LINEAR_ARRAYS] = {"indptr", "order", "columns", "values", "bias"};
 
-/* "ai.spa::Region_1234 at site 'encoder/dense': ..." */
+Status* spa_refuse_at(const char* name, const char* site, int code, const char* format, va_list arguments) {
+  char message[1024];
+  int length = snprintf(message, sizeof message, "ai.spa::%s at site '%s': ", name, site);
+  vsnprintf(message + length, sizeof message - (size_t)length, format, arguments);
+  return CreateStatus(code, message);
+}
+
 Status* spa_refuse(const Node* node, int code, const char* format, ...) {
-  char message[768];
-  int length = snprintf(message, sizeof message, "ai.spa::%s at site '%s': ", node->region->name, node->site);
   va_list arguments;
   va_start(arguments, format);
-  vsnprintf(message + length, sizeof message - (size_t)length, format, arguments);
+  Status* status = spa_refuse_at(node->region->name, node->site, code, format, arguments);
   va_end(arguments);
-  return CreateStatus(code, message);
+  return status;
 }
 
 Status* spa_shape_of(const void* value, int64_t* dims, size_t limit, size_t* rank) {
@@ -100,23 +104,23 @@ static Status* check_linear(const Node* node, int which, const int64_t size[LINE
 }
 
 /* The site is a node name of the source model, which may have any length: a long one is cut. */
-static Status* read_site(Node* node, const void* info) {
+Status* spa_read_site(const char* name, const void* info, char kept[MAX_SITE]) {
   size_t length = 0;
   Status* status = KernelInfoGetAttribute_string(info, "site", NULL, &length);
   if (status) {
     char message[160];
-    snprintf(message, sizeof message, "ai.spa::%s: the attribute 'site' is missing or not a string", node->region->name);
+    snprintf(message, sizeof message, "ai.spa::%s: the attribute 'site' is missing or not a string", name);
     ReleaseStatus(status);
     return CreateStatus(CODE_INVALID_ARGUMENT, message);
   }
   char* site = malloc(length);
-  if (!site) return spa_refuse(node, CODE_FAIL, "out of memory");
+  if (!site) return CreateStatus(CODE_FAIL, "ai.spa: out of memory");
   status = KernelInfoGetAttribute_string(info, "site", site, &length);
   if (!status) {
-    size_t cut = sizeof node->site - sizeof "...";
-    while (length > sizeof node->site && (site[cut] & 0xc0) == 0x80) --cut; /* not inside a UTF-8 character */
-    if (length > sizeof node->site) site[cut] = 0;
-    snprintf(node->site, sizeof node->site, "%s%s", site, length > sizeof node->site ? "..." : "");
+    size_t cut = MAX_SITE - sizeof "...";
+    while (length > MAX_SITE && (site[cut] & 0xc0) == 0x80) --cut; /* not inside a UTF-8 character */
+    if (length > MAX_SITE) site[cut] = 0;
+    snprintf(kept, MAX_SITE, "%s%s", site, length > MAX_SITE ? "..." : "");
   }
   free(site);
   return status;
@@ -126,7 +130,7 @@ static Status* initialize(Node* node, const void* info) {
   const Region* region = node->region;
   size_t input = spa_first_array(region);
   int64_t dims[2], size[LINEAR_ARRAYS];
-  TRY(read_site(node, info));
+  TRY(spa_read_site(region->name, info, node->site));
   node->linears = calloc((size_t)region->linear_count + 1, sizeof *node->linears);
   node->norms = calloc((size_t)region->norm_count + 1, sizeof *node->norms);
   node->depthwise = calloc((size_t)region->depthwise_count + 1, sizeof *node->depthwise);
@@ -211,12 +215,12 @@ static void name_unknown(const int64_t* dims, const char** names, size_t rank, c
     }
 }
 
-Status* spa_set_shape(void* context, int output, const int64_t* dims, const char** names, size_t rank) {
+Status* spa_set_shape(void* context, int type, int output, const int64_t* dims, const char** names, size_t rank) {
   char fresh[MAX_RANK][32];
   void* y;
   name_unknown(dims, names, rank, fresh);
   TRY(CreateTensorTypeAndShapeInfo(&y));
-  Status* status = SetTensorElementType(y, ELEMENT_FLOAT);
+  Status* status = SetTensorElementType(y, type);
   if (!status) status = SetDimensions(y, dims, rank);
   if (!status) status = SetSymbolicDimensions(y, names, rank);
   if (!status) status = ShapeInfer_SetOutputTypeShape(context, (size_t)output, y);

@@ -21,7 +21,8 @@ typedef struct Allocator {
   void (*Free)(struct Allocator*, void*);
 } Allocator;
 
-enum { ELEMENT_FLOAT = 1, ELEMENT_UINT16 = 4, ELEMENT_INT32 = 6 };              /* ONNXTensorElementDataType */
+enum { ELEMENT_FLOAT = 1, ELEMENT_UINT8, ELEMENT_INT8, ELEMENT_UINT16, ELEMENT_INT16, ELEMENT_INT32, ELEMENT_INT64,
+       ELEMENT_FLOAT16 = 10, ELEMENT_UINT32 = 12, ELEMENT_BFLOAT16 = 16 };      /* ONNXTensorElementDataType */
 enum { CODE_FAIL = 1, CODE_INVALID_ARGUMENT = 2, CODE_NOT_IMPLEMENTED = 9 };    /* OrtErrorCode */
 
 extern Api spa_api; /* set once, by RegisterCustomOps */
@@ -38,6 +39,9 @@ extern Api spa_api; /* set once, by RegisterCustomOps */
 #define GetDimensions SPA_CALL(62, Status* (*)(const void*, int64_t*, size_t))
 #define GetSymbolicDimensions SPA_CALL(63, Status* (*)(const void*, const char**, size_t))
 #define GetTensorTypeAndShape SPA_CALL(65, Status* (*)(const void*, void**))
+#define MemoryInfoGetId SPA_CALL(72, Status* (*)(const void*, int*))
+#define KernelInfoGetAttribute_float SPA_CALL(85, Status* (*)(const void*, const char*, float*))
+#define KernelInfoGetAttribute_int64 SPA_CALL(86, Status* (*)(const void*, const char*, int64_t*))
 #define KernelInfoGetAttribute_string SPA_CALL(87, Status* (*)(const void*, const char*, char*, size_t*))
 #define KernelContext_GetInput SPA_CALL(90, Status* (*)(const void*, size_t, const void**))
 #define KernelContext_GetOutput SPA_CALL(91, Status* (*)(void*, size_t, const int64_t*, size_t, void**))
@@ -45,10 +49,15 @@ extern Api spa_api; /* set once, by RegisterCustomOps */
 #define ReleaseTensorTypeAndShapeInfo SPA_CALL(99, void (*)(void*))
 #define AddSessionConfigEntry SPA_CALL(130, Status* (*)(void*, const char*, const char*))
 #define ReleaseAllocator SPA_CALL(132, void (*)(Allocator*))
+#define KernelContext_GetGPUComputeStream SPA_CALL(193, Status* (*)(const void*, void**))
+#define GetTensorMemoryInfo SPA_CALL(194, Status* (*)(const void*, const void**))
+#define MemoryInfoGetDeviceType SPA_CALL(225, void (*)(const void*, int*))
 #define KernelInfoGetConstantInput_tensor SPA_CALL(249, Status* (*)(const void*, size_t, int*, const void**))
 #define ShapeInfer_GetInputTypeShape SPA_CALL(268, Status* (*)(const void*, size_t, void**))
+#define ShapeInfer_GetAttribute SPA_CALL(269, Status* (*)(const void*, const char*, const void**))
 #define ShapeInfer_SetOutputTypeShape SPA_CALL(270, Status* (*)(const void*, size_t, const void*))
 #define SetSymbolicDimensions SPA_CALL(271, Status* (*)(void*, const char**, size_t))
+#define ReadOpAttr SPA_CALL(272, Status* (*)(const void*, int, void*, size_t, size_t*))
 #define KernelContext_ParallelFor \
   SPA_CALL(274, Status* (*)(const void*, void (*)(void*, size_t), size_t, size_t, void*))
 #define KernelInfoGetAllocator SPA_CALL(278, Status* (*)(const void*, int, Allocator**))

@@ -176,7 +176,7 @@ static Status* infer_caches(const Region* region, void* context, int64_t tokens)
     TRY(GetSymbolicDimensions(x, names, rank));
     dims[2] = dims[2] < 0 || tokens < 0 ? -1 : dims[2] + tokens;
     names[2] = "";
-    TRY(spa_set_shape(context, region->outputs + i, dims, names, rank));
+    TRY(spa_set_shape(context, ELEMENT_FLOAT, region->outputs + i, dims, names, rank));
   }
   return NULL;
 }
@@ -194,7 +194,7 @@ Status* spa_infer_panels(const Region* region, void* context) {
   names[rank - 1] = "";
   for (int i = 0; i < region->outputs; ++i) {
     dims[rank - 1] = region->output_features[i];
-    TRY(spa_set_shape(context, i, dims, names, rank));
+    TRY(spa_set_shape(context, ELEMENT_FLOAT, i, dims, names, rank));
   }
   return infer_caches(region, context, rank == 3 ? dims[1] : -1);
 }

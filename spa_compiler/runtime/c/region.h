@@ -9,11 +9,13 @@
  */
 #ifndef SPA_REGION_H
 #define SPA_REGION_H
+#include <stdarg.h>
 #include <stdint.h>
 
 #include "ort_abi.h"
 
-enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8 };
+enum { LANE_COUNTS = 7, MAX_LANES = 64, MAX_CHUNK = 256, MAX_INPUTS = 8, MAX_OUTPUTS = 8, MAX_MASKS = 4, MAX_RANK = 8,
+       MAX_SITE = 256 };
 enum { MAX_TABLES = 4, MAX_CACHES = 32 }; /* of rotary positions; of keys and of values, each */
 enum { CACHE_KEYS = 128, MAX_SHARED = 32, MAX_QUERY = 4096 }; /* spa_compiler/kernels/cached.py; floats of a query */
 enum { MAX_IMAGES = 1024, REGISTER = 16, SPA_SETS = 1024 }; /* floats between what shares the sets of L1 */
@@ -155,11 +157,13 @@ extern Status* spa_compute_panels(const struct Node*, void* context);
 extern Status* spa_compute_images(const struct Node*, void* context);
 extern Status* spa_infer_panels(const Region*, void* context);
 extern Status* spa_infer_images(const Region*, void* context);
-/* Sets the shape of an output; what is unknown (< 0) and has no name in `names` gets one of its own. */
-extern Status* spa_set_shape(void* context, int output, const int64_t* dims, const char** names, size_t rank);
+/* Sets the type and the shape of an output; what is unknown (< 0) and has no name in `names` gets one of its own. */
+extern Status* spa_set_shape(void* context, int type, int output, const int64_t* dims, const char** names, size_t rank);
 
 /* "ai.spa::Region_1234 at site 'encoder/dense': ..." */
 extern Status* spa_refuse(const struct Node*, int code, const char* format, ...);
+extern Status* spa_refuse_at(const char* name, const char* site, int code, const char* format, va_list);
+extern Status* spa_read_site(const char* name, const void* info, char site[MAX_SITE]); /* cut, where it is longer */
 extern Status* spa_shape_of(const void* value, int64_t* dims, size_t limit, size_t* rank);
 extern const char* spa_show(char text[160], const int64_t* dims, size_t rank);
 #define CHECK(node, condition, ...)                                                \
@@ -195,7 +199,7 @@ typedef struct Node { /* a node: initializers validated once, then read in place
   Arrays* depthwise;
   int64_t weight_bytes; /* of the linears */
   Allocator* allocator; /* the session's arena: a malloc of this size would fault its pages in every call */
-  char site[256];
+  char site[MAX_SITE];
 } Node;
 
 typedef struct { /* where an image lies: channel by channel, row by row without gaps, in scratch with slack behind */

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "gpu.h"
 #include "isa.h"
 #include "region.h"
 
@@ -41,7 +42,7 @@ Status* RegisterCustomOps(void* options, const ApiBase* base) {
 
   /* SkipLayerNormalization against Add + LayerNormalization on a CPU: faster in 1.18, up to eight times slower in 1.31. */
   int minor = 0;
-  if (sscanf(base->GetVersionString(), "1.%d", &minor) == 1 && minor > SPA_API_VERSION)
+  if (!spa_for_gpus && sscanf(base->GetVersionString(), "1.%d", &minor) == 1 && minor > SPA_API_VERSION)
     TRY(AddSessionConfigEntry(options, "optimization.disable_specified_optimizers", "SkipLayerNormFusion"));
 
   /* One domain for the life of the process: sessions keep a pointer to it. */
@@ -50,6 +51,7 @@ Status* RegisterCustomOps(void* options, const ApiBase* base) {
   if (!domain) {
     TRY(CreateCustomOpDomain("ai.spa", &domain));
     for (int i = 0; i < spa_region_count; ++i) TRY(CustomOpDomain_Add(domain, &table->regions[i].op));
+    for (int i = 0; i < spa_gpu_op_count; ++i) TRY(CustomOpDomain_Add(domain, &spa_gpu_ops[i].op));
     if (!atomic_compare_exchange_strong(&shared, &expected, domain)) domain = expected;
   }
   return AddCustomOpDomain(options, domain);

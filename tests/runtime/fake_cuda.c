@@ -1,0 +1,218 @@
+/* A stand-in for NVIDIA's driver: as much of libcuda as the C side calls, on the host's memory.
+ *
+ * It keeps a log of all calls, one line each; checks that contexts, modules and functions are used as the driver wants it;
+ * can be told to let any function fail; and counts what is not given back. While `fake_capture` is on, only calls that may be
+ * recorded into a CUDA graph succeed. Where an image names a library ("emulate PATH"), a launch runs the kernel in there.
+ */
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { DEVICES = 2, DEPTH = 8, LOG = 1 << 20 };
+enum { INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
+       NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900 };
+
+typedef struct {
+  int number, retained;
+} Context;
+typedef struct {
+  Context* context;
+  char image[512];
+  int loaded;
+} Module;
+typedef struct {
+  Module* module;
+  char name[256];
+  int shared;
+} Function;
+typedef void Emulated(const unsigned* grid, const unsigned* block, unsigned shared, void** arguments);
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static char log_text[LOG];
+static size_t log_length;
+static char failing[64];
+static int failing_with, started, major = 9, minor = 0, shared_most = 232448, threads_most = 1024, capture, pointers, modules,
+                         launches, wrong;
+static Context contexts[DEVICES];
+static _Thread_local Context* stack[DEPTH];
+static _Thread_local int depth;
+
+/* ---- what tests ask ---- */
+
+void fake_reset(int with_major, int with_minor, int with_shared, int with_threads) {
+  pthread_mutex_lock(&lock);
+  log_length = 0;
+  log_text[0] = failing[0] = 0;
+  major = with_major, minor = with_minor, shared_most = with_shared, threads_most = with_threads;
+  capture = launches = wrong = 0;
+  pthread_mutex_unlock(&lock);
+}
+void fake_fail(const char* function, int with) { snprintf(failing, sizeof failing, "%s", function), failing_with = with; }
+void fake_capture(int on) { capture = on; }
+void fake_pointers(int count) { pointers = count; } /* arguments of a kernel before its numbers */
+const char* fake_log(void) { return log_text; }
+int fake_modules(void) { return modules; }
+int fake_launches(void) { return launches; }
+int fake_wrong(void) { return wrong; } /* calls that the driver would have refused */
+int fake_retained(int device) { return contexts[device].retained; }
+int fake_depth(void) { return depth; }
+void* fake_context(int device) { return &contexts[device]; }
+
+/* ---- the driver ---- */
+
+static void note(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  pthread_mutex_lock(&lock);
+  if (log_length < LOG - 4096) log_length += (size_t)vsnprintf(log_text + log_length, 4096, format, arguments);
+  pthread_mutex_unlock(&lock);
+  va_end(arguments);
+}
+
+/* What a call returns where nothing is wrong with it: 0, or what the test asked for. */
+static int result_of(const char* function, int recordable) {
+  if (capture && !recordable) return __atomic_fetch_add(&wrong, 1, __ATOMIC_RELAXED), CAPTURE_UNSUPPORTED;
+  if (!started && strcmp(function, "cuInit")) return __atomic_fetch_add(&wrong, 1, __ATOMIC_RELAXED), NOT_INITIALIZED;
+  return strcmp(failing, function) ? 0 : failing_with;
+}
+static int refuse(int with) { return __atomic_fetch_add(&wrong, 1, __ATOMIC_RELAXED), with; }
+static Context* current(void) { return depth ? stack[depth - 1] : NULL; }
+#define BEGIN(recordable)                                   \
+  int status_ = result_of(__func__, recordable);            \
+  if (status_) return note("%s -> %d\n", __func__, status_), status_
+
+#ifndef WITHOUT_INIT
+int cuInit(unsigned flags) {
+  started = 1; /* before a failure, too: the next call tries again */
+  BEGIN(0);
+  note("cuInit\n");
+  return flags ? refuse(INVALID_VALUE) : 0;
+}
+#endif
+int cuDriverGetVersion(int* version) { return *version = 12040, 0; }
+int cuGetErrorName(int code, const char** name) {
+  return *name = code == 999 ? "CUDA_ERROR_UNKNOWN" : code == 209 ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : NULL,
+         *name ? 0 : INVALID_VALUE;
+}
+int cuGetErrorString(int code, const char** text) {
+  return *text = code == 999 ? "unknown error" : code == 209 ? "no kernel image is available" : NULL,
+         *text ? 0 : INVALID_VALUE;
+}
+int cuDeviceGet(int* device, int ordinal) {
+  BEGIN(0);
+  return ordinal < 0 || ordinal >= DEVICES ? refuse(INVALID_DEVICE) : (*device = 100 + ordinal, 0);
+}
+int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, (size_t)size, "Fake %d", device), 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  BEGIN(0);
+  if (device < 100 || device >= 100 + DEVICES) return refuse(INVALID_DEVICE);
+  *value = attribute == 75 ? major : attribute == 76 ? minor : attribute == 97 ? shared_most : -1;
+  return *value < 0 ? refuse(INVALID_VALUE) : 0;
+}
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  BEGIN(0);
+  if (device < 100 || device >= 100 + DEVICES) return refuse(INVALID_DEVICE);
+  __atomic_fetch_add(&contexts[device - 100].retained, 1, __ATOMIC_RELAXED);
+  return *context = &contexts[device - 100], 0;
+}
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  if (device < 100 || device >= 100 + DEVICES || contexts[device - 100].retained < 1) return refuse(INVALID_DEVICE);
+  return __atomic_fetch_sub(&contexts[device - 100].retained, 1, __ATOMIC_RELAXED), 0;
+}
+int cuCtxGetCurrent(void** context) {
+  BEGIN(1);
+  return *context = current(), 0;
+}
+int cuCtxPushCurrent_v2(void* context) {
+  int status = strcmp(failing, "cuCtxPushCurrent") ? 0 : failing_with;
+  if (status) return status;
+  return depth == DEPTH || !context ? refuse(INVALID_CONTEXT) : (stack[depth++] = context, 0);
+}
+int cuCtxPopCurrent_v2(void** context) {
+  return depth ? (*context = stack[--depth], 0) : refuse(INVALID_CONTEXT);
+}
+int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
+  int status = strcmp(failing, "cuMemcpyDtoH") ? result_of("cuMemcpyDtoH", 0) : failing_with;
+  if (status) return status;
+  if (!current()) return refuse(INVALID_CONTEXT);
+  return memcpy(to, (const void*)(uintptr_t)from, bytes), 0;
+}
+int cuModuleLoadDataEx(void** module, const void* image, unsigned options, int* names, void** values) {
+  if (options == 2 && names[0] == 5 && names[1] == 6 && !strcmp(failing, __func__))
+    snprintf(values[0], (size_t)(uintptr_t)values[1], "ptxas says no");
+  BEGIN(0);
+  if (!current()) return refuse(INVALID_CONTEXT);
+  Module* m = calloc(1, sizeof *m);
+  m->context = current();
+  m->loaded = 1;
+  snprintf(m->image, sizeof m->image, "%s", (const char*)image);
+  __atomic_fetch_add(&modules, 1, __ATOMIC_RELAXED);
+  note("cuModuleLoadDataEx device %d: %s\n", (int)(m->context - contexts), m->image);
+  return *module = m, 0;
+}
+int cuModuleUnload(void* module) {
+  Module* m = module;
+  if (!m->loaded || current() != m->context) return refuse(INVALID_CONTEXT);
+  m->loaded = 0; /* it is kept, so that a launch behind its end is found */
+  __atomic_fetch_sub(&modules, 1, __ATOMIC_RELAXED);
+  note("cuModuleUnload %s\n", m->image);
+  return 0;
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  BEGIN(0);
+  Module* m = module;
+  if (!m->loaded || !strstr(m->image, name)) return refuse(NOT_FOUND);
+  Function* f = calloc(1, sizeof *f);
+  f->module = m;
+  f->shared = 48 << 10;
+  snprintf(f->name, sizeof f->name, "%s", name);
+  return *function = f, 0;
+}
+int cuFuncGetAttribute(int* value, int attribute, void* function) {
+  BEGIN(0);
+  return attribute || !function ? refuse(INVALID_VALUE) : (*value = threads_most, 0);
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+  BEGIN(0);
+  if (attribute != 8 || value > shared_most) return refuse(INVALID_VALUE);
+  note("cuFuncSetAttribute %s: %d bytes\n", ((Function*)function)->name, value);
+  return ((Function*)function)->shared = value, 0;
+}
+
+static int emulate(const Function* f, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments) {
+  char path[512];
+  if (sscanf(f->module->image, "emulate %511s", path) != 1) return 0;
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  void* symbol = library ? dlsym(library, f->name) : NULL;
+  if (!symbol) return refuse(NOT_FOUND);
+  Emulated* run;
+  memcpy(&run, &symbol, sizeof run);
+  return run(grid, block, shared, arguments), 0;
+}
+
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** arguments, void** extra) {
+  const Function* f = function;
+  const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+  char text[1024] = "";
+  size_t at = 0;
+  BEGIN(1);
+  if (!f->module->loaded || current() != f->module->context) return refuse(INVALID_CONTEXT);
+  if (extra || !gx || !gy || !gz || gy > 65535 || gz > 65535 || bx * by * bz > (unsigned)threads_most ||
+      shared > (unsigned)f->shared)
+    return refuse(INVALID_VALUE);
+  for (int i = 0; i < pointers; ++i)
+    at += (size_t)snprintf(text + at, sizeof text - at, " %llx", *(unsigned long long*)arguments[i]);
+  for (int i = pointers; i < pointers + 4; ++i)
+    at += (size_t)snprintf(text + at, sizeof text - at, " %d", *(int*)arguments[i]);
+  for (int i = pointers + 4; i < pointers + 6; ++i)
+    at += (size_t)snprintf(text + at, sizeof text - at, " %g", (double)*(float*)arguments[i]);
+  __atomic_fetch_add(&launches, 1, __ATOMIC_RELAXED);
+  note("cuLaunchKernel %s grid %u %u %u block %u %u %u shared %u stream %llx:%s\n", f->name, gx, gy, gz, bx, by, bz, shared,
+       (unsigned long long)(uintptr_t)stream, text);
+  return emulate(f, grid, block, shared, arguments);
+}
