@@ -82,7 +82,9 @@ class Driver:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self._library.fake_log.restype = ctypes.c_char_p
+        self._library.fake_message.restype = ctypes.c_char_p
         self._library.fake_context.restype = ctypes.c_void_p
+        self._buffers: tuple[Any, ...] = ()
         self.reset()
 
     def reset(self, major: int = 9, minor: int = 0, shared: int = 232448, threads: int = 1024) -> None:
@@ -90,6 +92,13 @@ class Driver:
 
     def fail(self, function: str, code: int = 999) -> None:
         self._library.fake_fail(function.encode(), code)
+
+    def emulate_on(self, buffers: Sequence[np.ndarray], seed: int) -> None:
+        """All that kernels may touch from now on, and what decides what a GPU leaves open (tests/cuda_emulator)."""
+        addresses = (ctypes.c_void_p * len(buffers))(*(b.ctypes.data for b in buffers))
+        sizes = (ctypes.c_long * len(buffers))(*(b.nbytes for b in buffers))
+        self._buffers = addresses, sizes  # the stand-in reads them in every launch
+        self._library.fake_buffers(addresses, sizes, len(buffers), ctypes.c_uint64(seed))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._library, name)
@@ -148,9 +157,12 @@ def driver() -> Driver:
 class Refused(Exception):
     """An OrtStatus; `code` is an OrtErrorCode."""
 
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+    @property
+    def code(self) -> int:
+        return int(self.args[0])
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 @dataclass
@@ -179,7 +191,7 @@ class Node:
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     stream: int = STREAM
-    output_dtype: str = "float16"
+    allocate: Callable[[tuple[int, ...]], np.ndarray] = lambda dims: np.zeros(dims, np.float16)
 
 
 _P, _S, _I, _L = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64
@@ -323,7 +335,7 @@ class Ort:
 
     def _get_output(self, context: int, index: int, dims: Any, rank: int, to: Any) -> None:
         node = self._objects[context]
-        node.outputs = [Tensor.of(np.zeros(dims[:rank], node.output_dtype))]
+        node.outputs = [Tensor.of(node.allocate(tuple(dims[:rank])))]
         to[0] = self.handle(node.outputs[0])
 
     def _constant(self, info: int, index: int, is_constant: Any, to: Any) -> None:
@@ -487,6 +499,7 @@ def build(library: GpuLibrary, folder: Path) -> Path:
         link.link([], ("x86-64",), path, library)
     finally:
         link.FLAGS = flags
+    assert not extra or b"__ubsan" in path.read_bytes(), "nothing would be found"
     return path
 
 

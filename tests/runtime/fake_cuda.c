@@ -2,7 +2,8 @@
  *
  * It keeps a log of all calls, one line each; checks that contexts, modules and functions are used as the driver wants it;
  * can be told to let any function fail; and counts what is not given back. While `fake_capture` is on, only calls that may be
- * recorded into a CUDA graph succeed. Where an image names a library ("emulate PATH"), a launch runs the kernel in there.
+ * recorded into a CUDA graph succeed. Where an image names a library ("emulate PATH"), a launch runs the kernel in there, as
+ * tests/cuda_emulator made it.
  */
 #include <dlfcn.h>
 #include <pthread.h>
@@ -14,7 +15,7 @@
 
 enum { DEVICES = 2, DEPTH = 8, LOG = 1 << 20 };
 enum { INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
-       NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900 };
+       NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900 };
 
 typedef struct {
   int number, retained;
@@ -29,7 +30,8 @@ typedef struct {
   char name[256];
   int shared;
 } Function;
-typedef void Emulated(const unsigned* grid, const unsigned* block, unsigned shared, void** arguments);
+typedef const char* Emulated(void** arguments, const int* grid, int threads, int shared, uint64_t seed, void* const* buffers,
+                             const long* sizes, int count);
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char log_text[LOG];
@@ -38,6 +40,11 @@ static char failing[64];
 static int failing_with, started, major = 9, minor = 0, shared_most = 232448, threads_most = 1024, capture, pointers, modules,
                          launches, wrong;
 static Context contexts[DEVICES];
+static void* const* buffers; /* that an emulated kernel may touch */
+static const long* buffer_sizes;
+static int buffer_count;
+static uint64_t seed;
+static char message[512];
 static _Thread_local Context* stack[DEPTH];
 static _Thread_local int depth;
 
@@ -46,7 +53,7 @@ static _Thread_local int depth;
 void fake_reset(int with_major, int with_minor, int with_shared, int with_threads) {
   pthread_mutex_lock(&lock);
   log_length = 0;
-  log_text[0] = failing[0] = 0;
+  log_text[0] = failing[0] = message[0] = 0;
   major = with_major, minor = with_minor, shared_most = with_shared, threads_most = with_threads;
   capture = launches = wrong = 0;
   pthread_mutex_unlock(&lock);
@@ -54,7 +61,11 @@ void fake_reset(int with_major, int with_minor, int with_shared, int with_thread
 void fake_fail(const char* function, int with) { snprintf(failing, sizeof failing, "%s", function), failing_with = with; }
 void fake_capture(int on) { capture = on; }
 void fake_pointers(int count) { pointers = count; } /* arguments of a kernel before its numbers */
+void fake_buffers(void* const* all, const long* sizes, int count, uint64_t with_seed) {
+  buffers = all, buffer_sizes = sizes, buffer_count = count, seed = with_seed;
+}
 const char* fake_log(void) { return log_text; }
+const char* fake_message(void) { return message; } /* of the emulator */
 int fake_modules(void) { return modules; }
 int fake_launches(void) { return launches; }
 int fake_wrong(void) { return wrong; } /* calls that the driver would have refused */
@@ -183,21 +194,29 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   return ((Function*)function)->shared = value, 0;
 }
 
-static int emulate(const Function* f, const unsigned* grid, const unsigned* block, unsigned shared, void** arguments) {
-  char path[512];
+/* One at a time: the emulator has one GPU. */
+static int emulate(const Function* f, const unsigned* grid, unsigned threads, unsigned shared, void** arguments) {
+  char path[512], name[300];
+  const int blocks[] = {(int)grid[0], (int)grid[1], (int)grid[2]};
   if (sscanf(f->module->image, "emulate %511s", path) != 1) return 0;
+  snprintf(name, sizeof name, "launch_%s", f->name);
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  void* symbol = library ? dlsym(library, f->name) : NULL;
+  void* symbol = library ? dlsym(library, name) : NULL;
   if (!symbol) return refuse(NOT_FOUND);
   Emulated* run;
   memcpy(&run, &symbol, sizeof run);
-  return run(grid, block, shared, arguments), 0;
+  pthread_mutex_lock(&lock);
+  const char* wrong = run(arguments, blocks, (int)threads, (int)shared, seed, buffers, buffer_sizes, buffer_count);
+  if (!*wrong) wrong = NULL;
+  else snprintf(message, sizeof message, "%s", wrong);
+  pthread_mutex_unlock(&lock);
+  return wrong ? refuse(ILLEGAL_ADDRESS) : 0;
 }
 
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** arguments, void** extra) {
   const Function* f = function;
-  const unsigned grid[] = {gx, gy, gz}, block[] = {bx, by, bz};
+  const unsigned grid[] = {gx, gy, gz};
   char text[1024] = "";
   size_t at = 0;
   BEGIN(1);
@@ -214,5 +233,5 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   __atomic_fetch_add(&launches, 1, __ATOMIC_RELAXED);
   note("cuLaunchKernel %s grid %u %u %u block %u %u %u shared %u stream %llx:%s\n", f->name, gx, gy, gz, bx, by, bz, shared,
        (unsigned long long)(uintptr_t)stream, text);
-  return emulate(f, grid, block, shared, arguments);
+  return emulate(f, grid, bx, shared, arguments);
 }

@@ -366,7 +366,7 @@ def test_a_driver_that_fails_is_quoted_and_nothing_is_left(function: str, code: 
 def test_a_launch_that_fails(function: str) -> None:
     with Made(ROWS) as made:
         driver().fail(function)
-        with pytest.raises(Refused, match="CUDA_ERROR_UNKNOWN"):
+        with pytest.raises(Refused, match=rf"{function}: 999 CUDA_ERROR_UNKNOWN \(unknown error\), to launch few"):
             made.run(call((3, K)))
         assert driver().fake_depth() == 0
         driver().fail("nothing", 0)

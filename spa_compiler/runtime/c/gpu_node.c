@@ -208,18 +208,21 @@ static Status* launch(const GpuNode* node, const GpuFunction* f, int64_t tokens,
   const GpuDriver* d = node->driver;
   const GpuKernel* kernel = f->kernel;
   char words[GPU_WORDS];
+  const char* called = "cuCtxGetCurrent";
   void *current = NULL, *popped;
   int result = d->cuCtxGetCurrent(&current), elsewhere = current != f->context;
   /* ONNX Runtime sets the device of the threads that it runs in; which context is current depends on the version of CUDA. */
-  if (!result && elsewhere) result = d->cuCtxPushCurrent(f->context);
-  if (result) return spa_gpu_failed(d, "cuCtxPushCurrent", result, words), refuse(node, CODE_FAIL, "%s", words);
-  result = d->cuLaunchKernel(f->function, (unsigned)blocks_of(tokens, kernel->tile_tokens),
-                             (unsigned)blocks_of(node->n, kernel->tile_rows), (unsigned)batch, (unsigned)kernel->threads, 1, 1,
-                             (unsigned)kernel->shared_bytes, stream, arguments, NULL);
-  if (elsewhere) d->cuCtxPopCurrent(&popped);
+  if (!result && elsewhere) called = "cuCtxPushCurrent", result = d->cuCtxPushCurrent(f->context);
+  if (!result) {
+    called = "cuLaunchKernel";
+    result = d->cuLaunchKernel(f->function, (unsigned)blocks_of(tokens, kernel->tile_tokens),
+                               (unsigned)blocks_of(node->n, kernel->tile_rows), (unsigned)batch, (unsigned)kernel->threads, 1,
+                               1, (unsigned)kernel->shared_bytes, stream, arguments, NULL);
+    if (elsewhere) d->cuCtxPopCurrent(&popped);
+  }
   if (!result) return NULL;
-  spa_gpu_failed(d, "cuLaunchKernel", result, words);
-  return refuse(node, CODE_FAIL, "%s of %s", words, kernel->name);
+  spa_gpu_failed(d, called, result, words);
+  return refuse(node, CODE_FAIL, "%s, to launch %s", words, kernel->name);
 }
 
 Status* spa_gpu_compute(void* kernel, void* context) {

@@ -1,0 +1,106 @@
+"""Whole nodes with their real kernels and without a GPU: packed by the form, checked, chosen and launched by the C side, run by
+the emulator on the CPU, compared with the reference."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spa_compiler.kernels.cuda import arrays as packed
+from spa_compiler.kernels.cuda import form as contract
+from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel, Layout, from_bits, rounded, to_bits
+from spa_compiler.kernels.cuda.forms import FORMS
+from spa_compiler.runtime.gpu import BOUNDED, Code, GpuLibrary, GpuOp, operator
+from spa_compiler.targets.cuda import architecture
+from tests.cuda_emulator import emulator
+from tests.gpu_harness import Node, Operator, Refused, Tensor, build, driver, in_child, register
+
+ARCH = architecture("sm_90")
+CASES: tuple[tuple[Dtype, Layout, Epilogue], ...] = (
+    ("fp16", "rows", Epilogue()),
+    ("bf16", "rows", Epilogue("clip", residual=True)),
+    ("fp32", "rows", Epilogue("gelu_erf", residual=True)),
+    ("fp16", "planes", Epilogue("relu", residual=True)),
+)
+TOKENS = (1, 7, 40)
+N, K = 45, 70
+
+
+def chosen(form: Form, dtype: Dtype, layout: Layout, epilogue: Epilogue) -> tuple[tuple[int | None, Kernel], ...]:
+    """The most promising kernel for each of TOKENS; none where the form has none."""
+    best = [(tokens, form.kernels(ARCH, dtype, layout, epilogue, tokens)) for tokens in TOKENS]
+    found = [(tokens, kernels[0]) for tokens, kernels in best if kernels]
+    return tuple((None if i == len(found) - 1 else tokens, kernel) for i, (tokens, kernel) in enumerate(found))
+
+
+@functools.cache
+def operators(form: Form) -> dict[tuple[str, str, Epilogue], tuple[GpuOp, Operator]]:
+    """Of a form, by type, layout and epilogue; one library, whose code is the kernels for the emulator."""
+    ops = {
+        case: operator(form, case[0], case[1], case[2], variants) for case in CASES if (variants := chosen(form, *case))
+    }
+    kernels = tuple(dict.fromkeys(v.kernel for op in ops.values() for v in op.variants))
+    path = emulator.library(kernels)._name
+    codes = {kernel.name: [Code("sm_90", f"emulate {path} {kernel.name}\0".encode())] for kernel in kernels}
+    there = register(build(GpuLibrary(tuple(ops.values()), ("sm_90",), codes), Path(tempfile.mkdtemp())))
+    return {case: (op, there[op.op_type, "CUDAExecutionProvider"]) for case, op in ops.items()}
+
+
+def run(form: Form, case: tuple[Dtype, Layout, Epilogue], tokens: int, seed: int) -> None:
+    """One node, made, called and ended."""
+    dtype, layout, epilogue = case
+    op, there = operators(form)[case]
+    rng = np.random.default_rng(seed)
+    batch = 3 if layout == "planes" else 1
+    shape = (lambda f: (batch, f, tokens)) if layout == "planes" else (lambda f: (tokens, f))
+    weight = np.where(rng.random((N, K)) < 0.3, rng.standard_normal((N, K)), 0).astype(np.float32)
+    arrays, bias = form.pack(weight, dtype), rng.standard_normal(N).astype(np.float32)
+    packed.check(form.rules(dtype), arrays, N, K)
+    x = rounded(rng.standard_normal(shape(K)).astype(np.float32), dtype)
+    residual = rounded(rng.standard_normal(shape(N)).astype(np.float32), dtype) if epilogue.residual else None
+    bounds = {"low": -0.75, "high": 0.5} if epilogue.act in BOUNDED else {}
+
+    weights = [emulator.guarded(a) for a in (*arrays.values(), bias)]
+    given = [emulator.guarded(to_bits(v, dtype)) for v in (x, residual) if v is not None]
+
+    def allocate(dims: tuple[int, ...]) -> np.ndarray:
+        y = emulator.guarded(to_bits(np.full(dims, np.nan, np.float32), dtype))
+        driver().emulate_on([*weights, *given, y], seed)
+        return y
+
+    driver().reset()
+    driver().fake_pointers(len(arrays) + 4)
+    constants = [Tensor.of(w, constant=True) for w in weights]
+    made = there.create(
+        Node({"site": "s", "n": N, "k": K, **bounds}, [Tensor(None)] * (1 + epilogue.residual) + constants)
+    )
+    try:
+        bits = there.compute(made, Node(inputs=[Tensor.of(v) for v in given], allocate=allocate))
+    except Refused as error:
+        raise AssertionError(f"{case}: {driver().fake_message()}") from error
+    y = from_bits(bits.copy(), dtype)
+    there.destroy(made)
+    driver().assert_clean()
+
+    stored = form.unpack(arrays, N, K, dtype)
+    low, high = bounds.get("low", 0.0), bounds.get("high", 0.0)
+    want = contract.reference(stored, x, bias, residual, epilogue.act, low, high, layout=layout)
+    whole = None if residual is None else abs(residual)
+    sizes = contract.reference(abs(stored), abs(x), abs(bias), whole, layout=layout)
+    emulator.assert_close(y, want, sizes, dtype)
+    fitting = [v.kernel.name for v in op.variants if v.most_tokens is None or v.most_tokens >= tokens]
+    assert driver().launched()["name"] == fitting[0]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("form", range(len(FORMS)), ids=[form.name for form in FORMS])
+@in_child
+def test_a_node_computes_what_the_reference_computes(form: int, tokens: int) -> None:
+    cases = operators(FORMS[form])
+    assert cases
+    for case in cases:
+        run(FORMS[form], case, tokens, seed=tokens)
