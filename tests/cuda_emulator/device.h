@@ -177,6 +177,7 @@ SPA_DEVICE uint spa_fma_bf16x2(uint a, uint b, uint c) {
   float high = (float)((double)spa_from_bf16x2_high(a) * spa_from_bf16x2_high(b) + spa_from_bf16x2_high(c));
   return spa_to_bf16x2(low, high);
 }
+SPA_DEVICE uint spa_and_or(uint v, uint mask, uint bits) { return v & mask | bits; }
 SPA_DEVICE int spa_popc(uint v) { return __builtin_popcount(v); }
 SPA_DEVICE uint spa_byte_perm(uint a, uint b, uint selector) {
   uint64_t both = a | (uint64_t)b << 32;

@@ -206,6 +206,12 @@ SPA_DEVICE uint spa_fma_bf16x2(uint a, uint b, uint c) {
 SPA_DEVICE float spa_as_float(uint bits) { return __uint_as_float(bits); }
 SPA_DEVICE uint spa_as_uint(float f) { return __float_as_uint(f); }
 SPA_DEVICE int spa_popc(uint v) { return __popc(v); }
+// v & mask | bits as the one instruction that it is, where the compiler would rather have two with constants in them.
+SPA_DEVICE uint spa_and_or(uint v, uint mask, uint bits) {
+  uint d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
+  return d;
+}
 // Bytes of (a, low) and (b, high) by the nibbles of the selector: PTX prmt.
 SPA_DEVICE uint spa_byte_perm(uint a, uint b, uint selector) { return __byte_perm(a, b, selector); }
 

@@ -20,8 +20,8 @@ instruction lie in the same bank.
     place    ((step * 2 + half) * 32 + lane) * 16 + 4 * register [+ 2 * column % 2]     step: 16 columns (fp32: 8)
 
     lane 4 g + q has rows g + 8 i, i = 0..3 (half i / 2), and of every 32 columns 8 q .. 8 q + 7: the order of columns
-    in a sum is free, so they are dealt such that a lane needs 16 (32) consecutive bytes of each token of x, straight from
-    global memory
+    in a sum is free, so they are dealt such that a lane needs 16 (32) consecutive bytes of each token of x, straight
+    from global memory
 
 A warp has windows warp, warp + W, ... of its block's strip to itself: it scatters the entries over its zeroed tile,
 loads fragments, multiplies, and writes zeros where it wrote values; meanwhile its next entries are on the way to
@@ -414,7 +414,7 @@ def cost(arch: Architecture, kernel: Kernel, arrays: Arrays, n: int, k: int, tok
     tiles = kernel.tile_tokens // 8
     cycles = 2 * _TURNS * loads + TILE / 128 + 8 * tiles + _OTHER
     read = arrays["entries"].nbytes + arrays["starts"].nbytes
-    x = kernel.tile_tokens * k * (4 if wide else 2)
+    x = min(tokens, kernel.tile_tokens) * k * (4 if wide else 2)
     return microseconds(arch, grid, read, x, windows * cycles)
 
 

@@ -4,5 +4,9 @@ from __future__ import annotations
 
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import Form
+from spa_compiler.kernels.cuda.matvec import FourBit
 
 FORMS: tuple[Form, ...] = (Few(),)
+
+LOSSY: tuple[Form, ...] = (FourBit(128),)
+"""Those that change the weight: only for who asks for them."""
