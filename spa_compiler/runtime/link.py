@@ -49,6 +49,7 @@ C_FOLDER = Path(__file__).parent / "c"
 SOURCES = (
     "register.c",
     "node.c",
+    "pages.c",
     "panels.c",
     "steps.c",
     "images.c",

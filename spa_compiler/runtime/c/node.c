@@ -146,6 +146,7 @@ static Status* initialize(Node* node, const void* info) {
             (long long)across);
     }
     TRY(check_linear(node, i, size));
+    spa_use_large_pages(node->linears[i][VALUES], size[VALUES] * region->linears[i].rows * block_columns(&region->linears[i]) * (int64_t)sizeof(float));
     node->weight_bytes += size[VALUES] * entry_bytes(&region->linears[i]);
   }
   for (int i = 0; i < region->norm_count; ++i)

@@ -277,6 +277,7 @@ Status* spa_image_in(const Run*, int to);
 Status* spa_image_linear(const Run*, int linear, int from, int second, int second_from, int residual, int to);
 Status* spa_image_window(const Run*, int linear, int from, int residual, int to);
 Status* spa_image_depthwise(const Run*, int depthwise, int from, int to);
+void spa_use_large_pages(const void* data, int64_t bytes);
 Status* spa_image_largest(const Run*, int largest, int from, int to);
 Status* spa_image_mean(const Run*, int from, int to);
 Status* spa_image_combine(const Run*, int combine, int from, int other, int to); /* `other` < 0: a copy */
