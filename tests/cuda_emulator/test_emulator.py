@@ -59,6 +59,7 @@ extern "C" __global__ void pass_on(const uint* x, uint* y, int mistake) {
     if (mistake != 3) __syncthreads();
     if (mistake == 8 && t == 40) __syncthreads();
     if (mistake == 9 && t < 40) spa_syncwarp();
+    if (mistake == 11 && t == 3) y[4 * 4 * blockDim.x] = 1;
     if (mistake == 10) { if (t < 40) spa_shuffle_u32(t, 0); else spa_syncwarp(); }
   }
 }
@@ -225,6 +226,7 @@ def test_what_is_left_out_shows(mistake: int) -> None:
         (8, "deadlock"),
         (9, "deadlock"),
         (10, "lanes of a warp do different things"),
+        (11, "0 bytes past the end of buffer 1"),
     ],
 )
 def test_what_is_wrong_is_said(mistake: int, words_: str) -> None:

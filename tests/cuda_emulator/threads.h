@@ -8,12 +8,17 @@
 // the launch with a message. No C++ library is used: building one takes longer than all tests.
 
 #pragma once
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 struct spa_dim3 {
   unsigned x, y, z;
@@ -263,6 +268,29 @@ static void spa_run_block() {
   }
 }
 
+// An access of a page that is not there ends the launch, too: the thread goes on in spa_crashed instead.
+static void* spa_crash_address;
+
+static void spa_crashed() {
+  char* at = (char*)spa_crash_address;
+  for (int i = 0; i < spa_gpu.n_buffers; ++i) {
+    long past = at - spa_gpu.buffers[i].end;
+    if (past >= 0 && past < 4096) spa_fail("an access %ld bytes past the end of buffer %d", past, i);
+  }
+  spa_fail("an access outside of all memory, %ld of shared memory", (long)(at - spa_gpu.shared));
+}
+
+static void spa_on_signal(int number, siginfo_t* info, void* context) {
+  if (!spa_gpu.current) {
+    signal(number, SIG_DFL);
+    return;
+  }
+  spa_crash_address = info->si_addr;
+  greg_t* registers = ((ucontext_t*)context)->uc_mcontext.gregs;
+  registers[REG_RIP] = (greg_t)spa_crashed;
+  registers[REG_RSP] = (greg_t)(spa_gpu.current->stack + SPA_STACK / 2 - 8);
+}
+
 static char* spa_map(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   return memory == MAP_FAILED ? nullptr : (char*)memory;
@@ -295,6 +323,15 @@ static const char* spa_launch(void (*entry)(void), const int* grid, int threads,
   for (int i = 0; i < threads; ++i) spa_gpu.threads[i].stack = stacks + (size_t)i * SPA_STACK;
   spa_grid = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
   spa_block_size = {(unsigned)threads, 1, 1};
+  char* signal_stack = spa_map(64 << 10);
+  stack_t alternative = {}, old_stack;
+  alternative.ss_sp = signal_stack, alternative.ss_size = 64 << 10;
+  struct sigaction crash = {}, old_segv, old_bus;
+  crash.sa_sigaction = spa_on_signal;
+  crash.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigaltstack(&alternative, &old_stack);
+  sigaction(SIGSEGV, &crash, &old_segv);
+  sigaction(SIGBUS, &crash, &old_bus);
   for (int z = 0; z < grid[2] && !spa_gpu.message[0]; ++z) {
     for (int y = 0; y < grid[1] && !spa_gpu.message[0]; ++y) {
       for (int x = 0; x < grid[0] && !spa_gpu.message[0]; ++x) {
@@ -303,6 +340,10 @@ static const char* spa_launch(void (*entry)(void), const int* grid, int threads,
       }
     }
   }
+  sigaction(SIGSEGV, &old_segv, nullptr);
+  sigaction(SIGBUS, &old_bus, nullptr);
+  sigaltstack(&old_stack, nullptr);
+  munmap(signal_stack, 64 << 10);
   munmap(shared, room + page);
   munmap(stacks, (size_t)threads * SPA_STACK);
   munmap(state, own);

@@ -76,7 +76,8 @@ class Kernel:
     shared_bytes: int
     """Of dynamic shared memory, the only kind; above 48 KB a launch must have asked for it."""
     min_blocks: int = 1
-    """Thread blocks that shall fit a multiprocessor: what the compiler limits registers by."""
+    """Thread blocks that shall fit a multiprocessor: what the compiler limits registers by. Shared memory may let
+    fewer."""
     oldest: int = 80
     """Compute capability that it needs at least."""
 
@@ -90,7 +91,6 @@ class Kernel:
             arch.capability >= self.oldest
             and self.shared_bytes <= arch.shared_per_block
             and self.threads * self.min_blocks <= arch.threads_per_sm
-            and self.min_blocks * (self.shared_bytes + arch.shared_reserved) <= arch.shared_per_sm
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from spa_compiler.kernels.cuda.blocks import GROUPS, SIZES, Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import Form
 from spa_compiler.kernels.cuda.matvec import FourBit
 
-FORMS: tuple[Form, ...] = (Few(),)
+FORMS: tuple[Form, ...] = (Few(), *(Blocks(size, group) for size in SIZES for group in GROUPS if group >= size))
 
 LOSSY: tuple[Form, ...] = (FourBit(128),)
 """Those that change the weight: only for who asks for them."""
