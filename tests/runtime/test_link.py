@@ -18,7 +18,19 @@ from tests.region_harness import MCPU, assert_parity, case, library, run, sessio
 from tests.window_harness import CONVOLUTIONS
 
 # Everything that the C side may call. A new name here is a decision, not an accident.
-IMPORTS = {"calloc", "free", "malloc", "memcpy", "memset", "memmove", "snprintf", "vsnprintf", "sscanf", "getenv"}
+IMPORTS = {
+    "calloc",
+    "free",
+    "malloc",
+    "memcpy",
+    "memset",
+    "memmove",
+    "snprintf",
+    "vsnprintf",
+    "sscanf",
+    "getenv",
+    "madvise",
+}
 IMPORTS |= {"__isoc99_sscanf", "__cxa_finalize", "__gmon_start__"}
 IMPORTS |= {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__stack_chk_fail"}
 
