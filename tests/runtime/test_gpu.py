@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spa_compiler.kernels.cuda.arrays import check
 from spa_compiler.runtime.gpu import GpuOp
 from tests.gpu_harness import (
     CPU,
@@ -435,6 +436,40 @@ def test_malformed_arrays_are_refused(label: str) -> None:
         Made(ROWS, node(ROWS, arrays))
     assert words in str(raised.value)
     assert f"ai.spa::{ROWS.op_type} at site 'encoder/dense'" in str(raised.value)
+
+
+@in_child
+def test_the_c_side_and_the_rules_agree_about_any_edit() -> None:
+    """300 random edits of arrays and sizes: what `arrays.check` refuses is refused, and nothing else."""
+    refused = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        arrays, n, k = weights(seed=seed, blocks=int(rng.integers(0, 12))), N, K
+        name = str(rng.choice([rule.name for rule in RULES]))
+        what = rng.integers(4)
+        if what == 0 and arrays[name].size:
+            flat = arrays[name].reshape(-1)
+            info = np.iinfo(flat.dtype)
+            near = [0, 1, 7, 8, 9, N - 1, N, K - 1, K, K << 16, (K - 1) << 16, info.max, info.min]
+            flat[rng.integers(flat.size)] = int(rng.choice([v for v in near if info.min <= v <= info.max]))
+        elif what == 1:
+            arrays[name] = arrays[name][: rng.integers(len(arrays[name]) + 1)]
+        elif what == 2:
+            n, k = n + int(rng.integers(-4, 5)), k + int(rng.integers(-8, 9))
+            arrays["bias"] = np.zeros(n, np.float32)
+        try:
+            check(RULES, {rule.name: arrays[rule.name] for rule in RULES}, n, k)
+            words = ""
+        except ValueError as error:
+            words = str(error)
+        try:
+            Made(ROWS, node(ROWS, arrays, n=n, k=k)).__exit__()
+            said = ""
+        except Refused as error:
+            said = str(error)
+        assert bool(said) == bool(words), (seed, said, words)
+        refused += bool(said)
+    assert 100 < refused < 250, refused
 
 
 @pytest.mark.parametrize(
