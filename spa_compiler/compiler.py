@@ -5,6 +5,7 @@ The first four stages are `compression.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import shutil
@@ -21,25 +22,29 @@ import onnx
 
 import spa_compiler
 from spa_compiler import analysis, targets
-from spa_compiler.artifact import manifest, verify, write
+from spa_compiler.artifact import manifest, verify, verify_gpu, write
 from spa_compiler.calibration import examples
 from spa_compiler.calibration.progress import Progress, no_progress
-from spa_compiler.compression import Request, Stages, Watcher, new_report, run_passes
+from spa_compiler.compression import Precision, Request, Stages, Watcher, new_report, run_passes
 from spa_compiler.errors import BudgetError, SpaError, UsageError, VerificationError
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.load import load as load_model
 from spa_compiler.graph.model import Model
+from spa_compiler.graph.rounding import in_types
 from spa_compiler.graph.save import save
-from spa_compiler.graph.session import Feeds, open_model, open_session, run
+from spa_compiler.graph.session import CPU, CUDA, Feeds, open_model, open_session, run, runtime
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.passes.restore import restore
+from spa_compiler.placement.gpu_choose import GpuChoice
+from spa_compiler.placement.gpu_place import place_on_gpu
 from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.timer import Contender, LocalTimer, Timer
+from spa_compiler.placement.timer import Contender, CudaTimer, LocalTimer, Timer
 from spa_compiler.report import assemble, console
 from spa_compiler.report.report import Report
 from spa_compiler.report.report import read as read_report
 from spa_compiler.runtime.link import link
+from spa_compiler.targets import nvrtc
 from spa_compiler.targets.machine import cache_dir
 
 if TYPE_CHECKING:
@@ -69,6 +74,7 @@ def compile(
     output: str | Path | None = None,
     *,
     target: str = "cpu",
+    precision: Precision | None = None,
     recipe: Recipe | None = None,
     shapes: Sequence[str] = (),
     samples: str | None = None,
@@ -91,7 +97,9 @@ def compile(
     Args:
         model: an ONNX file, a ModelProto, or an artifact folder (which is placed anew on this machine).
         output: the folder to write; default `<model>-spa` in the current folder, or the artifact itself.
-        target: `cpu`, `cpu:x86-64-v4`, `cpu:aarch64`, `cuda`, ...
+        target: `cpu`, `cpu:x86-64-v4`, `cpu:aarch64`, `cuda`, `cuda:sm_80,sm_90`, ...
+        precision: floats of the result, `f32`, `fp16` or `bf16`, for CUDA alone; None: those of the model. Inputs and
+            outputs keep their types.
         recipe: passes to run; None: exact rewrites only, and zeros that are already there become time.
         shapes: as `--shape`, e.g. `["input_ids=1,128", "attention_mask=1,128"]`.
         samples: DATA to time and verify with, see docs/recipes.md.
@@ -112,8 +120,8 @@ def compile(
         UsageError, ModelError, VerificationError, BudgetError, EnvironmentFault: see `errors`.
     """
     recipe = recipe or Recipe()
-    timer = _timer(tune_rpc)
-    goal = _goal(target, timer, tune_rpc)
+    timer = _timer(tune_rpc, target)
+    goal = _goal(target, timer, tune_rpc, precision, dry_run)
     origin = _Origin.of(model, recipe, output)
     write.check_target(origin.output, force, origin.files)  # before any work: `staging` asks again
     cores = timer.machine.cores
@@ -121,16 +129,22 @@ def compile(
         shapes = shapes or origin.before.asked.options.get("shapes", ())
         threads = threads or min(origin.before.machine.threads, cores)
     threads = threads or cores
-    request = Request(recipe, goal, shapes, samples, calib, threads, seed, progress, started)
+    request = Request(recipe, goal, shapes, samples, calib, threads, seed, progress, started, precision=precision)
     told = msgspec.to_builtins(recipe) if origin.before is None else origin.before.asked.recipe
-    options: dict[str, object] = {"restore_unused": restore_unused, "max_size": max_size, "tune_rpc": tune_rpc}
+    options: dict[str, object] = {
+        "restore_unused": restore_unused,
+        "max_size": max_size,
+        "tune_rpc": tune_rpc,
+        "precision": precision,
+    }
     report = new_report(request, origin.name, told, options, timer.machine)
     stages = Stages(report, progress)
     with nullcontext() if dry_run else _report_of_failure(report, origin.output):
         done = run_passes(origin.model, request, report, stages)
     loaded, current, feeds, rng, passes = done.loaded, done.model, done.feeds, done.rng, recipe.passes
+    dtype = done.dtype(precision)
     if dry_run:
-        assemble.plan(report, current, goal, feeds)
+        assemble.plan(report, current, goal, feeds, dtype)
         return Result(None, report)
 
     odd = _odd_feeds(current, feeds[0], rng)
@@ -140,11 +154,26 @@ def compile(
         _scratch(folder) as workspace,
     ):
         with stages("place"), timer.held():
-            source = origin.path or save(loaded, workspace / "source.onnx")[0]
+            source = origin.path or save(done.given, workspace / "source.onnx")[0]
             book = Records(Path(records) if records else cache_dir() / "records.sqlite", assemble.machine_key(report))
 
             def placed_in(folder: Path) -> Placed:
                 folder.mkdir()
+                if goal.kind == "cuda":
+                    twin = done.narrowed(dtype)
+                    return place_on_gpu(
+                        current,
+                        twin,
+                        dtype,
+                        source,
+                        [in_types(twin.model, feed) for feed in feeds],
+                        goal,
+                        book,
+                        folder,
+                        progress,
+                        timer=timer if goal.host_runs else None,
+                        replay=records is not None,
+                    )
                 return place(
                     current,
                     source,
@@ -174,11 +203,10 @@ def compile(
                     shutil.rmtree(plans)
                     placed = placed_in(plans)
             book.close()
+        report.notes += placed.notes
         assemble.placed(report, placed)
         with stages("generate, link"):
             _collect(placed, plans, folder)
-            if not (folder / "kernels.so").exists():  # it is always there, and loads, even when no site gained
-                link([], (goal.mcpu,), folder / "kernels.so")
             (folder / "recipe.yaml").write_text((_CALIBRATED if calib is not None and passes else "") + origin.recipe)
         with stages("verify"):
             library, others = folder / "kernels.so", placed.guard.others if placed.guard else []
@@ -190,7 +218,12 @@ def compile(
                     f"this machine does not run {goal.arch}: nothing was timed, and model.onnx was verified with "
                     f"kernels of the same regions for {ours}"
                 )
-            _verify(report, folder, library, source, [*feeds, *odd, *others], exact=not passes, goal=goal, timer=timer)
+            every = [*feeds, *odd, *others]
+            if goal.kind == "cpu":
+                _verify(report, folder, library, source, every, exact=not passes, goal=goal, timer=timer)
+            else:
+                exact = not passes and placed.dtype == "fp32" and done.given is loaded
+                _verify_for_gpu(report, folder, source, placed, every, exact, timer if goal.host_runs else None)
         assemble.sizes(report, origin.bytes or loaded.source.bytes, folder)
         if max_size is not None and (report.sizes.model + report.sizes.kernels) > max_size:  # type: ignore[union-attr]
             raise BudgetError(
@@ -204,7 +237,7 @@ def compile(
             folder,
             version=spa_compiler.__version__,
             target=str(goal),
-            isa=goal.arch if placed.plan.regions else goal.isa,
+            isa=goal.arch if placed.plan.has_kernels else goal.isa,
             measured=goal.host_runs,
             source=origin.source,
             fallback=_fallback(placed),
@@ -235,11 +268,10 @@ def load(folder: str | Path, *, threads: int = 0, check: bool = True) -> ort.Inf
         ModelError: the folder is no artifact, or damaged.
     """
     folder = Path(folder).resolve()
-    if check:
-        manifest.check(folder)
-    else:
-        manifest.read(folder)
-    return open_session(folder / "model.onnx", threads=threads, library=folder / "kernels.so")
+    told = manifest.check(folder) if check else manifest.read(folder)
+    wanted = (CUDA, CPU) if told.target.startswith("cuda") else (CPU,)
+    providers = [name for name in wanted if name in runtime().get_available_providers()]
+    return open_session(folder / "model.onnx", threads=threads, library=folder / "kernels.so", providers=providers)
 
 
 @dataclass(frozen=True)
@@ -350,25 +382,76 @@ def _rename(portable: Path, folder: Path) -> None:
     shutil.move(portable / "model.onnx.data", folder / "portable.onnx.data")
 
 
-def _timer(tune_rpc: str | None) -> Timer:
+def _timer(tune_rpc: str | None, target: str) -> Timer:
     """What takes the times. The module that opens connections is not even loaded unless they are asked for."""
+    gpu = target.strip().lower().startswith("cuda")
     if not tune_rpc:
-        return LocalTimer()
+        return CudaTimer() if gpu else LocalTimer()
     from spa_compiler.placement.remote import RemoteTimer
 
-    return RemoteTimer(tune_rpc)
+    return RemoteTimer(tune_rpc, gpu=gpu)
 
 
-def _goal(target: str, timer: Timer, tune_rpc: str | None) -> targets.Target:
+def _goal(
+    target: str, timer: Timer, tune_rpc: str | None, precision: Precision | None, dry_run: bool
+) -> targets.Target:
     """What to compile for, which the machine that takes the times has to run."""
-    goal = targets.parse(target, timer.machine.isa)
-    if tune_rpc and not (goal.kind == "cpu" and goal.host_runs):
+    machine = timer.machine
+    goal = targets.parse(target, machine.isa, machine.gpu_arch if tune_rpc else None)
+    if goal.kind == "cuda":
+        # A GPU that ONNX Runtime cannot use takes no times.
+        goal = dataclasses.replace(goal, host_runs=goal.host_runs and bool(machine.gpu_arch))
+    if tune_rpc and not goal.host_runs:
         raise UsageError(
-            f"the machine that is to take the times does not run {goal}, it is an {timer.machine.isa}",
+            f"the machine that is to take the times does not run {goal}, it is an {machine.gpu or machine.isa}",
             where=f"--tune-rpc {tune_rpc}",
-            fix="Leave --target out to compile for that machine",
+            fix="Leave --target out to compile for that machine"
+            if goal.kind == "cpu"
+            else "It needs an NVIDIA GPU of that architecture, and onnxruntime-gpu",
         )
+    if goal.kind == "cpu" and precision not in (None, "f32"):
+        raise UsageError(
+            f"kernels for {goal} are float32",
+            where=f"--precision {precision}",
+            fix="Leave it out, or name --target cuda",
+        )
+    if goal.kind == "cuda" and not dry_run:
+        nvrtc.find()  # before any work
     return goal
+
+
+def _verify_for_gpu(
+    report: Report,
+    folder: Path,
+    source: Path,
+    placed: Placed,
+    feeds: Sequence[Feeds],
+    exact: bool,
+    timer: Timer | None,
+) -> None:
+    """The artifact against portable.onnx, as far as this machine can; that against the source where nothing was
+    changed."""
+    choices = [c for c in placed.choices if isinstance(c, GpuChoice)]
+
+    def there(model: Path, library: Path | None, feed: Feeds) -> Feeds:
+        assert timer is not None
+        return timer.run(Contender(model, library), feed, 1)
+
+    try:
+        with nullcontext() if timer is None else timer.held():
+            report.checks += verify_gpu.compare(folder, choices, placed.dtype, feeds, None if timer is None else there)
+        if exact:
+            verify.compare(source, folder / "portable.onnx", None, feeds, threads=(1,))
+    except VerificationError as error:
+        report.checks += getattr(error, "checks", [])
+        raise
+    if timer is None:
+        report.notes.append(
+            "there was no GPU: nothing was timed and no kernel was run. On this CPU the packed weights and the graph "
+            "around them were checked, in standard operators; kernels were compiled, without running them"
+            if placed.plan.has_kernels
+            else "there was no GPU: nothing was timed or run there"
+        )
 
 
 def _verify(
@@ -390,15 +473,14 @@ def _verify(
 
     here = targets.host().runs(goal.mcpu) or not goal.host_runs
     try:
-        if goal.kind == "cpu":
-            with nullcontext() if here else timer.held():
-                report.checks += verify.compare(
-                    folder / "portable.onnx",
-                    folder / "model.onnx",
-                    library,
-                    feeds,
-                    elsewhere=None if here else there,
-                )
+        with nullcontext() if here else timer.held():
+            report.checks += verify.compare(
+                folder / "portable.onnx",
+                folder / "model.onnx",
+                library,
+                feeds,
+                elsewhere=None if here else there,
+            )
         if exact:
             verify.compare(source, folder / "portable.onnx", None, feeds, threads=(1,))
     except VerificationError as error:

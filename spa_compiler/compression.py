@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -25,8 +26,11 @@ from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.canonicalize import canonicalize
 from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model, constants
+from spa_compiler.graph.precision import Converted, halves, widened
+from spa_compiler.graph.rounding import fitted
 from spa_compiler.graph.save import to_proto
 from spa_compiler.graph.session import Feeds
+from spa_compiler.kernels.cuda.form import Dtype
 from spa_compiler.passes.pass_ import Context
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.placement.timer import Machine, this_machine
@@ -39,13 +43,15 @@ from spa_compiler.targets import Target
 _log = logging.getLogger(__name__)
 
 Watcher = Callable[[Report], None]
+Precision = Literal["f32", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
 class Request:
     """What to compress, and with what. See `compiler.compile` for the words.
 
-    `workers` is how many layers are solved at a time, None one for each core.
+    `workers` is how many layers are solved at a time, None one for each core. `precision` is for GPUs: the floats of
+    the result, None those of the file.
     """
 
     recipe: Recipe
@@ -58,6 +64,7 @@ class Request:
     progress: Progress = no_progress
     started: Watcher = lambda report: None
     workers: int | None = None
+    precision: Precision | None = None
 
 
 @dataclass
@@ -65,7 +72,8 @@ class Compressed:
     """A model before and after the recipe's passes.
 
     Attributes:
-        loaded: as the file has it.
+        given: as the file has it.
+        loaded: the same, for GPUs in float32 if it has 16-bit floats: passes work on float32.
         canonical: the same, in canonical form: what the passes started from.
         model: what they made of it.
         feeds: one for each shape to measure at.
@@ -74,6 +82,7 @@ class Compressed:
         workers: how many layers are solved at a time.
     """
 
+    given: Model
     loaded: Model
     canonical: Model
     model: Model
@@ -89,6 +98,20 @@ class Compressed:
             self.report.output_change = output_change(
                 self.canonical, self.model, self.calibration, threads=self.workers
             )
+
+    def dtype(self, precision: Precision | None) -> Dtype:
+        """For GPUs: the floats of the result, where `precision` is asked for; None: those of the file."""
+        found = sorted(halves(self.given))
+        asked = precision or (found[0] if found else "f32")
+        return "fp32" if asked == "f32" else asked
+
+    def narrowed(self, dtype: Dtype) -> Converted:
+        """The compressed model in other floats, with the inputs and outputs of the file.
+
+        Raises:
+            ModelError: outputs become infinite or NaN.
+        """
+        return fitted(self.model, None if dtype == "fp32" else dtype, self.given, self.feeds)
 
     def proto(self) -> onnx.ModelProto:
         """The compressed model in standard ops. Raises ModelError above 2 GB."""
@@ -149,8 +172,12 @@ def run_passes(model: str | Path | onnx.ModelProto, request: Request, report: Re
     rng = np.random.default_rng(request.seed)
     passes = request.recipe.build()  # options are checked before any work
     with stages("load"):
-        loaded = load(model)
-        report.notes += loaded.source.notes
+        given = load(model)
+        report.notes += given.source.notes
+        loaded = given
+        if request.target.kind == "cuda" and (found := sorted(halves(given))):
+            loaded = widened(given)
+            report.notes.append(f"the model has floats of 16 bits ({', '.join(found)}): passes work on them as float32")
         bindings = parse_shapes(request.shapes, loaded) if request.shapes else [default_shapes(loaded)]
         feeds = _feeds(loaded, bindings, request.samples or None, rng)
         report.shapes = [assemble.shape_of(f) for f in feeds]
@@ -182,7 +209,7 @@ def run_passes(model: str | Path | onnx.ModelProto, request: Request, report: Re
                 report.notes.append(cuts.check(before, current, groups, change, feeds))
             if each is not passes[-1] and not change.zeros_alone:
                 groups = analysis.analyze(current, bindings[0])
-    done = Compressed(loaded, start, current, feeds, report, rng, calibration, workers)
+    done = Compressed(given, loaded, start, current, feeds, report, rng, calibration, workers)
     if calibration is not None and passes:
         with stages("estimate"):
             done.estimate()

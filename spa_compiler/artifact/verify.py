@@ -85,6 +85,12 @@ def compare(
                 own = noises[index][name]
                 allowed = _tolerance(want, tolerance, own)
                 checks.append(Check(output=name, shape=shape, threads=count, error=error, tolerance=allowed, noise=own))
+    refuse(checks, model)
+    return checks
+
+
+def refuse(checks: list[Check], model: Path) -> None:
+    """Raises Mismatch, which names the worst of `checks`, if any failed."""
     failed = [check for check in checks if not check.passed]
     if failed:
         worst = max(failed, key=Check.badness)
@@ -96,7 +102,6 @@ def compare(
             where=str(model),
             fix="Please report this with report.json; the compiled model was not kept",
         )
-    return checks
 
 
 def noise(want: np.ndarray, other: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from spa_compiler.cli.progress import bars
 from spa_compiler.cli.screen import screen
 
 if TYPE_CHECKING:
+    from spa_compiler.compression import Precision
     from spa_compiler.report.report import Report
 
 _EPILOG = """\b
@@ -27,6 +28,8 @@ Examples:
   spa-compile model.onnx --shape ids=1,128 --threads 1         time at this shape, with one thread
   spa-compile model.onnx --recipe recipe.yaml -o out           passes from a file
   spa-compile out                                              place an artifact anew on this machine
+  spa-compile model.onnx --target cuda:sm_80,sm_90 --precision fp16     for NVIDIA GPUs; compiling needs none
+  spa-compile out --target cuda                                place that artifact by times of the GPU here
   spa-compile model.onnx --tune-rpc 10.0.0.5:9190,zen5         times are taken on another machine
   spa-compile model.onnx --dry-run --explain                   what would be done, and why
 
@@ -50,10 +53,22 @@ def _size(text: str) -> int:
 @click.option("-o", "--output", metavar="DIR", type=click.Path(), help="Folder to write  [default: MODEL-spa]")
 @click.option("--force", is_flag=True, help="Replace a non-empty folder that spa-compile did not write")
 @click.option(
-    "--target", default="cpu", show_default=True, help="cpu, cpu:avx512, cpu:avx2, cpu:avx512,avx2, cuda, cuda:sm_90"
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="cpu, cpu:avx512, cpu:avx2, cpu:avx512,avx2, cuda (the GPU here), cuda:sm_90, cuda:sm_80,sm_90",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["f32", "fp16", "bf16"]),
+    help="Floats of the result, for cuda  [default: those of the model]",
 )
 @click.option("--sparsity", type=float, metavar="S", help="Share of zeros to prune to; short for the pass sparsify")
-@click.option("--pattern", metavar="P", help="Which zeros: unstructured, block:4x1, ...; goes with --sparsity")
+@click.option(
+    "--pattern",
+    metavar="P",
+    help="Which zeros: unstructured, block:4x1, ...; goes with --sparsity  [default: unstructured; cuda: block:32x32]",
+)
 @click.option("--prune", type=float, metavar="F", help="Share of the MACs to cut away; short for the pass prune-groups")
 @click.option("--passes", metavar="TEXT", help="Passes in order, e.g. 'sparsify{sparsity=0.8,pattern=block:4x1}'")
 @click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(), help="Passes from a YAML file")
@@ -96,6 +111,7 @@ def main(
     output: str | None,
     force: bool,
     target: str,
+    precision: Precision | None,
     sparsity: float | None,
     pattern: str | None,
     prune: float | None,
@@ -160,6 +176,7 @@ def main(
         prune=prune,
         passes=passes,
         recipe=Path(recipe_file) if recipe_file else None,
+        target=target,
     )
 
     def started(report: Report) -> None:
@@ -171,6 +188,7 @@ def main(
             model,
             output,
             target=target,
+            precision=precision,
             recipe=recipe,
             shapes=shapes,
             samples=samples,

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Feeds: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """Input name -> array: what a session is run with."""
 
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+"""ONNX Runtime's names of providers."""
+
 _QUIET = 4  # fatal errors only; all others reach us as exceptions
 _IN_MEMORY_BYTES = 32 << 20  # models above this go through a temporary file, whose weights ONNX Runtime maps
 
@@ -65,7 +68,7 @@ def open_session(
     threads: int = 1,
     library: Path | None = None,
     optimize: bool | str = "all",
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    providers: Sequence[str | tuple[str, Mapping[str, str]]] = (CPU,),
     prepack: bool = True,
 ) -> ort.InferenceSession:
     """A session on a model file or on serialized bytes.
@@ -74,7 +77,7 @@ def open_session(
         threads: intra-op threads; operators run one after the other.
         library: a custom-op library to register.
         optimize: `"all"` (or True), `"extended"`, `"basic"`, or `"none"` (or False): graph optimization level.
-        providers: execution providers, best first.
+        providers: execution providers, best first, with their options or without.
         prepack: lay weights out anew when they are loaded, which takes as much memory again. False: in every run.
 
     Raises:

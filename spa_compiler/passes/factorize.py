@@ -20,7 +20,14 @@ from spa_compiler.graph.bias import bias_of
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp
 from spa_compiler.passes import arrays, chains, shares
-from spa_compiler.passes.factorize_options import BUDGETS, FactorizeOptions, check_sparse, goal_of, method_name
+from spa_compiler.passes.factorize_options import (
+    BUDGETS,
+    FactorizeOptions,
+    check_sparse,
+    goal_of,
+    method_name,
+    multiple_of,
+)
 from spa_compiler.passes.layerwise import Job, Outcome, Result, Solve, leaders, rewrite
 from spa_compiler.passes.low_rank import ByLoss, ByRank, Method, Site, SparseLowRank, clusters, numbers, site_of
 from spa_compiler.passes.outcomes import DENSE, check_finite, density, scarce
@@ -30,6 +37,7 @@ from spa_compiler.passes.sites import select
 from spa_compiler.patterns import Pattern
 from spa_compiler.solvers.problem import F64
 from spa_compiler.solvers.svd import Factors
+from spa_compiler.targets import Target
 
 __all__ = ["Factorize", "FactorizeOptions"]
 
@@ -128,7 +136,7 @@ class Factorize:
             zeros_alone=not changes,
             asked={self.goal: self.value} if budget else {},
             got={unit: got},
-            warnings=(*self._missed(got), *scarce(ops, outcomes)),
+            warnings=(*self._missed(got, context.target), *scarce(ops, outcomes)),
         )
 
     def _resolved(self, samples: Samples | None) -> Method:
@@ -186,6 +194,7 @@ class Factorize:
     ) -> Solve | None:
         """What takes each weight apart, with all ranks chosen; None where every weight stays dense."""
         options, data = self.options, context.calibration is not None
+        multiple = multiple_of(options, context.target)
         if not sites:
             return None
         if self.method == "sparse-low-rank":
@@ -195,12 +204,12 @@ class Factorize:
                 model, [sites[s].op for s in first], [pattern_of[s] for s in first], allocation, context
             )
             keep = keep[numbers(sites, together)]
-            return SparseLowRank(sites, keep, pattern_of, options.rank, options.multiple, data).solve
+            return SparseLowRank(sites, keep, pattern_of, options.rank, multiple, data).solve
         if self.goal not in BUDGETS:
             loss = 1 - self.value if self.goal == "energy" else self.value**2
-            return ByLoss(sites, loss, options.multiple).solve
+            return ByLoss(sites, loss, multiple).solve
         price_of = prices("macs" if self.goal == "macs" else "params", model, [site.op for site in sites], context)
-        planner = Planner(model, sites, together, price_of, self.value, options.multiple, context)
+        planner = Planner(model, sites, together, price_of, self.value, multiple, context)
         choices = planner.choose(allocation)
         return ByRank(sites, choices).solve if any(choices) else None
 
@@ -228,13 +237,14 @@ class Factorize:
         )
         return np.asarray(1 - shares.allocate("error" if allocation == "error" else "uniform", request))
 
-    def _missed(self, got: float) -> tuple[str, ...]:
+    def _missed(self, got: float, target: Target) -> tuple[str, ...]:
         """A warning where the budget was not met."""
         if self.goal not in BUDGETS or got <= self.value + _MET:
             return ()
         return (
             f"asked to keep {self.value:.1%} of the {_WORDS[self.goal]}, kept {got:.1%}: ranks are multiples of "
-            f"{self.options.multiple}, and where the smallest of them saves too little a weight stays dense",
+            f"{multiple_of(self.options, target)}, "
+            f"and where the smallest of them saves too little a weight stays dense",
         )
 
     def _summary(self, changes: Sequence[SiteChange], taken: int, unit: Unit, got: float, allocation: str) -> str:

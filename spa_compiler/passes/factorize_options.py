@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from spa_compiler.errors import UsageError
 from spa_compiler.passes.sites import Ignore, Targets
+from spa_compiler.targets import Target
 
 BUDGETS = ("params", "macs")
 """Goals that all weights together are held to; the others are of each layer."""
@@ -49,7 +50,10 @@ class FactorizeOptions:
     joint: Annotated[
         bool, Meta(description="whether weights that read the same input share the first of their two factors")
     ] = False
-    multiple: Annotated[int, Meta(ge=1, le=4096, description="ranks are multiples of it")] = 8
+    multiple: Annotated[
+        int,
+        Meta(ge=0, le=4096, description="ranks are multiples of it; 0: of what the target likes, 8, and 16 on GPUs"),
+    ] = 0
     pattern: Annotated[str, Meta(description="of `sparse-low-rank`: which zeros the sparse weight has")] = (
         "unstructured"
     )
@@ -77,6 +81,11 @@ def goal_of(options: FactorizeOptions) -> str:
             fix="Give one of params, macs, energy and error, such as params=0.5",
         )
     return given[0]
+
+
+def multiple_of(options: FactorizeOptions, target: Target) -> int:
+    """What ranks are multiples of: tensor cores take 16 columns at a time."""
+    return options.multiple or (16 if target.kind == "cuda" else 8)
 
 
 def method_name(options: FactorizeOptions, goal: str) -> Asked:

@@ -36,7 +36,10 @@ _MET = 1e-6
 """Shares that differ by less are equal: they are quotients of integers."""
 _WIDE = frozenset({"x86-64-v4"})
 _WIDE_LANES, _LANES = 16, 8
-"""Channels that one vector of float32 holds (AVX-512 and GPUs, AVX2)."""
+"""Channels that one vector of float32 holds (AVX-512, AVX2)."""
+_TILES = ((64, 0), (32, 0), (1, 8))
+"""On GPUs: whole tiles of tensor cores, 64 channels, or 16 of narrow layers; then halves of those; then what their
+instructions take at all, multiples of 8."""
 
 _KEPT = "norms over pruned axes count what is left alone, which no masked model does"
 
@@ -79,7 +82,7 @@ class PruneGroupsOptions:
         Meta(
             ge=0,
             description="kept counts are multiples of it; 0: of what the target's kernels like (whole vectors of "
-            "channels, or less where the budget cannot be met so; heads as they come)",
+            "channels, on GPUs 64, 16 or 8, or less where the budget cannot be met so; heads as they come)",
         ),
     ] = 0
     min_keep: Annotated[
@@ -197,6 +200,8 @@ class PruneGroups:
         """`lanes` and `round_to` to try, the first that meets the budget counts; before the last step any will do."""
         if self.options.round_to or not last:
             return [(1, self.options.round_to if last else 1)]
+        if target.kind == "cuda":
+            return [*_TILES, (1, 1)]
         lanes = _lanes(target)
         return [(lanes, 0), (lanes // 4, 0), (1, 1)]
 
@@ -288,5 +293,5 @@ class PruneGroups:
 
 
 def _lanes(target: Target) -> int:
-    """Channels that kernels take at a time."""
-    return _WIDE_LANES if target.kind == "cuda" or not _WIDE.isdisjoint(target.archs) else _LANES
+    """Channels that a CPU's kernels take at a time."""
+    return _LANES if _WIDE.isdisjoint(target.archs) else _WIDE_LANES

@@ -97,6 +97,9 @@ def from_flags(text: str) -> Recipe:
     )
 
 
+GPU_PATTERN = "block:32x32"
+
+
 def from_command_line(
     *,
     sparsity: float | None = None,
@@ -104,10 +107,12 @@ def from_command_line(
     prune: float | None = None,
     passes: str | None = None,
     recipe: Path | None = None,
+    target: str = "cpu",
 ) -> Recipe:
     """The recipe that the command line asks for; at most one of the four ways to ask may be used.
 
     `--sparsity 0.9 --pattern P` is `sparsify{sparsity=0.9,pattern=P}`, `--prune 0.3` is `prune-groups{macs=0.7}`.
+    Without a pattern zeros come one by one, for GPUs in the blocks that their tensor cores leave out.
 
     Raises:
         UsageError: two ways at once, `--pattern` alone, an unreadable file, or what the recipe itself refuses.
@@ -127,6 +132,8 @@ def from_command_line(
     if sparsity is not None or pattern is not None:
         if sparsity is None and patterns.parse(str(pattern)).sparsity is None:
             raise UsageError("--pattern needs --sparsity", fix="Give --sparsity S too, the share of zeros, such as 0.9")
+        if pattern is None and target.strip().lower().startswith("cuda"):
+            pattern = GPU_PATTERN
         given_both = {"sparsity": sparsity, "pattern": pattern}
         options = {name: value for name, value in given_both.items() if value is not None}
         return Recipe(passes=(_shorthand("sparsify", options),))

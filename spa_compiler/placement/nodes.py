@@ -69,10 +69,15 @@ def insert(model: Model, groups: Sequence[Group], forms: Mapping[str, Form], pac
     """
     specs = [_insert(model, group, forms, packer) for group in groups]
     if specs:
-        domains = [d for d in model.graph.import_domains or [] if d.domain != DOMAIN]
-        model.graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+        import_domain(model)
         model.graph.cleanup().toposort()
     return specs
+
+
+def import_domain(model: Model) -> None:
+    """Says that a model has nodes of our domain."""
+    domains = [d for d in model.graph.import_domains or [] if d.domain != DOMAIN]
+    model.graph.import_domains = [*domains, onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
 
 
 def assemble(group: Group, results: Sequence[gs.Variable], forms: Mapping[str, Form], packer: Packer) -> Assembled:

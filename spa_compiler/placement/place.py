@@ -15,6 +15,7 @@ from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.save import save, settle
 from spa_compiler.graph.session import Feeds
+from spa_compiler.kernels.cuda.form import Dtype
 from spa_compiler.kernels.form import Form
 from spa_compiler.placement.attention import find_attention
 from spa_compiler.placement.between import find_between
@@ -23,6 +24,7 @@ from spa_compiler.placement.chains import Chain, find_chains
 from spa_compiler.placement.choose import WORTH_JOINING, ChainChoice, Choice, choose, choose_chains, explain
 from spa_compiler.placement.contests import Referee
 from spa_compiler.placement.depthwise import find_depthwise
+from spa_compiler.placement.gpu_choose import GpuChoice, GpuForm
 from spa_compiler.placement.guard import Guard, guard
 from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.measure import CLOSE, Timing
@@ -35,6 +37,7 @@ from spa_compiler.placement.sites import Refusal, find_sites, held
 from spa_compiler.placement.timer import Contender, LocalTimer, Timer
 from spa_compiler.placement.unmeasured import choose_unmeasured, why
 from spa_compiler.runtime.generate import Region
+from spa_compiler.runtime.gpu import GpuOp
 from spa_compiler.runtime.link import link
 from spa_compiler.targets import Target
 from spa_compiler.targets.machine import give_back
@@ -56,13 +59,20 @@ FEW_NODES_US = 20.0
 
 @dataclass(eq=False)
 class Plan:
-    """One way to run the whole model: a folder with model.onnx, and kernels.so for a CPU."""
+    """One way to run the whole model: a folder with model.onnx and kernels.so."""
 
     name: str
     folder: Path
     regions: list[Region]
     forms: dict[str, Form] = field(default_factory=dict)  # of the sites that are kernels, by name
     nodes: dict[str, str] = field(default_factory=dict)  # and the name of the node that has them
+    gpu_forms: dict[str, GpuForm] = field(default_factory=dict)  # `forms` of GPUs
+    operators: list[GpuOp] = field(default_factory=list)  # `regions` of GPUs
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether any node is ours."""
+        return bool(self.regions or self.operators)
 
     @property
     def file(self) -> Path:
@@ -79,22 +89,20 @@ class Placed:
     """The winner, why every site got its form, and the race: runtime -> timing, for each shape."""
 
     plan: Plan
-    choices: list[Choice] = field(default_factory=list)
+    choices: Sequence[Choice | GpuChoice] = ()
     refusals: list[Refusal] = field(default_factory=list)
     race: list[dict[str, Timing]] = field(default_factory=list)
     heats: int = 1  # of the race
     reason: str = ""
     guard: Guard | None = None  # None: not asked for, or the winner has no kernels
+    dtype: Dtype = "fp32"  # of what was placed
+    notes: tuple[str, ...] = ()  # on that
 
     @property
     def gaining(self) -> list[str]:
         """Names of the sites that became kernels for their own sake, and not for that of their neighbours."""
-        return [c.site.name for c in self.choices if c.site.name in self.plan.forms and c.gain > 1]
-
-
-def no_kernels(target: Target) -> str:
-    """Why no site can have a kernel on this target; empty if they can."""
-    return "" if target.kind == "cpu" else "there are no kernels for CUDA yet, every site stays dense"
+        used = self.plan.forms.keys() | self.plan.gpu_forms.keys()
+        return [c.site.name for c in self.choices if c.site.name in used and c.gain > 1]
 
 
 def place(
@@ -116,7 +124,7 @@ def place(
     max_size: int | None = None,
     trials: int = 0,
 ) -> Placed:
-    """Decides every site's form.
+    """Decides every site's form on a CPU; `gpu_place` is for GPUs.
 
     Args:
         model: after the passes; not changed, but what its weights take in memory: they lie in the dense plan's file.
@@ -140,43 +148,35 @@ def place(
     sites, refusals = find_sites(model)
     placed = Placed(portable, refusals=refusals)
     plans = [portable]
-    chains: list[ChainChoice] = []
     timer = timer or LocalTimer()
-    reason = no_kernels(target)
     known: Shapes = graph_shapes.fixed_at(model, [*feeds, *odd])
-    if reason:
-        placed.choices = [Choice(s, None, reason) for s in sites]
-    elif not target.host_runs:
-        placed.choices = choose_unmeasured(sites, target)
-        chosen = _chosen(placed.choices, [], 0, 0)
+    if not target.host_runs:
+        choices = choose_unmeasured(sites, target)
+        chosen = _chosen(choices, [], 0, 0)
         if chosen:
             name = WHOLE if find_attention(model, known) else REGIONS
             placed.plan = _sparse_plan(name, model, chosen, known, Packer(), target, workspace)
-        placed.reason = f"{placed.plan.name}, {why(target)}"
+        placed.choices, placed.reason = choices, f"{placed.plan.name}, {why(target)}"
         return placed
-    else:
-        measured, packer = known[: len(feeds)], Packer()
-        referee = Referee(target.mcpu, threads, records, workspace, progress, rng, timer, trials)
-        placed.choices = choose(classes(sites, measured), referee)
-        alone = {c.site.name: c.form for c in placed.choices if c.form is not None}
-        chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), referee)
-        give_back()
-        for name, chosen in _worth_a_race(model, placed.choices, chains, known).items():
-            plans.append(_sparse_plan(name, model, chosen, known, packer, target, workspace))
-        if between := _between(model, placed.choices, chains, known):
-            plans.append(_sparse_plan(EVERY, model, between, known, packer, target, workspace))
-        del packer  # packed weights: as large as a model
-        give_back()
-    if not target.host_runs:
-        placed.reason = reason
-        return placed
+    measured, packer = known[: len(feeds)], Packer()
+    referee = Referee(target.mcpu, threads, records, workspace, progress, rng, timer, trials)
+    choices = choose(classes(sites, measured), referee)
+    alone = {c.site.name: c.form for c in choices if c.form is not None}
+    chains = choose_chains(chain_classes(chains_of(model, known), alone, measured), referee)
+    give_back()
+    for name, chosen in _worth_a_race(model, choices, chains, known).items():
+        plans.append(_sparse_plan(name, model, chosen, known, packer, target, workspace))
+    if between := _between(model, choices, chains, known):
+        plans.append(_sparse_plan(EVERY, model, between, known, packer, target, workspace))
+    del packer  # packed weights: as large as a model
+    give_back()
     progress("racing whole models", 0, len(feeds))
     race = Race(timer, threads, records if replay else None)
-    result = compete(race, _contenders(source, plans), SOURCE, PORTABLE, feeds, _RACE_S, _RACE_ROUNDS)
+    result = compete(race, contenders(source, plans), SOURCE, PORTABLE, feeds, _RACE_S, _RACE_ROUNDS)
     progress("racing whole models", len(feeds), len(feeds))
     placed.race, placed.heats = result.table, result.heats
-    placed.plan, placed.reason = _winner(plans, placed.race, result.finalists, reason)
-    placed.choices = explain(placed.choices, chains, placed.plan.forms)
+    placed.plan, placed.reason = winner(plans, placed.race, result.finalists)
+    placed.choices = explain(choices, chains, placed.plan.forms)
     if placed.plan is portable and original is not None and _worse_than_source(placed.race):
         placed.plan = _write(Plan(SOURCE, workspace / "as-given", []), original, target)
         placed.reason = "the model as it was given: rewriting it made it no faster"
@@ -288,13 +288,13 @@ def _write(plan: Plan, model: Model, target: Target, *, lasting: bool = False) -
     """Fills a plan's folder. With `lasting`, the model's weights are read from there from then on."""
     plan.folder.mkdir(parents=True)
     (settle if lasting else save)(model, plan.file)
-    if target.kind == "cpu":
-        # Without regions too: it is loaded wherever the artifact is, and it turns off a slow fusion of ONNX Runtime.
-        link(plan.regions, target.archs, plan.folder / "kernels.so")
+    # Without regions too: it is loaded wherever the artifact is, and it turns off a slow fusion of ONNX Runtime.
+    link(plan.regions, target.archs, plan.folder / "kernels.so")
     return plan
 
 
-def _contenders(source: Path, plans: Sequence[Plan]) -> dict[str, Contender]:
+def contenders(source: Path, plans: Sequence[Plan]) -> dict[str, Contender]:
+    """The source and the plans by name."""
     return {SOURCE: Contender(source)} | {p.name: Contender(p.file, p.library) for p in plans}
 
 
@@ -302,9 +302,7 @@ def _worse_than_source(race: Sequence[dict[str, Timing]]) -> bool:
     return any(t[SOURCE].median_us < t[PORTABLE].median_us * (1 - CLOSE) for t in race)
 
 
-def _winner(
-    plans: Sequence[Plan], race: Sequence[dict[str, Timing]], finalists: Sequence[str], reason: str
-) -> tuple[Plan, str]:
+def winner(plans: Sequence[Plan], race: Sequence[dict[str, Timing]], finalists: Sequence[str]) -> tuple[Plan, str]:
     """The finalist with the best geometric mean over shapes among those that lose at no shape; dense wins ties."""
     portable = plans[0]
     best, best_ratio = portable, 0.0
@@ -315,6 +313,6 @@ def _winner(
             best, best_ratio = plan, mean
     if best is not portable:
         return best, f"{best.name}: {best_ratio:.2f}x over the faster of the source and the model in standard ops"
-    if reason or len(plans) == 1:
-        return best, reason or "no site gains from a sparse kernel"
+    if len(plans) == 1:
+        return best, "no site gains from a sparse kernel"
     return best, "as a whole model no sparse plan was faster than ONNX Runtime's dense ops"

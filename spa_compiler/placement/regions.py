@@ -121,7 +121,7 @@ def join(
     taken: set[int] = set()
     sites = join_sums(sites, outputs, shapes)
     for site in sites:
-        _take_residual(site, outputs, shapes, taken)
+        take_residual(site, outputs, shapes, taken)
     made = {id(site.output) for site in sites}
     for site in sites:
         _take_factor(site, made, outputs, shapes, taken)
@@ -210,7 +210,7 @@ def _merge_one(
     return any(_fit_together(pair, shapes) and graph.merge(*pair, outputs) for pair in pairs)
 
 
-def _take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, taken: set[int]) -> None:
+def take_residual(site: Site, outputs: Sequence[gs.Variable], shapes: Shapes, taken: set[int]) -> None:
     """act(W x + b + other): the Add right behind a site without activation, if both operands have one shape, and the
     activation behind it.
 

@@ -30,7 +30,7 @@ from spa_compiler.placement.timer import Contender, Machine
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PREFIX = "spa_compiler.tune1."  # of the names of the server's functions; another protocol gets another number
+PREFIX = "spa_compiler.tune2."  # of the names of the server's functions; another protocol gets another number
 MODEL = "model.onnx"
 CHUNK = 8 << 20  # bytes that are sent at a time
 _ANSWER_S = 60.0  # for what takes no time: a chunk, a word
@@ -53,6 +53,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     budget_s: float = 0.0
     least_rounds: int = LEAST_ROUNDS
     stays: tuple[str, ...] | None = None
+    gpu: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,7 +65,7 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RemoteTimer:
-    """Takes times on the machine behind `HOST:PORT,KEY`: a tracker, and the key of its servers.
+    """Takes times on the machine behind `HOST:PORT,KEY`: a tracker, and the key of its servers; with `gpu`, on its GPU.
 
     Raises:
         UsageError: the address is none.
@@ -72,8 +73,8 @@ class RemoteTimer:
             methods raise it, too.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, *, gpu: bool = False) -> None:
+        self.address, self.gpu = address, gpu
         self._host, self._port, self._key = _parse(address)
         self._session: Any = None
         self._sent: set[str] = set()
@@ -142,7 +143,8 @@ class RemoteTimer:
             for name, c in contenders.items()
         }
         arrays = {name: self._send({"feed.npy": _npy(value)}) for name, value in feeds.items()}
-        return Question(entries, arrays, threads, budget_s, least_rounds, None if stays is None else tuple(stays))
+        staying = None if stays is None else tuple(stays)
+        return Question(entries, arrays, threads, budget_s, least_rounds, staying, self.gpu)
 
     def _send_model(self, model: Path | bytes) -> str:
         if isinstance(model, bytes):

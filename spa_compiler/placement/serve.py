@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import tvm
@@ -25,7 +26,7 @@ import tvm
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.graph.session import Feeds
 from spa_compiler.placement.remote import PREFIX, Answer, Question
-from spa_compiler.placement.timer import Contender, LocalTimer, Machine, this_machine
+from spa_compiler.placement.timer import Contender, CudaTimer, LocalTimer, Machine, this_machine
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def time(root: Path, question: str) -> str:
     """Answers a Question with timings, both as JSON."""
 
     def answer(asked: Question, contenders: dict[str, Contender], feeds: Feeds) -> Answer:
-        timer = LocalTimer()
+        timer = _timer(asked)
         with timer.held():  # others may measure here without the tracker
             times = timer.time(contenders, feeds, asked.threads, asked.budget_s, asked.least_rounds, asked.stays)
         return Answer(timings=times)
@@ -87,12 +88,22 @@ def run(root: Path, question: str) -> str:
         folder = root / _OUTPUTS
         folder.mkdir(exist_ok=True)
         places = {}
-        for i, (name, value) in enumerate(LocalTimer().run(contender, feeds, asked.threads).items()):
+        for i, (name, value) in enumerate(_timer(asked).run(contender, feeds, asked.threads).items()):
             np.save(folder / f"{i}.npy", value.astype(str) if value.dtype == object else value, allow_pickle=False)
             places[name] = f"{_OUTPUTS}/{i}.npy"
         return Answer(outputs=places)
 
     return _answer(root, question, answer)
+
+
+def _timer(asked: Question) -> LocalTimer:
+    return CudaTimer() if asked.gpu else LocalTimer()
+
+
+def _array(data: bytes) -> np.ndarray:
+    """What a .npy file holds; two bytes of no type are bfloat16, which numpy does not know."""
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
 def _answer(root: Path, text: str, answer: Callable[[Question, dict[str, Contender], Feeds], Answer]) -> str:
@@ -102,10 +113,7 @@ def _answer(root: Path, text: str, answer: Callable[[Question, dict[str, Contend
             name: Contender(inside(root, e.model), None if e.library is None else inside(root, e.library))
             for name, e in asked.contenders.items()
         }
-        feeds = {
-            name: np.load(io.BytesIO(inside(root, path).read_bytes()), allow_pickle=False)
-            for name, path in asked.feeds.items()
-        }
+        feeds = {name: _array(inside(root, path).read_bytes()) for name, path in asked.feeds.items()}
         result = answer(asked, contenders, feeds)
     except Exception as error:  # noqa: BLE001 - whatever it is, the client has to know it
         _log.info("a question could not be answered", exc_info=True)

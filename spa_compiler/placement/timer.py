@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -10,16 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import ml_dtypes
 import msgspec
+import numpy as np
+import onnx
 
-from spa_compiler.graph.session import Feeds, flatten, onnxruntime_version, open_session, run, runtime
+from spa_compiler.graph.session import CPU, CUDA, Feeds, flatten, onnxruntime_version, open_session, run, runtime
 from spa_compiler.placement.measure import LEAST_ROUNDS, Timing, interleave
-from spa_compiler.targets import host
+from spa_compiler.targets import cuda, host
 from spa_compiler.targets.machine import give_back, timing_lock
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+_log = logging.getLogger(__name__)
 
 _LARGE = 16 << 20  # bytes of a model whose memory is worth the time that giving it back takes
 
@@ -33,18 +38,23 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     platform: str
     providers: tuple[str, ...]  # of ONNX Runtime
     onnxruntime: str  # its version
+    gpu: str = ""  # its name
+    gpu_arch: str = ""  # "sm_90"; empty: there is none, or ONNX Runtime cannot use it
 
 
 def this_machine() -> Machine:
     """The machine that this process runs on. Raises EnvironmentFault as `graph.session.runtime` does."""
-    cpu = host()
+    cpu, providers = host(), tuple(runtime().get_available_providers())
+    gpu = cuda.device() if CUDA in providers else None
     return Machine(
         cpu=f"{cpu.model} ({cpu.name})" if cpu.model else cpu.name,
         isa=cpu.level,
         cores=cpu.cores_physical,
         platform=platform.platform(),
-        providers=tuple(runtime().get_available_providers()),
+        providers=providers,
         onnxruntime=onnxruntime_version(),
+        gpu=gpu.name if gpu else "",
+        gpu_arch=gpu.arch if gpu else "",
     )
 
 
@@ -128,8 +138,7 @@ class LocalTimer:
         stays: Collection[str] | None = None,
     ) -> dict[str, Timing]:
         sessions = self._sessions(contenders, threads, keep=stays is None)
-        calls: dict[str, Callable[[], object]] = {n: partial(s.run, None, feeds) for n, s in sessions.items()}
-        return interleave(calls, budget_s, least_rounds, stays)
+        return interleave({n: self._call(s, feeds) for n, s in sessions.items()}, budget_s, least_rounds, stays)
 
     def rest(self) -> None:
         if self._open:
@@ -137,7 +146,14 @@ class LocalTimer:
             give_back()
 
     def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
-        return dict(flatten(run(open_session(contender.model, threads=threads, library=contender.library), feeds)))
+        return dict(flatten(run(self._session(contender, threads), feeds)))
+
+    def _session(self, contender: Contender, threads: int) -> ort.InferenceSession:
+        return open_session(contender.model, threads=threads, library=contender.library)
+
+    def _call(self, session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+        """What is timed."""
+        return partial(session.run, None, feeds)
 
     def _sessions(
         self, contenders: Mapping[str, Contender], threads: int, keep: bool
@@ -154,12 +170,65 @@ class LocalTimer:
         sessions = {name: kept[key] for name, key in keys.items() if key in kept}
         for name in sorted(contenders.keys() - sessions.keys(), key=lambda n: (-sizes[n], n)):
             each = contenders[name]
-            sessions[name] = open_session(each.model, threads=threads, library=each.library)
+            sessions[name] = self._session(each, threads)
             if keep and isinstance(each.model, Path):
                 self._open[keys[name]] = sessions[name]
             if sizes[name] > _LARGE:
                 give_back()
         return {name: sessions[name] for name in contenders}
+
+
+class CudaTimer(LocalTimer):
+    """Takes times on this machine's GPU: inputs and outputs stay in its memory, and every call waits for the GPU.
+
+    Kernels are launched from a CUDA graph where ONNX Runtime can make one: sizes are fixed then, and no node may run on
+    the CPU.
+    """
+
+    provider, device = CUDA, "cuda"
+
+    def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
+        """One run, without a CUDA graph."""
+        return dict(flatten(run(self._open_on_gpu(contender, threads, {}), feeds)))
+
+    def _session(self, contender: Contender, threads: int) -> ort.InferenceSession:
+        try:
+            return self._open_on_gpu(contender, threads, {"enable_cuda_graph": "1"})
+        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root
+            _log.info("timed without a CUDA graph: %s", str(error).splitlines()[0])
+            return self._open_on_gpu(contender, threads, {})
+
+    def _open_on_gpu(self, contender: Contender, threads: int, options: Mapping[str, str]) -> ort.InferenceSession:
+        providers = ((self.provider, options), CPU)
+        return open_session(contender.model, threads=threads, library=contender.library, providers=providers)
+
+    def _call(self, session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, _placed(value, self.device))
+        names = [output.name for output in session.get_outputs()]
+        for name in names:
+            binding.bind_output(name, self.device)
+        # A graph is captured in the second run at the earliest, and then writes to the same places for ever.
+        session.run_with_iobinding(binding)
+        for name, value in zip(names, binding.get_outputs(), strict=True):
+            binding.bind_ortvalue_output(name, value)
+
+        def call() -> None:
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return call
+
+
+def _placed(value: np.ndarray, device: str) -> ort.OrtValue:
+    """An array in a device's memory."""
+    if (
+        value.dtype == ml_dtypes.bfloat16
+    ):  # not numpy's own, so ONNX Runtime takes the bits, and copies them in each run
+        kind = int(onnx.TensorProto.BFLOAT16)
+        return runtime().OrtValue.ortvalue_from_numpy_with_onnx_type(value.view(np.uint16), kind)
+    return runtime().OrtValue.ortvalue_from_numpy(value, device, 0)
 
 
 def _key(contender: Contender, threads: int) -> tuple[object, ...]:

@@ -14,16 +14,19 @@ import msgspec
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import Feeds
+from spa_compiler.kernels.cuda.form import Dtype
 from spa_compiler.kernels.form import Form
 from spa_compiler.passes.pass_ import Change
 from spa_compiler.placement import timer
 from spa_compiler.placement.candidates import DENSE, layouts, stored_forms
 from spa_compiler.placement.choose import Choice, nothing_to_leave_out
+from spa_compiler.placement.gpu_choose import GpuChoice, GpuForm, calculated, candidates
+from spa_compiler.placement.gpu_sites import find_gpu_sites, tokens_of
 from spa_compiler.placement.guard import DENSE as GUARD_DENSE
 from spa_compiler.placement.guard import SPARSE as GUARD_SPARSE
 from spa_compiler.placement.guard import Guard
-from spa_compiler.placement.place import PORTABLE, SOURCE, Placed, chains_of, no_kernels
-from spa_compiler.placement.sites import find_sites
+from spa_compiler.placement.place import PORTABLE, SOURCE, Placed, chains_of
+from spa_compiler.placement.sites import Refusal, find_sites
 from spa_compiler.placement.unmeasured import choose_unmeasured
 from spa_compiler.report.report import (
     ARTIFACT_RUNTIME,
@@ -45,6 +48,7 @@ from spa_compiler.report.report import (
     shape_text,
 )
 from spa_compiler.targets import Target
+from spa_compiler.targets.cuda import architecture
 
 BASELINE = "onnxruntime"
 _SNUG = 1.02  # stored elements over those of the smallest form
@@ -87,6 +91,7 @@ def new(
             threads=threads,
             platform=machine.platform,
             providers=machine.providers,
+            gpu=machine.gpu,
         ),
         isa=isa,
     )
@@ -99,6 +104,7 @@ def machine_key(report: Report) -> dict[str, str]:
         "onnxruntime": report.versions.onnxruntime,
         "spa_compiler": report.versions.spa_compiler,
         "isa": report.isa,
+        **({"gpu": report.machine.gpu} if report.machine.gpu else {}),
     }
 
 
@@ -162,19 +168,47 @@ def restored(report: Report, names: Collection[str]) -> None:
     ]
 
 
-def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -> None:
-    """A dry run's view: every site with the forms that would be timed."""
-    sites, refusals = find_sites(model)
+def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds], dtype: Dtype = "fp32") -> None:
+    """A dry run's view: every site with the forms that would be timed.
+
+    Args:
+        dtype: of the result on a GPU.
+    """
     shapes = graph_shapes.fixed(model, feeds[0])
-    hindrance = no_kernels(target)
+    if target.kind == "cuda":
+        refusals = _plan_for_gpu(report, model, target, shapes, dtype)
+    else:
+        refusals = _plan_for_cpu(report, model, target, shapes)
+    for refusal in refusals:
+        op = refusal.op
+        report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, f"stays dense: {refusal.reason}"))
+
+
+def _plan_for_gpu(
+    report: Report, model: Model, target: Target, shapes: graph_shapes.Shapes, dtype: Dtype
+) -> list[Refusal]:
+    """What stays float32 in a model of 16 bits shows in a compilation alone."""
+    sites, refusals = find_gpu_sites(model, {}, [shapes])
+    archs = [architecture(name) for name in target.archs]
+    for site in sites:
+        sizes = [tokens_of(site, shapes)]
+        choice = calculated(site, candidates(site, archs, dtype, sizes), archs, dtype, sizes)
+        reason = f"would be {choice.candidate}, {choice.reason}"
+        row = _row(site.name, site.op.kind, site.n, site.op.k, choice.tokens[0], site.density, reason)
+        report.placements.append(msgspec.structs.replace(row, pattern=_pattern(site.density, choice.form)))
+    return refusals
+
+
+def _plan_for_cpu(report: Report, model: Model, target: Target, shapes: graph_shapes.Shapes) -> list[Refusal]:
+    sites, refusals = find_sites(model)
     layers = {s.name: layouts(c, {}) for c in chains_of(model, [shapes]) for s in c.products}
     for site in sites:
         stored = stored_forms(site)
         names = ", ".join(
             [*(f"{s.name} ({s.share:.0%} stored)" for s in stored), *(way.name for way in layers.get(site.name, ()))]
         )
-        if hindrance or not names:
-            reason = hindrance or f"would stay dense: {nothing_to_leave_out(site)}"
+        if not names:
+            reason = f"would stay dense: {nothing_to_leave_out(site)}"
         elif not target.host_runs:
             (choice,) = choose_unmeasured([site], target)
             reason = f"would be {choice.candidate}, {choice.reason}"
@@ -186,9 +220,7 @@ def plan(report: Report, model: Model, target: Target, feeds: Sequence[Feeds]) -
         tokens = 0 if known is None else site.pixels(known)
         row = _row(site.name, site.op.kind, site.n, site.op.k, tokens, site.density, reason)
         report.placements.append(msgspec.structs.replace(row, pattern=_pattern(site.density, tallest)))
-    for refusal in refusals:
-        op = refusal.op
-        report.placements.append(_row(op.name, op.kind, op.n, op.k, 0, -1.0, f"stays dense: {refusal.reason}"))
+    return refusals
 
 
 def placed(report: Report, result: Placed) -> None:
@@ -263,7 +295,7 @@ def sizes(report: Report, source: int, folder: Path) -> None:
 
 def hints(report: Report, result: Placed, asked: bool) -> None:
     """What the user could ask for, when what came out gained nothing."""
-    if result.plan.regions:
+    if result.plan.has_kernels:
         return
     helpful = [c for c in result.choices if c.would_help]  # none where nothing can be a kernel
     if not asked and helpful and all(c.site.density > 0.9 for c in result.choices):
@@ -274,7 +306,7 @@ def hints(report: Report, result: Placed, asked: bool) -> None:
     report.hints += sorted({c.would_help for c in helpful if c.timings})[:2]
 
 
-def _placements(choice: Choice, region: str, plan_reason: str) -> list[Placement]:
+def _placements(choice: Choice | GpuChoice, region: str, plan_reason: str) -> list[Placement]:
     """`region`: the node that has the site as a kernel in what came out."""
     site, used = choice.site, bool(region)
     reason = choice.reason if used or choice.form is None else f"{choice.reason}; but {plan_reason}"
@@ -327,7 +359,7 @@ def _row(
     )
 
 
-def _pattern(density: float, form: Form | None) -> str:
+def _pattern(density: float, form: Form | GpuForm | None) -> str:
     if density < 0 or density == 1:
         return DENSE
     return "unstructured" if form is None else form.pattern

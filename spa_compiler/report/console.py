@@ -26,7 +26,8 @@ def header(report: Report, console: Console) -> None:
     isa = f" ({report.isa})" if report.isa else ""
     providers = ", ".join(machine.providers)
     _line(console, f"spa-compiler {report.spa_compiler} | {report.asked.source} -> {report.asked.target}{isa}")
-    _line(console, f"{machine.cpu}, {machine.isa}, {machine.cores} cores | {plural(machine.threads, 'thread')}")
+    gpu = f" | {machine.gpu}" if machine.gpu else ""
+    _line(console, f"{machine.cpu}, {machine.isa}, {machine.cores} cores | {plural(machine.threads, 'thread')}{gpu}")
     _line(
         console,
         f"ONNX Runtime {versions.onnxruntime} ({providers}) | onnx {versions.onnx} | TVM {versions.tvm} | "

@@ -41,6 +41,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     threads: int  # used
     platform: str
     providers: tuple[str, ...]  # of ONNX Runtime
+    gpu: str = ""  # that ONNX Runtime can use
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from spa_compiler.errors import EnvironmentFault, UsageError
-
-NATIVE = "native"
-"""Stands for the GPU of the machine at hand, where the user named no architecture."""
 
 OLDEST = 50
 """sm_50, Maxwell: the oldest that ONNX Runtime's CUDA 12 builds run on."""
 
 _ARCH = re.compile(r"sm_([0-9]{2,3})[af]?")
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -171,6 +167,15 @@ def parse_architectures(text: str) -> str:
     return ",".join(sorted(asked, key=lambda arch: (asked[arch], arch)))
 
 
-def driver_present(driver: Path = _DRIVER) -> bool:
-    """Whether the kernel has NVIDIA's driver loaded. No CUDA call: those would take memory on the GPU."""
-    return driver.exists()
+def runs(gpu: str, archs: Sequence[str]) -> bool:
+    """Whether a GPU (`sm_90`) runs a library for `archs`: its own machine code, or the PTX of an older architecture.
+
+    Code for `sm_90a` runs on sm_90 alone.
+    """
+    own = _ARCH.fullmatch(gpu)
+    capability = int(own[1]) if own else 0
+    return any(
+        capability == int(found[1]) if arch.endswith("a") else capability >= int(found[1])
+        for arch in archs
+        if (found := _ARCH.fullmatch(arch))
+    )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spa_compiler.errors import UsageError
+from spa_compiler.targets import cuda
 from spa_compiler.targets.cpu import AARCH64, check_platform, host, level_number
-from spa_compiler.targets.cuda import NATIVE, driver_present, parse_architectures
 
 _CPU_SPELLINGS = {
     "x86-64-v4": "x86-64-v4",
@@ -20,7 +20,10 @@ _CPU_SPELLINGS = {
     AARCH64: AARCH64,
     "neon": AARCH64,
 }
-SPELLINGS = ("cpu", *(f"cpu:{name}" for name in _CPU_SPELLINGS), "cpu:avx512,avx2,x86-64", "cuda", "cuda:sm_90")
+SPELLINGS = (
+    *("cpu", *(f"cpu:{name}" for name in _CPU_SPELLINGS), "cpu:avx512,avx2,x86-64"),
+    *("cuda", "cuda:sm_90", "cuda:sm_80,sm_90"),
+)
 """What `parse` takes; lists of what is there for CPUs, and for `cuda:` other architectures and lists of them."""
 
 
@@ -30,7 +33,7 @@ class Target:
 
     kind: Literal["cpu", "cuda"]
     arch: str
-    """`x86-64-v4`, a list `x86-64-v4,x86-64-v3`, `aarch64`; for CUDA `sm_90`, a list, or `native` (the GPU at hand)."""
+    """`x86-64-v4`, a list `x86-64-v4,x86-64-v3`, `aarch64`; for CUDA `sm_90` or a list."""
     mcpu: str
     """The level that host code is generated for, of several the highest that the machine runs which takes the times;
     the host's for CUDA."""
@@ -49,17 +52,18 @@ class Target:
 
     def __str__(self) -> str:
         """The spelling that `parse` turns into this target again."""
-        return self.kind if self.arch == NATIVE else f"{self.kind}:{self.arch}"
+        return f"{self.kind}:{self.arch}"
 
 
-def parse(text: str, level: str | None = None) -> Target:
+def parse(text: str, level: str | None = None, gpu: str | None = None) -> Target:
     """The target that `text` names: `cpu` is what this machine has, `cpu:avx512` is `cpu:x86-64-v4`, and
-    `cpu:avx512,avx2` has kernels for both.
+    `cpu:avx512,avx2` has kernels for both. `cuda` is the GPU of this machine.
 
     Another architecture than that of the machine can be named, too; nothing can be measured for it then.
 
     Args:
         level: the highest that the machine runs which takes the times, if that is not this machine.
+        gpu: the architecture of that machine's GPU, empty if it has none; None: this machine takes the times.
 
     Raises:
         UsageError: there is no such target.
@@ -72,7 +76,7 @@ def parse(text: str, level: str | None = None) -> Target:
         level = _CPU_SPELLINGS[level or host().level]
         return _of_levels({_CPU_SPELLINGS[part] for part in asked} if colon else {level}, level)
     if kind == "cuda":
-        return Target("cuda", parse_architectures(arch) if colon else NATIVE, _host_level(), driver_present())
+        return _of_gpus(cuda.parse_architectures(arch) if colon else "", gpu)
     close = difflib.get_close_matches(text.lower(), SPELLINGS, n=1)
     meant = f"Did you mean {close[0]}? " if close else ""
     raise UsageError(f"there is no target {text!r}", fix=f"{meant}There are: {', '.join(SPELLINGS)}")
@@ -81,6 +85,24 @@ def parse(text: str, level: str | None = None) -> Target:
 def _host_level() -> str:
     """The best level for this machine that kernels are made for."""
     return _CPU_SPELLINGS[host().level]
+
+
+def _of_gpus(archs: str, gpu: str | None) -> Target:
+    """`archs` empty: those of the GPU at hand."""
+    if gpu is None:
+        device = cuda.device()
+        gpu = device.arch if device else ""
+    if not archs and not gpu:
+        raise UsageError(
+            "there is no NVIDIA GPU to compile for",
+            where="--target cuda",
+            fix="Name an architecture, which needs no GPU: cuda:sm_80 (A100), cuda:sm_89 (L4, L40S), cuda:sm_90 (H100, "
+            "H200), or a list of them",
+        )
+    archs = archs or gpu
+    for name in archs.split(","):
+        cuda.architecture(name)  # there are kernels for it
+    return Target("cuda", archs, _host_level(), bool(gpu) and cuda.runs(gpu, archs.split(",")))
 
 
 def _of_levels(wanted: set[str], highest: str) -> Target:

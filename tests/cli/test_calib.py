@@ -89,8 +89,8 @@ def test_from_samples_to_an_artifact(here: Path) -> None:
 
 
 def test_zeros_stay_unless_they_may_be_taken_back(here: Path) -> None:
-    """Where nothing runs sparse (there are no kernels for this target), zeros that the user asked for stay."""
-    asked = ("net.onnx", "--calib", "data.npz", *ZEROS, "--target", "cuda")
+    """Where nothing runs sparse (such small layers do not on a GPU), zeros that the user asked for stay."""
+    asked = ("net.onnx", "--calib", "data.npz", *ZEROS, "--pattern", "unstructured", "--target", "cuda:sm_90")
     before = originals()
     assert invoke(main, *asked, "-o", "zeros").exit_code == 0
     held = weights(here / "zeros")
@@ -110,7 +110,7 @@ def test_zeros_stay_unless_they_may_be_taken_back(here: Path) -> None:
 
 
 def test_nothing_to_restore_is_said() -> None:
-    common = ("net.onnx", "--threads", "1", "--target", "cuda", "-o", "out")
+    common = ("net.onnx", "--threads", "1", "--target", "cuda:sm_90", "-o", "out")
     told = "note: nothing to restore: no layer has zeros of the passes that make it no faster"
     assert invoke(main, *common, "--restore-unused").stdout.splitlines().count(told) == 1
     assert told not in invoke(main, *common).stdout
@@ -118,7 +118,7 @@ def test_nothing_to_restore_is_said() -> None:
 
 def test_one_layer_is_restored_and_the_other_keeps_its_zeros(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the second placement made is what comes out."""
-    real = compiler.place
+    real = compiler.place_on_gpu
     placed: list[object] = []
 
     def place(*args: object, **options: object) -> object:
@@ -127,8 +127,20 @@ def test_one_layer_is_restored_and_the_other_keeps_its_zeros(here: Path, monkeyp
         monkeypatch.setattr(type(result), "gaining", ["b"])
         return result
 
-    monkeypatch.setattr(compiler, "place", place)
-    result = invoke(main, "net.onnx", *ZEROS, "--target", "cuda", "-o", "out", "--restore-unused", "--explain")
+    monkeypatch.setattr(compiler, "place_on_gpu", place)
+    result = invoke(
+        main,
+        "net.onnx",
+        *ZEROS,
+        "--pattern",
+        "unstructured",
+        "--target",
+        "cuda:sm_90",
+        "-o",
+        "out",
+        "--restore-unused",
+        "--explain",
+    )
     assert result.exit_code == 0, result.output
     assert len(placed) == 2
     assert "note: 1 layer that zeros make no faster has its dense weights back" in result.stdout
@@ -141,7 +153,18 @@ def test_one_layer_is_restored_and_the_other_keeps_its_zeros(here: Path, monkeyp
 
 
 def test_explain_tells_what_passes_did_to_each_layer(here: Path) -> None:
-    asked = ("net.onnx", "--calib", "data.npz", *ZEROS, "--target", "cuda", "-o", "out")
+    asked = (
+        "net.onnx",
+        "--calib",
+        "data.npz",
+        *ZEROS,
+        "--pattern",
+        "unstructured",
+        "--target",
+        "cuda:sm_90",
+        "-o",
+        "out",
+    )
     result = invoke(main, *asked, "--explain")
     assert result.exit_code == 0, result.output
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -155,7 +178,7 @@ def test_explain_tells_what_passes_did_to_each_layer(here: Path) -> None:
 
 
 def test_a_recipe_that_needs_the_samples_again_says_so(here: Path) -> None:
-    common = ("net.onnx", "--target", "cuda", "--threads", "1")
+    common = ("net.onnx", "--target", "cuda:sm_90", "--threads", "1")
     told = {}
     for name, asked in {
         "with": ("--calib", "data.npz", *ZEROS),

@@ -11,6 +11,8 @@ import pytest
 from spa_compiler.errors import ModelError, UsageError
 from spa_compiler.graph.operators import weighted_ops
 from spa_compiler.passes.factorize import Factorize, FactorizeOptions
+from spa_compiler.passes.factorize_options import multiple_of
+from spa_compiler.targets import parse
 from tests.passes.factorized import (
     factorize,
 )
@@ -58,7 +60,7 @@ def test_nan_and_infinity_name_the_node(value: str) -> None:
         ({"params": 1.0}, "FactorizeOptions", "params"),
         ({"params": 0.0}, "FactorizeOptions", "params"),
         ({"params": 0.5, "method": "pca"}, "FactorizeOptions", "method"),
-        ({"params": 0.5, "multiple": 0}, "FactorizeOptions", "multiple"),
+        ({"params": 0.5, "multiple": -1}, "FactorizeOptions", "multiple"),
         ({"params": 0.5, "rank": 1.0, "method": "sparse-low-rank"}, "FactorizeOptions", "rank"),
         ({"params": 0.5, "pattern": "2:0", "method": "sparse-low-rank"}, None, "2:0"),
     ],
@@ -105,3 +107,9 @@ def test_macs_that_hang_on_unknown_sizes() -> None:
     with pytest.raises(UsageError, match=r"multiply-accumulates of 'a0' hang on sizes.*--shape") as caught:
         factorize(feed_forward(), macs=0.5)
     assert caught.value.where == "macs"
+
+
+@pytest.mark.parametrize("target, asked, multiple", [("cpu", 0, 8), ("cuda:sm_90", 0, 16), ("cuda:sm_90", 5, 5)])
+def test_ranks_are_multiples_of_what_the_target_likes(target: str, asked: int, multiple: int) -> None:
+    options = FactorizeOptions(params=0.5, multiple=asked)
+    assert multiple_of(options, parse(target)) == multiple

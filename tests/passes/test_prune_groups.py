@@ -15,7 +15,7 @@ from spa_compiler.analysis import analyze
 from spa_compiler.errors import ModelError, UsageError
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.session import open_model, run
-from spa_compiler.passes import Change, Context, from_command_line, from_flags
+from spa_compiler.passes import Change, Context, budget, from_command_line, from_flags, prune_groups
 from spa_compiler.passes.prune_groups import PruneGroups, PruneGroupsOptions
 from tests.convnet import convnet
 from tests.onnx_text import assert_becomes, assert_unchanged, model_from, text_of
@@ -125,6 +125,21 @@ def test_kept_counts_are_what_kernels_like() -> None:
         model = convnet()
         assert prune(macs=asked, min_keep=0)(model).got["macs"] <= asked
         assert all(width % step == 0 for width in widths(model))
+
+
+@pytest.mark.parametrize("asked, step", [(0.6, 16), (0.3, 16), (0.1, 8), (0.01, 1)])
+def test_kept_counts_are_what_tensor_cores_like(asked: float, step: int) -> None:
+    """Layers of 32 and 64 channels: 16 of them where the budget allows, and 64 of wider ones."""
+    model = convnet()
+    options = PruneGroupsOptions(macs=asked, min_keep=0)
+    gpu = Context(targets.parse("cuda:sm_90"), np.random.default_rng(0))
+    assert PruneGroups(options).run(model, gpu).got["macs"] <= asked
+    assert all(width % step == 0 for width in widths(model))
+
+
+def test_wide_layers_are_cut_to_whole_tiles_of_tensor_cores() -> None:
+    allowed = budget._allowed(768, 1, *prune_groups._TILES[0])
+    assert allowed.tolist() == list(range(64, 769, 64))
 
 
 def test_round_to() -> None:

@@ -46,6 +46,13 @@ def test_one_meaning(recipe: Recipe) -> None:
 
 def test_no_pass() -> None:
     assert from_command_line() == from_yaml("version: 1") == from_flags("") == Recipe()
+
+
+def test_zeros_for_gpus_come_in_blocks_unless_a_pattern_is_named() -> None:
+    blocks = from_command_line(sparsity=0.9, pattern="block:32x32")
+    assert from_command_line(sparsity=0.9, target="cuda:sm_90") == blocks
+    assert from_command_line(sparsity=0.9, target="cpu") == from_command_line(sparsity=0.9) != blocks
+    assert from_command_line(pattern="2:4", target="cuda") == from_command_line(pattern="2:4")
     assert Recipe().build() == []
 
 

@@ -369,22 +369,6 @@ def test_without_replay_only_the_race_is_run_again(tmp_path: Path, monkeypatch: 
     assert (watch.sites, watch.races) == (sites, 2)
 
 
-@pytest.mark.parametrize(
-    "target,words",
-    [("cuda", "there are no kernels for CUDA yet")],
-)
-def test_other_targets_stay_dense_and_say_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, words: str
-) -> None:
-    watch = Stopwatch(monkeypatch, 5.0, {})
-    result = placed(tmp_path, target=target)
-    assert watch.sites == 0
-    assert result.plan.name == PORTABLE
-    assert words in result.reason
-    assert {c.form for c in result.choices} == {None}
-    assert all(words in c.reason for c in result.choices)
-
-
 @pytest.mark.parametrize("target, level", [("cpu:x86-64-v4", "x86-64-v4"), ("cpu:aarch64", "aarch64")])
 def test_for_what_this_machine_does_not_run_forms_are_calculated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, level: str

@@ -260,8 +260,9 @@ def test_the_level_of_the_other_machine_is_the_target(tmp_path: Path, monkeypatc
     assert (result.report.asked.target, result.report.isa) == ("cpu:x86-64-v3", "x86-64-v3")
     assert (result.report.machine.cpu, result.report.machine.threads) == ("Old", 1)
     assert result.report.asked.options["tune_rpc"] == "there:1,key"
-    for target in ("cpu:avx512", "cuda"):
-        with pytest.raises(UsageError, match="the machine that is to take the times does not run"):
+    words = "the machine that is to take the times does not run"
+    for target, why in (("cpu:avx512", words), ("cuda:sm_90", words), ("cuda", "no NVIDIA GPU to compile for")):
+        with pytest.raises(UsageError, match=why):
             compile(proto, tmp_path / "out", dry_run=True, target=target, tune_rpc="there:1,key")
 
 

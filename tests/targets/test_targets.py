@@ -66,7 +66,7 @@ def test_cpu_alone_is_the_best_that_this_machine_has_kernels_for(
     monkeypatch.setattr(module, "host", lambda: dataclasses.replace(targets.host(), level=level))
     target = targets.parse("cpu")
     assert (target.arch, target.mcpu, target.host_runs) == (kernels, kernels, True)
-    assert targets.parse("cuda").mcpu == kernels
+    assert targets.parse("cuda:sm_90").mcpu == kernels
 
 
 @pytest.mark.parametrize("text", ["cpu:avx2,neon", "cpu:aarch64,x86-64"])
@@ -82,7 +82,6 @@ def test_the_base_of_an_architecture_is_number_1() -> None:
 @pytest.mark.parametrize(
     "text, archs",
     [
-        ("cuda", ("native",)),
         ("cuda:sm_90", ("sm_90",)),
         ("cuda:sm_90,sm_80", ("sm_80", "sm_90")),
         ("cuda:sm_120, sm_90a,sm_120", ("sm_90a", "sm_120")),
@@ -182,7 +181,34 @@ def test_a_containers_quota_counts(text: str, cores: int, tmp_path: Path, monkey
     assert cpu.physical_cores(tmp_path, tmp_path / "cpu.max") == cores
 
 
-def test_a_gpu_is_seen_by_its_driver(tmp_path: Path) -> None:
-    assert not cuda.driver_present(tmp_path / "version")
-    (tmp_path / "version").touch()
-    assert cuda.driver_present(tmp_path / "version")
+@pytest.mark.parametrize(
+    "text, archs, runs",
+    [
+        ("cuda", "sm_90", True),
+        ("cuda:sm_90", "sm_90", True),
+        ("cuda:sm_80", "sm_80", True),  # its PTX
+        ("cuda:sm_80,sm_120", "sm_80,sm_120", True),
+        ("cuda:sm_120", "sm_120", False),
+        ("cuda:sm_80a", "sm_80a", False),
+        ("cuda:sm_90a", "sm_90a", True),
+    ],
+)
+def test_a_gpu_is_what_cuda_alone_means_and_says_what_can_be_timed(text: str, archs: str, runs: bool) -> None:
+    target = targets.parse(text, gpu="sm_90")
+    assert (target.arch, target.host_runs) == (archs, runs)
+
+
+def test_without_a_gpu_an_architecture_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "device", lambda: None)
+    with pytest.raises(UsageError, match="no NVIDIA GPU to compile for") as caught:
+        targets.parse("cuda")
+    assert "cuda:sm_90 (H100" in str(caught.value)
+    assert not targets.parse("cuda:sm_90").host_runs
+    here = cuda.Device("GPU", "sm_86", 72, 1 << 34, 6 << 20, 13000)
+    monkeypatch.setattr(cuda, "device", lambda: here)
+    assert (targets.parse("cuda").arch, targets.parse("cuda").host_runs) == ("sm_86", True)
+
+
+def test_there_are_no_kernels_for_older_gpus() -> None:
+    with pytest.raises(UsageError, match="sm_80 or newer"):
+        targets.parse("cuda:sm_75")

@@ -1,0 +1,74 @@
+"""Sites that kernels for GPUs are made for: products with the bias, the residual and the activation behind them.
+
+They are found in the float32 model, where activations can be told apart, and replaced in its 16-bit twin, whose nodes
+have the same names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from spa_compiler.graph.model import Model
+from spa_compiler.placement.heads import Shapes
+from spa_compiler.placement.regions import take_residual
+from spa_compiler.placement.sites import Refusal, Site, find_sites, held
+
+
+def find_gpu_sites(model: Model, kept: Mapping[str, str], known: Shapes) -> tuple[list[Site], list[Refusal]]:
+    """The sites of a float32 model, residuals taken in; the other weighted operators with reasons.
+
+    Args:
+        kept: nodes that stay float32 between nodes of 16 bits, by name, and why.
+        known: shapes of all tensors, for each measured shape.
+    """
+    found, refusals = find_sites(model)
+    outputs, taken = held(model.graph), set[int]()
+    sites: list[Site] = []
+    for site in found:
+        reason = _unfit(site, known) or _stays(site, kept)
+        if reason:
+            refusals.append(Refusal(site.op, reason))
+            continue
+        whole, added = copy.copy(site), set(taken)
+        take_residual(whole, outputs, known, added)
+        adds = [node for node in whole.nodes if any(t is whole.residual for t in node.inputs)]
+        if _stays(whole, kept) or any(node.name in kept for node in adds):
+            whole = site
+        else:
+            taken |= added
+        sites.append(whole)
+    return sites, refusals
+
+
+def tokens_of(site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """(tokens or pixels of an image, images) at one measured shape."""
+    shape = shapes[site.source.name]
+    if site.layout == "rows":
+        return _count(shape[:-1]), 1
+    return _count(shape[2:]), shape[0]
+
+
+def _count(sizes: Sequence[int]) -> int:
+    count = 1
+    for size in sizes:
+        count *= size
+    return count
+
+
+def _unfit(site: Site, known: Shapes) -> str:
+    if site.window is not None or site.op.kind == "ConvTranspose":
+        return "kernels for GPUs look at one pixel: a window has none"
+    ranks = {len(shapes[site.source.name]) for shapes in known if site.source.name in shapes}
+    if len(ranks) != 1 or any(site.source.name not in shapes for shapes in known):
+        return "the shape of its input is not known"
+    if min(ranks) < 2:
+        return "its input has one axis"
+    return ""
+
+
+def _stays(site: Site, kept: Mapping[str, str]) -> str:
+    """Why a site cannot be a node of 16 bits; empty if it can. What lies inside of it may be anything."""
+    first, last = site.op.node.name, site.output.inputs[0].name
+    why = kept.get(first) or kept.get(last)
+    return f"it stays float32: {why}" if why else ""
