@@ -202,7 +202,7 @@ class CudaTimer(LocalTimer):
         providers = ((self.provider, options), CPU)
         return open_session(contender.model, threads=threads, library=contender.library, providers=providers)
 
-    def _call(self, session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+    def _call(self, session: ort.InferenceSession, feeds: Feeds) -> Callable[[], list[ort.OrtValue]]:
         binding = session.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, _placed(value, self.device))
@@ -211,12 +211,14 @@ class CudaTimer(LocalTimer):
             binding.bind_output(name, self.device)
         # A graph is captured in the second run at the earliest, and then writes to the same places for ever.
         session.run_with_iobinding(binding)
-        for name, value in zip(names, binding.get_outputs(), strict=True):
+        outputs = list(binding.get_outputs())
+        for name, value in zip(names, outputs, strict=True):
             binding.bind_ortvalue_output(name, value)
 
-        def call() -> None:
+        def call() -> list[ort.OrtValue]:
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
+            return outputs
 
         return call
 
