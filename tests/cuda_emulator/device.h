@@ -106,6 +106,14 @@ SPA_DEVICE void spa_load16_once_at(uint* r, const void* p, int bytes) { spa_load
 SPA_DEVICE void spa_store16(void* p, const uint* r) { spa_check(p, 16, 16, "spa_store16"), memcpy(p, r, 16); }
 SPA_DEVICE void spa_store8(void* p, const uint* r) { spa_check(p, 8, 8, "spa_store8"), memcpy(p, r, 8); }
 SPA_DEVICE void spa_store4(void* p, uint r) { spa_check(p, 4, 4, "spa_store4"), memcpy(p, &r, 4); }
+SPA_DEVICE uint spa_load2_at(const void* p, int bytes) {
+  spa_check((const char*)p + bytes, 2, 2, "spa_load2_at");
+  return *(const ushort*)((const char*)p + bytes);
+}
+SPA_DEVICE void spa_store2_at(void* p, int bytes, uint r) {
+  spa_check((char*)p + bytes, 2, 2, "spa_store2_at");
+  memcpy((char*)p + bytes, &r, 2);
+}
 SPA_DEVICE void spa_store2(void* p, uint r) { spa_check(p, 2, 2, "spa_store2"), memcpy(p, &r, 2); }
 static void spa_check_part(const void* p, int valid, int align, const char* what) {
   if (valid > 16) valid = 16;

@@ -87,6 +87,19 @@ def load_operands(tile, dtype, layout, depth, operands, into, shared, base, step
             T.buffer_store(operands, value, [into + i])
 
 
+def load_four(tile, dtype, layout, depth, operands, into, shared, base, step, first, lane):
+    """32 inputs of 16 bits, number `step`, for all tokens of a warp from `first` on, into registers `into` and
+    following: for each 8 tokens four, an operand B of `mma.sp`."""
+    _, chunks = _lines(tile, dtype, layout, depth)
+    for part in range(tile.warp_tokens // 8):
+        if layout == "rows":
+            at = _place(dtype, layout, first + 8 * part + T.truncmod(lane, 8), 4 * step + T.truncdiv(lane, 8), chunks)
+        else:
+            at = _place(dtype, layout, 32 * step + lane, T.truncdiv(first, 8) + part, chunks)
+        name = "spa_ldmatrix_x4" if layout == "rows" else "spa_ldmatrix_x4_trans"
+        call(name, T.address_of(operands[into + 4 * part]), T.address_of(shared[base + at]))
+
+
 def _size(dtype):
     return 4 if dtype == "fp32" else 2
 

@@ -120,6 +120,8 @@ SPA_DEVICE void spa_load16_once_at(uint* r, const void* p, int bytes) { spa_load
 SPA_DEVICE void spa_store16(void* p, const uint* r) { *(uint4*)p = make_uint4(r[0], r[1], r[2], r[3]); }
 SPA_DEVICE void spa_store8(void* p, const uint* r) { *(uint2*)p = make_uint2(r[0], r[1]); }
 SPA_DEVICE void spa_store4(void* p, uint r) { *(uint*)p = r; }
+SPA_DEVICE uint spa_load2_at(const void* p, int bytes) { return *(const ushort*)((const char*)p + bytes); }
+SPA_DEVICE void spa_store2_at(void* p, int bytes, uint r) { *(ushort*)((char*)p + bytes) = (ushort)r; }
 SPA_DEVICE void spa_store2(void* p, uint r) { *(ushort*)p = (ushort)r; }
 
 // The first `valid` bytes of 16, zeros for the others, from or to an address that is a multiple of `align`, as in

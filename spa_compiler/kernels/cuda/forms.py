@@ -6,8 +6,13 @@ from spa_compiler.kernels.cuda.blocks import GROUPS, SIZES, Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import Form
 from spa_compiler.kernels.cuda.matvec import FourBit
+from spa_compiler.kernels.cuda.two_four import TwoFour
 
-FORMS: tuple[Form, ...] = (Few(), *(Blocks(size, group) for size in SIZES for group in GROUPS if group >= size))
+FORMS: tuple[Form, ...] = (
+    Few(),
+    *(Blocks(size, group) for size in SIZES for group in GROUPS if group >= size),
+    TwoFour(),
+)
 
 LOSSY: tuple[Form, ...] = (FourBit(128),)
 """Those that change the weight: only for who asks for them."""

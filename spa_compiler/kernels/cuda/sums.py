@@ -96,6 +96,8 @@ def finish(
     align: Any,
     low: Any,
     high: Any,
+    *,
+    outputs_long: bool | None = None,
 ) -> None:
     """Emits what makes results of sums: bias, residual, activation, and stores.
 
@@ -103,8 +105,11 @@ def finish(
         row_of: the output that a row of the thread block's group is; eight rows from a multiple of 8 on follow each
         other. part, first: which of the `across` parts of the group a warp has, and its first token in the tile.
         token: the tile's first token; `image` is where results of this image begin.
+        outputs_long: whether outputs are the long side of a product (16 of 16 x 8), as they are in `planes`; with 16
+            bits `rows` can have them so, too.
     """
     rows = layout == "rows"
+    tokens_long = rows if outputs_long is None else not outputs_long
     pieces, parts = tile.warp_rows // 16, tile.warp_tokens // 8
     lane = T.truncmod(thread, 32)
 
@@ -115,7 +120,7 @@ def finish(
     def place(j: Any, half: Any) -> tuple[Any, Any]:
         """(row in its piece, token in the warp's) of the first sum of a pair."""
         long, short = T.truncdiv(lane, 4) + half * 8, T.truncmod(lane, 4) * 2
-        if rows:
+        if tokens_long:
             return T.truncmod(j, 2) * 8 + short, T.truncdiv(j, 2) * 16 + long
         return long, j * 8 + short
 
@@ -164,13 +169,22 @@ def finish(
         with T.unroll(parts) as j, T.unroll(2) as half:
             in_piece, in_warp = place(j, half)
             row, own = part * tile.warp_rows + piece * 16 + in_piece, first + in_warp
-            word = T.bind(own * pitch + T.truncdiv(row, 2) if rows else row * pitch + T.truncdiv(own, 2))
-            values = []
-            for i, end in enumerate(("low", "high")):
-                before = T.call_extern("float32", f"spa_from_{dtype}x2_{end}", shared[word])
-                sum_ = acc[(piece * parts + j) * 4 + half * 2 + i]
-                values.append(result(sum_, start + in_piece + (i if rows else 0), before))
-            T.buffer_store(shared, T.call_extern("uint32", f"spa_to_{dtype}x2", *values), [word])
+            values = [acc[(piece * parts + j) * 4 + half * 2 + i] for i in range(2)]
+            if rows and not tokens_long:
+                # of two tokens, so in two lines: number by number
+                for i, value in enumerate(values):
+                    where = T.address_of(shared[0]), ((own + i) * pitch * 2 + row) * 2
+                    bits = T.call_extern("uint32", "spa_load2_at", *where)
+                    value = result(value, start + in_piece, T.call_extern("float32", f"spa_from_{dtype}", bits))
+                    number = T.call_extern("uint16", f"spa_to_{dtype}", value)
+                    call("spa_store2_at", *where, T.Cast("uint32", number))
+            else:
+                word = T.bind(own * pitch + T.truncdiv(row, 2) if rows else row * pitch + T.truncdiv(own, 2))
+                results = []
+                for i, end in enumerate(("low", "high")):
+                    before = T.call_extern("float32", f"spa_from_{dtype}x2_{end}", shared[word])
+                    results.append(result(values[i], start + in_piece + (i if rows else 0), before))
+                T.buffer_store(shared, T.call_extern("uint32", f"spa_to_{dtype}x2", *results), [word])
     T.evaluate(T.tvm_storage_sync("shared"))
     with T.serial(lines * chunks // tile.threads) as i:
         word, index, there = target(i * tile.threads + thread)
