@@ -11,7 +11,7 @@ import click
 from spa_compiler.errors import SpaError
 from spa_compiler.graph.session import onnxruntime_version, runtime
 from spa_compiler.runtime.link import link
-from spa_compiler.targets import host, parse
+from spa_compiler.targets import cuda, host, nvrtc, parse
 
 
 def show(as_json: bool) -> None:
@@ -23,6 +23,7 @@ def show(as_json: bool) -> None:
         "physical cores": cpu.cores_physical,
         "sparse kernels": f"yes, made for {parse('cpu').arch}",
     }
+    facts |= _gpu()
     failure: SpaError | None = None
     try:
         facts["onnxruntime"] = f"{onnxruntime_version()} ({', '.join(runtime().get_available_providers())})"
@@ -40,3 +41,18 @@ def show(as_json: bool) -> None:
             click.echo(f"{name:{width}}  {value}")
     if failure is not None:
         raise failure
+
+
+def _gpu() -> dict[str, object]:
+    """What there is for `--target cuda`: nothing of it is needed for CPUs."""
+    found: dict[str, object] = {}
+    try:
+        device = cuda.device()
+        found["gpu"] = f"{device.name} ({device.arch})" if device else "none (cuda:sm_90 needs none)"
+    except SpaError as error:
+        found["gpu"] = str(error)
+    try:
+        found["cuda compiler"] = str(nvrtc.find())
+    except SpaError as error:
+        found["cuda compiler"] = f"none: {error}"
+    return found

@@ -16,7 +16,7 @@ import yaml
 import spa_compiler
 from spa_compiler.artifact import manifest
 from spa_compiler.cli.compile import main
-from spa_compiler.targets import host
+from spa_compiler.targets import cuda, host
 from tests.cli.command import invoke
 from tests.folders import ARTIFACT, names
 from tests.networks import mlp
@@ -118,6 +118,15 @@ def test_check_hardware() -> None:
     facts = json.loads(invoke(main, "--check-hardware", "--json").stdout)
     assert facts["linker"] == "works"
     assert facts["isa"] == host().level
+
+
+def test_check_hardware_tells_what_there_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = cuda.Device("A GPU", "sm_90", 132, 1 << 37, 50 << 20, 13000)
+    for device, words in ((here, "A GPU (sm_90)"), (None, "none (cuda:sm_90 needs none)")):
+        monkeypatch.setattr(cuda, "device", lambda found=device: found)
+        facts = json.loads(invoke(main, "--check-hardware", "--json").stdout)
+        assert facts["gpu"] == words
+        assert facts["cuda compiler"]
 
 
 def test_check_hardware_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
