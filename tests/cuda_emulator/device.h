@@ -320,6 +320,26 @@ SPA_DEVICE float spa_shuffle(float v, int lane) {
 SPA_DEVICE uint spa_shuffle_xor_u32(uint v, int mask) {
   return spa_shuffle_from(v, (spa_gpu.current->number & 31) ^ mask, "spa_shuffle_xor");
 }
+SPA_DEVICE int spa_before(int v) {
+  int lane = spa_gpu.current->number & 31, sum = v;
+  for (int i = 1; i < 32; i *= 2) {
+    int other = (int)spa_shuffle_from((uint)sum, lane >= i ? lane - i : lane, "spa_before");
+    if (lane >= i) sum += other;
+  }
+  return sum - v;
+}
+SPA_DEVICE uint spa_pair(uint bits, int at, const void* values, int* place) {
+  uint number[2] = {0, 0};
+  for (int i = 0; i < 2; ++i) {
+    if (bits >> (at + i) & 1) {
+      const ushort* p = (const ushort*)((const char*)values + *place);
+      spa_check(p, 2, 2, "spa_pair");
+      number[i] = *p;
+      *place += 2;
+    }
+  }
+  return number[0] | number[1] << 16;
+}
 SPA_DEVICE float spa_shuffle_xor(float v, int mask) { return spa_as_float(spa_shuffle_xor_u32(spa_as_uint(v), mask)); }
 SPA_DEVICE float spa_warp_sum(float v) {
   for (int mask = 16; mask; mask >>= 1) v += spa_shuffle_xor(v, mask);

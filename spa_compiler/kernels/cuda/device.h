@@ -287,6 +287,30 @@ SPA_DEVICE float spa_warp_sum(float v) {
   return v;
 }
 SPA_DEVICE void spa_syncwarp() { __syncwarp(); }
+// The sum of v over the lanes before this one.
+SPA_DEVICE int spa_before(int v) {
+  int lane = threadIdx.x & 31, sum = v;
+  for (int i = 1; i < 32; i *= 2) {
+    int other = __shfl_up_sync(0xffffffffu, sum, i);
+    if (lane >= i) sum += other;
+  }
+  return sum - v;
+}
+
+// The numbers of 16 bits that bits `at` and `at` + 1 stand for, as a word: where a bit is set the one at values + *place,
+// which then moves on by 2, else zero.
+SPA_DEVICE uint spa_pair(uint bits, int at, const void* values, int* place) {
+  uint low = 0, high = 0;
+  if (bits >> at & 1) {
+    low = *(const ushort*)((const char*)values + *place);
+    *place += 2;
+  }
+  if (bits >> at & 2) {
+    high = *(const ushort*)((const char*)values + *place);
+    *place += 2;
+  }
+  return spa_byte_perm(low, high, 0x5410);
+}
 
 // ---- activations, named as in kernels/activation.py; `low` and `high` are used by those that have
 // bounds ----

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels.cuda.arrays import Array, Extent, Offsets
@@ -130,7 +131,7 @@ class Few:
         return cost(arch, kernel, arrays, n, k, tokens)
 
 
-def _places(dtype: Dtype) -> NDArray[np.int64]:
+def places_of(dtype: Dtype) -> NDArray[np.int64]:
     """Place in bytes of every element of a window: [32, columns]."""
     width = columns(dtype)
     row, column = np.meshgrid(np.arange(ROWS), np.arange(width), indexing="ij")
@@ -145,7 +146,7 @@ def _places(dtype: Dtype) -> NDArray[np.int64]:
     return np.asarray(((step * 2 + half) * 32 + lane) * 16 + 4 * register + within)
 
 
-def _windows(weight: F32, dtype: Dtype) -> F32:
+def windows_of(weight: F32, dtype: Dtype) -> F32:
     """[windows of all strips, 32 x columns], padded with zeros."""
     n, k = weight.shape
     width = columns(dtype)
@@ -155,7 +156,7 @@ def _windows(weight: F32, dtype: Dtype) -> F32:
     return padded.reshape(strips, ROWS, across, width).transpose(0, 2, 1, 3).reshape(strips * across, ROWS * width)
 
 
-def _rank(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+def rank_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many equal ones are before each of sorted `keys`."""
     first = np.flatnonzero(np.diff(keys, prepend=-1))
     return np.arange(len(keys)) - np.repeat(first, np.diff(first, append=len(keys)))
@@ -163,8 +164,8 @@ def _rank(keys: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def pack(weight: F32, dtype: Dtype) -> Arrays:
     """`weight` [n, k] -> `starts`, `entries`."""
-    tiles = _windows(rounded(weight, dtype), dtype)
-    places = _places(dtype).reshape(-1)
+    tiles = windows_of(rounded(weight, dtype), dtype)
+    places = places_of(dtype).reshape(-1)
     each = UNIT // (8 if dtype == "fp32" else 4)  # entries of a lane in a unit
     window, element = np.nonzero(tiles)
     units = -(-np.bincount(window, minlength=len(tiles)) // (32 * each))
@@ -174,9 +175,9 @@ def pack(weight: F32, dtype: Dtype) -> Arrays:
     # then the second ones, and so on: only where banks run out do some meet themselves. Keys, from the highest bits:
     # window, turn (of 64), bank (of 32), element (of 2048).
     keys = np.sort(window << 22 | (places[element] // 4 % 32) << 11 | element)
-    keys = np.sort(keys | _rank(keys >> 11) << 16)
+    keys = np.sort(keys | rank_of(keys >> 11) << 16)
     window, element = keys >> 22, keys & 2047
-    slot = starts[window] * (32 * each) + _rank(window)
+    slot = starts[window] * (32 * each) + rank_of(window)
     total = starts[-1] * 32 * each
     # of each window, a place without a value, if there is one
     place = np.repeat(places[np.argmin(tiles != 0, axis=1)], units * 32 * each)
@@ -206,7 +207,7 @@ def unpack(arrays: Arrays, n: int, k: int, dtype: Dtype) -> F32:
     tiles = np.zeros((len(starts) - 1, ROWS * width), np.float32)
     step = 4 if dtype == "fp32" else 2
     inverse = np.zeros(TILE // step, np.int64)
-    inverse[_places(dtype).reshape(-1) // step] = np.arange(ROWS * width)
+    inverse[places_of(dtype).reshape(-1) // step] = np.arange(ROWS * width)
     if dtype == "fp32":
         value, place = entries[:, :, :1].view(np.float32), entries[:, :, 1:] & PLACE_FP32
     else:
@@ -231,10 +232,35 @@ def kernel(dtype: Dtype, epilogue: Epilogue, tokens: int) -> Kernel:
 
 
 def _shared(tokens: int, warps: int) -> int:
-    return warps * max(TILE, 4 * tokens * _PITCH)
+    return warps * max(TILE, sums_bytes(tokens))
+
+
+def sums_bytes(tokens: int) -> int:
+    """Of a warp's sums in shared memory."""
+    return 4 * tokens * _PITCH
 
 
 _PITCH = ROWS + 1  # floats of a token's row of sums: lanes of a column meet different banks
+
+
+def finish(S, sums, Y, bias, residual, dtype, epilogue, tile, warps, strip, first, warp, lane, n, tokens, low, high):
+    """Adds up what all warps of a block have of a strip and `tile` tokens, through shared memory, and stores y."""
+    tiles = tile // 8
+    with T.unroll(2) as m, T.unroll(tiles) as t, T.unroll(4) as j:
+        column, row = t * 8 + T.truncmod(lane, 4) * 2 + j % 2, m * 16 + T.truncdiv(j, 2) * 8 + T.truncdiv(lane, 4)
+        where = T.address_of(S[((warp * tile + column) * _PITCH + row) * 4])
+        call("spa_store4", where, as_uint(sums[(m * tiles + t) * 4 + j]))
+    T.evaluate(T.tvm_storage_sync("shared.dyn"))
+    with T.serial(-(-tile // warps)) as i:  # a warp has a token
+        column, row = T.bind(i * warps + warp), T.bind(strip * ROWS + lane)
+        with T.If(tirx.And(row < n, tirx.And(column < tile, first + column < tokens))), T.Then():
+            total = T.alloc_buffer((1,), "float32", scope="local")
+            T.buffer_store(total, bias[row], [0])
+            add_up(S, total, warps, tile * _PITCH, column * _PITCH + lane)
+            where = T.bind((first + column) * n + row)
+            if epilogue.residual:
+                T.buffer_store(total, total[0] + widened(dtype, residual[where]), [0])
+            T.buffer_store(Y, narrowed(dtype, act(epilogue.act, total[0], low, high)), [where])
 
 
 def _script(dtype, epilogue, tile, warps):
@@ -245,8 +271,6 @@ def _script(dtype, epilogue, tile, warps):
     C = columns(dtype)
     size = 4 if wide else 2
     EACH = 1 if wide else 2  # entries of a lane in a unit
-    PITCH = _PITCH
-    residual_, act_ = epilogue.residual, epilogue.act
     shared = _shared(tile, W)
 
     def load_x(xs, X, rows, half, window, q, k):
@@ -383,23 +407,7 @@ def _script(dtype, epilogue, tile, warps):
                 units[2] = starts[at + (i + 2) * W]
                 units[3] = starts[at + (i + 2) * W + 1] - starts[at + (i + 2) * W]
         T.tvm_storage_sync("shared.dyn")
-        for m in T.unroll(2):
-            for t in T.unroll(NT):
-                for j in T.unroll(4):
-                    where: T.let[T.int32] = (
-                        warp * (tile * PITCH) + (t * 8 + q * 2 + j % 2) * PITCH + m * 16 + T.truncdiv(j, 2) * 8 + g
-                    )
-                    call("spa_store4", T.address_of(S[where * 4]), as_uint(sums[(m * NT + t) * 4 + j]))
-        T.tvm_storage_sync("shared.dyn")
-        for i in T.serial(-(-tile // W)):  # a warp has a token
-            column: T.let[T.int32] = i * W + warp
-            if T.And(strip * ROWS + lane < n, T.And(column < tile, first + column < tokens)):
-                total = T.alloc_buffer((1,), "float32", scope="local")
-                total[0] = bias[strip * ROWS + lane]
-                add_up(S, total, W, tile * PITCH, column * PITCH + lane)
-                if residual_:
-                    total[0] = total[0] + widened(dtype, residual[(first + column) * n + strip * ROWS + lane])
-                Y[(first + column) * n + strip * ROWS + lane] = narrowed(dtype, act(act_, total[0], low, high))
+        finish(S, sums, Y, bias, residual, dtype, epilogue, tile, W, strip, first, warp, lane, n, tokens, low, high)
 
     return few
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spa_compiler.kernels.cuda.bitmap import Bitmap
 from spa_compiler.kernels.cuda.blocks import GROUPS, SIZES, Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import Form
@@ -10,6 +11,7 @@ from spa_compiler.kernels.cuda.two_four import TwoFour
 
 FORMS: tuple[Form, ...] = (
     Few(),
+Bitmap(),
     *(Blocks(size, group) for size in SIZES for group in GROUPS if group >= size),
     TwoFour(),
 )
