@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEVICES = 2, DEPTH = 8, LOG = 1 << 20 };
+enum { DEVICES = 2, DEPTH = 8, LOG = 1 << 20, ALLOCATED = 4096 };
 enum { INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
        NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900 };
 
@@ -48,6 +48,10 @@ static char message[512];
 static _Thread_local Context* stack[DEPTH];
 static _Thread_local int depth;
 
+static void* allocated[ALLOCATED]; /* by cuMemAlloc */
+static long allocated_sizes[ALLOCATED];
+static int allocated_count, recording, graph_launches;
+
 /* ---- what tests ask ---- */
 
 void fake_reset(int with_major, int with_minor, int with_shared, int with_threads) {
@@ -68,6 +72,8 @@ const char* fake_log(void) { return log_text; }
 const char* fake_message(void) { return message; } /* of the emulator */
 int fake_modules(void) { return modules; }
 int fake_launches(void) { return launches; }
+int fake_allocated(void) { return allocated_count; }
+int fake_graph_launches(void) { return graph_launches; }
 int fake_wrong(void) { return wrong; } /* calls that the driver would have refused */
 int fake_retained(int device) { return contexts[device].retained; }
 int fake_depth(void) { return depth; }
@@ -121,7 +127,7 @@ int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, (s
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   BEGIN(0);
   if (device < 100 || device >= 100 + DEVICES) return refuse(INVALID_DEVICE);
-  *value = attribute == 75 ? major : attribute == 76 ? minor : attribute == 97 ? shared_most : -1;
+  *value = attribute == 75 ? major : attribute == 76 ? minor : attribute == 97 ? shared_most : attribute == 38 ? 4096 : -1;
   return *value < 0 ? refuse(INVALID_VALUE) : 0;
 }
 int cuDevicePrimaryCtxRetain(void** context, int device) {
@@ -194,11 +200,28 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   return ((Function*)function)->shared = value, 0;
 }
 
+/* The number of an allocation that begins at `pointer` and has at least `bytes`; -1: there is none. */
+static int find(uint64_t pointer, size_t bytes) {
+  for (int i = 0; i < allocated_count; ++i)
+    if ((uint64_t)(uintptr_t)allocated[i] == pointer && bytes <= (size_t)allocated_sizes[i]) return i;
+  return -1;
+}
+
 /* One at a time: the emulator has one GPU. */
 static int emulate(const Function* f, const unsigned* grid, unsigned threads, unsigned shared, void** arguments) {
   char path[512], name[300];
   const int blocks[] = {(int)grid[0], (int)grid[1], (int)grid[2]};
-  if (sscanf(f->module->image, "emulate %511s", path) != 1) return 0;
+  void* owned[16]; /* of what cuMemAlloc gave, what the arguments point to: "emulate PATH NAME COUNT" says how many */
+  long owned_sizes[16];
+  int count = 0, owned_count = 0;
+  if (sscanf(f->module->image, "emulate %511s %*s %d", path, &count) < 1) return 0;
+  for (int i = 0; i < count; ++i) {
+    int found = find(*(uint64_t*)arguments[i], 0);
+    if (found >= 0 && owned_count < 16) {
+      owned[owned_count] = allocated[found];
+      owned_sizes[owned_count++] = allocated_sizes[found];
+    }
+  }
   snprintf(name, sizeof name, "launch_%s", f->name);
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   void* symbol = library ? dlsym(library, name) : NULL;
@@ -206,7 +229,8 @@ static int emulate(const Function* f, const unsigned* grid, unsigned threads, un
   Emulated* run;
   memcpy(&run, &symbol, sizeof run);
   pthread_mutex_lock(&lock);
-  const char* wrong = run(arguments, blocks, (int)threads, (int)shared, seed, buffers, buffer_sizes, buffer_count);
+  const char* wrong = run(arguments, blocks, (int)threads, (int)shared, seed, count ? owned : buffers,
+                          count ? owned_sizes : buffer_sizes, count ? owned_count : buffer_count);
   if (!*wrong) wrong = NULL;
   else snprintf(message, sizeof message, "%s", wrong);
   pthread_mutex_unlock(&lock);
@@ -234,4 +258,86 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
   note("cuLaunchKernel %s grid %u %u %u block %u %u %u shared %u stream %llx:%s\n", f->name, gx, gy, gz, bx, by, bz, shared,
        (unsigned long long)(uintptr_t)stream, text);
   return emulate(f, grid, bx, shared, arguments);
+}
+
+/* ---- what a program does that has no ONNX Runtime around it (tests/gpu/kernels.py) ----
+ * There is one stream. A launch runs at once, also while it is recorded, and a graph counts how often it is launched. */
+
+static int stream_, graph_, executable_, event_;
+#define IN_CONTEXT(recordable) \
+  BEGIN(1);                    \
+  if (!current()) return refuse(INVALID_CONTEXT); \
+  if (recording && !(recordable)) return refuse(CAPTURE_UNSUPPORTED)
+
+int cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
+  IN_CONTEXT(0);
+  void* memory = NULL;
+  if (!bytes || allocated_count == ALLOCATED || posix_memalign(&memory, 256, bytes)) return refuse(INVALID_VALUE);
+  memset(memory, 0xFF, bytes);
+  allocated[allocated_count] = memory;
+  allocated_sizes[allocated_count++] = (long)bytes;
+  return *pointer = (uint64_t)(uintptr_t)memory, 0;
+}
+int cuMemFree_v2(uint64_t pointer) {
+  IN_CONTEXT(0);
+  int i = find(pointer, 0);
+  if (i < 0) return refuse(INVALID_VALUE);
+  free(allocated[i]);
+  allocated[i] = allocated[--allocated_count];
+  allocated_sizes[i] = allocated_sizes[allocated_count];
+  return 0;
+}
+int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
+  IN_CONTEXT(0);
+  if (find(to, bytes) < 0) return refuse(INVALID_VALUE);
+  return memcpy((void*)(uintptr_t)to, from, bytes), 0;
+}
+int cuStreamCreate(void** stream, unsigned flags) {
+  IN_CONTEXT(0);
+  return flags > 1 ? refuse(INVALID_VALUE) : (*stream = &stream_, 0);
+}
+int cuStreamSynchronize(void* stream) {
+  IN_CONTEXT(0);
+  return stream == &stream_ ? 0 : refuse(INVALID_HANDLE);
+}
+int cuStreamBeginCapture_v2(void* stream, int mode) {
+  IN_CONTEXT(0);
+  return stream != &stream_ || mode < 0 || mode > 2 ? refuse(INVALID_VALUE) : (recording = 1, 0);
+}
+int cuStreamEndCapture(void* stream, void** graph) {
+  IN_CONTEXT(1);
+  if (stream != &stream_ || !recording) return refuse(INVALID_VALUE);
+  return recording = 0, *graph = &graph_, 0;
+}
+int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long flags) {
+  IN_CONTEXT(0);
+  return graph != &graph_ || flags ? refuse(INVALID_VALUE) : (*executable = &executable_, 0);
+}
+int cuGraphDestroy(void* graph) {
+  IN_CONTEXT(0);
+  return graph == &graph_ ? 0 : refuse(INVALID_HANDLE);
+}
+int cuGraphExecDestroy(void* executable) {
+  IN_CONTEXT(0);
+  return executable == &executable_ ? 0 : refuse(INVALID_HANDLE);
+}
+int cuGraphLaunch(void* executable, void* stream) {
+  IN_CONTEXT(0);
+  return executable != &executable_ || stream != &stream_ ? refuse(INVALID_HANDLE) : (++graph_launches, 0);
+}
+int cuEventCreate(void** event, unsigned flags) {
+  IN_CONTEXT(0);
+  return flags ? refuse(INVALID_VALUE) : (*event = &event_, 0);
+}
+int cuEventRecord(void* event, void* stream) {
+  IN_CONTEXT(0);
+  return event != &event_ || stream != &stream_ ? refuse(INVALID_HANDLE) : 0;
+}
+int cuEventSynchronize(void* event) {
+  IN_CONTEXT(0);
+  return event == &event_ ? 0 : refuse(INVALID_HANDLE);
+}
+int cuEventElapsedTime(float* milliseconds, void* first, void* last) {
+  IN_CONTEXT(0);
+  return first != &event_ || last != &event_ ? refuse(INVALID_HANDLE) : (*milliseconds = 0.25f, 0);
 }
