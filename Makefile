@@ -5,13 +5,16 @@ VENV ?= .venv
 DEEPSPARSE ?= .venv-deepsparse
 BIN := $(VENV)/bin
 
-.PHONY: help venv demo test test-slow bench deepsparse lint docs clean
+.PHONY: help venv demo test test-slow cuda-kernels test-cuda-kernels test-cuda bench deepsparse lint docs clean
 
 help:
 	@echo "make demo       compile an example model and measure it"
 	@echo "make test       the test suite (minutes)"
 	@echo "make test-slow  sanitizers, other processors under qemu, large files, old ONNX Runtimes"
 	@echo "make bench      races against other engines, README.md's tables, docs/peers.md and docs/roofline.md; hours"
+	@echo "make cuda-kernels       packs CUDA kernels into build/cuda-kernels.zip, for machines without TVM"
+	@echo "make test-cuda-kernels  checks and times what is in there on this machine's GPU, against cuBLAS"
+	@echo "make test-cuda          whole models under onnxruntime-gpu: GPU_PYTHON has it"
 	@echo "make lint       ruff, mypy, import-linter, deptry"
 
 venv: $(VENV)/ready
@@ -28,10 +31,25 @@ demo: $(VENV)/ready
 	$(BIN)/python models/demo.py
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not peers"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not peers and not gpu"
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -q -m "slow and not peers"
+	$(BIN)/python -m pytest -q -m "slow and not peers and not gpu"
+
+# Machine code comes from nvcc, else from NVRTC's wheel; no GPU is needed.
+cuda-kernels: $(VENV)/ready
+	$(BIN)/python tests/gpu/pack.py build/cuda-kernels.zip
+
+# Needs numpy, and NVIDIA's driver: GPU_PYTHON may have torch, whose cuBLAS is then the one to beat. Where there is no GPU, it
+# says SKIPPED and succeeds.
+GPU_PYTHON ?= $(PYTHON)
+test-cuda-kernels:
+	@test -f build/cuda-kernels.zip || { echo "there is no build/cuda-kernels.zip: make cuda-kernels, here or elsewhere" >&2; exit 1; }
+	$(GPU_PYTHON) tests/gpu/kernels.py build/cuda-kernels.zip --json build/cuda-kernels.json
+
+# GPU_PYTHON is an environment with this project, its test extra and onnxruntime-gpu in the place of onnxruntime.
+test-cuda:
+	$(GPU_PYTHON) -m pytest -q -s -rs -m gpu tests/gpu
 
 bench: $(VENV)/ready deepsparse
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -25,12 +25,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from spa_compiler.kernels.cuda import blocks
+from spa_compiler.kernels.cuda.bitmap import Bitmap
 from spa_compiler.kernels.cuda.blocks import Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import DTYPES, LAYOUTS, Arrays, Dtype, Epilogue, Form, Kernel, Layout
 from spa_compiler.kernels.cuda.forms import FORMS, LOSSY
 from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.source import source
+from spa_compiler.kernels.cuda.two_four import TwoFour
 from spa_compiler.targets import host, nvrtc
 from spa_compiler.targets.cuda import architecture
 from tests.gpu.kernels import VERSION, to_bits, weight_of
@@ -94,7 +96,7 @@ class Packer:
         n, k, tokens = shape
         self.kernels[kernel.name] = kernel
         block = form.size if isinstance(form, Blocks) else 1
-        how = recipe(n, k, 0.3, block, 77, 64)
+        how = recipe(n, k, 0.3, block, 77, 64) | ({"two_of_four": True} if isinstance(form, TwoFour) else {})
         key = (form, dtype, n, k)
         if key not in packed:
             arrays = form.pack(weight_of(how), dtype)
@@ -164,12 +166,14 @@ class Packer:
 
     def few_layer(self, n: int, k: int, density: float, tokens: int, *, seed: int) -> dict[str, Any]:
         """A layer with zeros anywhere."""
-        form, how = Few(), recipe(n, k, density, 1, seed, 64)
+        how = recipe(n, k, density, 1, seed, 64)
         weight = weight_of(how)
-        arrays = form.pack(weight, "fp16")
-        specs = [self.store(arrays[name]) for name in form.arrays]
-        made = form.kernels(architecture("sm_90"), "fp16", "rows", Epilogue(), tokens)
-        candidates = [self._candidate(form, kernel, specs) for kernel in made]
+        candidates = []
+        for form in (Few(), Bitmap()):
+            arrays = form.pack(weight, "fp16")
+            specs = [self.store(arrays[name]) for name in form.arrays]
+            made = form.kernels(architecture("sm_90"), "fp16", "rows", Epilogue(), tokens)
+            candidates += [self._candidate(form, kernel, specs) for kernel in made]
         return self._layer(n, k, 1, True, np.count_nonzero(weight), candidates) | {"weight": how, "check": {}}
 
     def four_bit_layer(self, n: int, k: int, density: float, tokens: int, *, seed: int, repeat: int) -> dict[str, Any]:

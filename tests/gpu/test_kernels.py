@@ -19,11 +19,12 @@ from spa_compiler.kernels.cuda.blocks import Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import DTYPES, Kernel
 from spa_compiler.kernels.cuda.matvec import FourBit
+from spa_compiler.kernels.cuda.two_four import TwoFour
 from tests.cuda_emulator import emulator
 from tests.gpu import kernels, pack
 from tests.gpu_harness import build_driver
 
-FORMS = (Few(), Blocks(32, 32), FourBit(128))
+FORMS = (Few(), Blocks(32, 32), FourBit(128), TwoFour())
 SHAPES = ((40, 72, 1), (37, 75, 9))
 
 
