@@ -35,6 +35,9 @@ LIMITS: tuple[int | None, ...] = (1, 8, 16, 32, 64, 256, None)
 MANY = 4096
 """Tokens that the last variant is picked at."""
 
+MOST_STORED = 0.8
+"""A form that stores more of a weight's elements is not packed: cuBLAS multiplies all of them in that time."""
+
 _REACHED = 0.75  # of the tensor cores' rate, by cuBLAS
 _TILE = (128, 128)  # of cuBLAS, outputs by tokens; halved while tiles do not fill the chip
 _BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -119,6 +122,8 @@ def candidates(
     layout: Layout = "planes" if site.layout == "planes" else "rows"
     found = []
     for form in FORMS:
+        if form.stored(weight) > MOST_STORED:
+            continue
         try:
             arrays = form.pack(weight, dtype)
         except ValueError:  # it cannot hold this weight

@@ -146,16 +146,19 @@ def summary(report: Report, folder: Path | None, console: Console) -> None:
     elif folder:
         _line(console, f"wrote {folder}")
         console.print()
-        console.print(snippet(folder), markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            snippet(folder, gpu=report.asked.target.startswith("cuda")), markup=False, highlight=False, soft_wrap=True
+        )
 
 
-def snippet(folder: Path) -> str:
-    """Python that runs the artifact in stock ONNX Runtime."""
+def snippet(folder: Path, gpu: bool = False) -> str:
+    """Python that runs the artifact in stock ONNX Runtime, with its CUDA provider if it was compiled for a GPU."""
+    providers = ", providers=['CUDAExecutionProvider', 'CPUExecutionProvider']" if gpu else ""
     return (
         "import onnxruntime as ort\n"
         "options = ort.SessionOptions()\n"
         f"options.register_custom_ops_library({str(folder / 'kernels.so')!r})\n"
-        f"session = ort.InferenceSession({str(folder / 'model.onnx')!r}, options)"
+        f"session = ort.InferenceSession({str(folder / 'model.onnx')!r}, options{providers})"
     )
 
 

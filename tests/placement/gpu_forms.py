@@ -35,6 +35,9 @@ class Rows:
             Array("values", "float32" if dtype == "fp32" else "uint16", (Extent(count="stored"),)),
         )
 
+    def stored(self, weight: F32) -> float:
+        return 0.0
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         if not np.any(weight):
             raise ValueError("there is nothing to hold")

@@ -193,6 +193,17 @@ def test_a_failure_shows_no_snippet(full: Report, screen: Console) -> None:
 
 def test_the_snippet_is_python() -> None:
     compile(draw.snippet(Path("it's here")), "snippet", "exec")
+    compile(draw.snippet(Path("it's here"), gpu=True), "snippet", "exec")
+
+
+@pytest.mark.parametrize("target, there", [("cpu:x86-64-v4", False), ("cuda:sm_90", True)])
+def test_a_model_for_gpus_is_loaded_with_their_provider(
+    full: Report, screen: Console, target: str, there: bool
+) -> None:
+    full.failure = None
+    full.asked = msgspec.structs.replace(full.asked, target=target)
+    draw.summary(full, Path("m-spa"), screen)
+    assert ("CUDAExecutionProvider" in text(screen)) == there
 
 
 def test_rich_is_imported_only_when_something_is_drawn() -> None:

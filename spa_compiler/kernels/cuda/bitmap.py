@@ -66,6 +66,10 @@ class Bitmap:
             Array("values", "uint16", (units, Extent(UNIT))),
         )
 
+    def stored(self, weight: F32) -> float:
+        """Its density."""
+        return float(np.count_nonzero(weight) / max(weight.size, 1))
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> `bits`, `starts`, `values`.
 

@@ -130,6 +130,14 @@ class Blocks:
             Array("values", _stored(dtype), (Extent(count="blocks"), Extent(self.size**2))),
         )
 
+    def stored(self, weight: F32) -> float:
+        """Share of blocks with a nonzero."""
+        rows, columns = (np.arange(0, extent, self.size) for extent in weight.shape)
+        if not (len(rows) and len(columns)):
+            return 0.0
+        some = np.add.reduceat(np.add.reduceat(weight != 0, rows, axis=0, dtype=np.int32), columns, axis=1)
+        return float(np.count_nonzero(some) / some.size)
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> arrays; n and k may be anything, edges are filled with zeros.
 

@@ -107,6 +107,10 @@ class Few:
         """See `rules`."""
         return rules(dtype)
 
+    def stored(self, weight: F32) -> float:
+        """Its density."""
+        return float(np.count_nonzero(weight) / max(weight.size, 1))
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> `starts`, `entries`."""
         return pack(weight, dtype)

@@ -112,6 +112,9 @@ class Form(Protocol):
         must not rely on anything else.
         """
 
+    def stored(self, weight: F32) -> float:
+        """Share of the elements of `weight` [n, k] that `pack` would store: known before any of that work is done."""
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> arrays of types that ONNX has; 16-bit numbers as uint16.
 

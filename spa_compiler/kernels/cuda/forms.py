@@ -11,7 +11,7 @@ from spa_compiler.kernels.cuda.two_four import TwoFour
 
 FORMS: tuple[Form, ...] = (
     Few(),
-Bitmap(),
+    Bitmap(),
     *(Blocks(size, group) for size in SIZES for group in GROUPS if group >= size),
     TwoFour(),
 )

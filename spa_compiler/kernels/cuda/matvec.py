@@ -88,6 +88,10 @@ class FourBit:
             Array("scales", "uint32", (steps, Extent(8 * STEP // self.group), Extent(2))),
         )
 
+    def stored(self, weight: F32) -> float:
+        """All of it, in 4 bits each."""
+        return 1.0
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k], rounded to the nearest codes, in groups whose range leaves the least squared error."""
         return pack(weight, self.group, self.symmetric)

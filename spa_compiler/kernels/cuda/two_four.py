@@ -86,6 +86,10 @@ class TwoFour:
             Array("places", "uint32", (Extent(rows=16), Extent(columns=DEPTH), Extent(32))),
         )
 
+    def stored(self, weight: F32) -> float:
+        """A half."""
+        return 0.5
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> arrays; n and k may be anything, edges are filled with zeros.
 

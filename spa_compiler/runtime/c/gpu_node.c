@@ -187,7 +187,7 @@ static Status* measure(const GpuNode* node, const int64_t* dims, size_t rank, si
   int none = 0, large = 0;
   for (size_t d = 0; d < rank; ++d) none |= dims[d] == 0;
   if (none) return *tokens = 0, NULL;
-  for (size_t d = node->info->planes; d < rank && !large; ++d)
+  for (size_t d = node->info->planes ? 1 : 0; d < rank && !large; ++d)
     if (d != *axis) large = __builtin_mul_overflow(*tokens, dims[d], tokens);
   large = large || *tokens > INT32_MAX || *batch > INT32_MAX || *tokens * *batch > INT32_MAX / most(node->n, node->k);
   CHECK(node, !large, "an input of shape %s is too large for 32-bit offsets", spa_show(text, dims, rank));

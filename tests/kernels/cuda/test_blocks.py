@@ -258,3 +258,12 @@ def test_the_model_of_cost_knows_zeros_tokens_and_small_grids() -> None:
 def test_what_has_no_kernel_is_refused(size: int, group: int) -> None:
     with pytest.raises(ValueError, match="no kernels"):
         Blocks(size, group)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("n, k, density", [(128, 96, 0.3), (65, 130, 0.5), (16, 16, 0.0), (200, 64, 1.0)])
+def test_what_is_stored_is_known_before(size: int, n: int, k: int, density: float) -> None:
+    weight = weight_in_blocks(np.random.default_rng(4), n, k, size, density)
+    form = Blocks(size, 64)
+    kept = (form.pack(weight, "fp16")["values"] != 0).any(axis=1).sum()
+    assert form.stored(weight) == kept / (-(-n // size) * -(-k // size))
