@@ -22,7 +22,7 @@ from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.two_four import TwoFour
 from tests.cuda_emulator import emulator
 from tests.gpu import kernels, pack
-from tests.gpu_harness import build_driver
+from tests.gpu_harness import build_driver, in_child
 
 FORMS = (Few(), Blocks(32, 32), FourBit(128), TwoFour())
 SHAPES = ((40, 72, 1), (37, 75, 9))
@@ -112,6 +112,7 @@ def test_without_a_gpu_it_says_so_and_is_no_failure(archive: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+@in_child
 def test_memory_is_given_back_and_graphs_are_launched(archive: Path, driver: Path) -> None:
     gpu = kernels.Gpu(str(driver))
     library = ctypes.CDLL(str(driver))
@@ -150,6 +151,7 @@ def test_recipes_are_exact_and_never_change() -> None:
         assert abs(values.mean()) < 0.03
 
 
+@in_child
 def test_the_code_of_the_gpu_s_own_kind_is_taken(archive: Path, driver: Path) -> None:
     runner = kernels.Runner(kernels.Archive(archive), kernels.Gpu(str(driver)))
     images = [{"capability": c, "ptx": p, "image": f"{c}{p}"} for c in (80, 90) for p in (False, True)]
