@@ -17,32 +17,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 import onnx
 
 import spa_compiler
 from spa_compiler import analysis, targets
-from spa_compiler.artifact import manifest, verify, verify_gpu, write
-from spa_compiler.calibration import examples
+from spa_compiler.artifact import checks, manifest, write
+from spa_compiler.artifact.collect import collect
+from spa_compiler.artifact.origin import Origin
 from spa_compiler.calibration.progress import Progress, no_progress
 from spa_compiler.compression import Precision, Request, Stages, Watcher, new_report, run_passes
 from spa_compiler.errors import BudgetError, SpaError, UsageError, VerificationError
 from spa_compiler.graph import shapes as graph_shapes
 from spa_compiler.graph.load import load as load_model
-from spa_compiler.graph.model import Model
 from spa_compiler.graph.rounding import in_types
 from spa_compiler.graph.save import save
-from spa_compiler.graph.session import CPU, CUDA, Feeds, open_model, open_session, run, runtime
+from spa_compiler.graph.session import CPU, CUDA, open_session, runtime
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.passes.restore import restore
-from spa_compiler.placement.gpu_choose import GpuChoice
 from spa_compiler.placement.gpu_place import place_on_gpu
 from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.timer import Contender, CudaTimer, LocalTimer, Timer
+from spa_compiler.placement.timer import CudaTimer, LocalTimer, Timer
 from spa_compiler.report import assemble, console
 from spa_compiler.report.report import Report
-from spa_compiler.report.report import read as read_report
 from spa_compiler.runtime.link import link
 from spa_compiler.targets import nvrtc
 from spa_compiler.targets.machine import cache_dir
@@ -122,7 +119,7 @@ def compile(
     recipe = recipe or Recipe()
     timer = _timer(tune_rpc, target)
     goal = _goal(target, timer, tune_rpc, precision, dry_run)
-    origin = _Origin.of(model, recipe, output)
+    origin = Origin.of(model, recipe, output)
     write.check_target(origin.output, force, origin.files)  # before any work: `staging` asks again
     cores = timer.machine.cores
     if origin.before is not None:  # an artifact is measured as it was, where nothing else is asked for
@@ -147,7 +144,7 @@ def compile(
         assemble.plan(report, current, goal, feeds, dtype)
         return Result(None, report)
 
-    odd = _odd_feeds(current, feeds[0], rng)
+    odd = checks.odd_feeds(current, feeds[0], rng)
     with (
         _report_of_failure(report, origin.output),
         write.staging(origin.output, force, inputs=origin.files) as folder,
@@ -206,7 +203,7 @@ def compile(
         report.notes += placed.notes
         assemble.placed(report, placed)
         with stages("generate, link"):
-            _collect(placed, plans, folder)
+            collect(placed.plan.folder, plans / "portable", folder)
             (folder / "recipe.yaml").write_text((_CALIBRATED if calib is not None and passes else "") + origin.recipe)
         with stages("verify"):
             library, others = folder / "kernels.so", placed.guard.others if placed.guard else []
@@ -220,10 +217,10 @@ def compile(
                 )
             every = [*feeds, *odd, *others]
             if goal.kind == "cpu":
-                _verify(report, folder, library, source, every, exact=not passes, goal=goal, timer=timer)
+                checks.on_cpu(report, folder, library, source, every, exact=not passes, goal=goal, timer=timer)
             else:
                 exact = not passes and placed.dtype == "fp32" and done.given is loaded
-                _verify_for_gpu(report, folder, source, placed, every, exact, timer if goal.host_runs else None)
+                checks.on_gpu(report, folder, source, placed, every, exact, timer if goal.host_runs else None)
         assemble.sizes(report, origin.bytes or loaded.source.bytes, folder)
         if max_size is not None and (report.sizes.model + report.sizes.kernels) > max_size:  # type: ignore[union-attr]
             raise BudgetError(
@@ -274,48 +271,6 @@ def load(folder: str | Path, *, threads: int = 0, check: bool = True) -> ort.Inf
     return open_session(folder / "model.onnx", threads=threads, library=folder / "kernels.so", providers=providers)
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where the model comes from, and where the result goes."""
-
-    model: Path | onnx.ModelProto
-    path: Path | None
-    name: str
-    output: Path
-    source: manifest.Source  # the model that was compiled first, if this is an artifact
-    recipe: str  # recipe.yaml: of all that was done to the source
-    files: tuple[Path, ...]
-    bytes: int | None  # None: what loading counts
-    before: Report | None = None  # of an artifact: how it was measured
-
-    @staticmethod
-    def of(model: str | Path | onnx.ModelProto, recipe: Recipe, output: str | Path | None) -> _Origin:
-        if isinstance(model, onnx.ModelProto):
-            import hashlib
-
-            name = model.graph.name or "model"
-            digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-            target = Path(output or f"{name}-spa").resolve()
-            return _Origin(model, None, name, target, manifest.Source(name, digest), recipe.to_yaml(), (), None)
-        path = Path(model)
-        if path.is_dir():
-            source = manifest.check(path).source
-            if recipe.passes:
-                raise UsageError(
-                    "an artifact is placed anew as it is, no passes can run on it",
-                    where=str(path),
-                    fix="Give the original model to compile it with another recipe",
-                )
-            file = path.resolve() / "portable.onnx"
-            done = (path / "recipe.yaml").read_text()
-            before = read_report(path)
-            return _Origin(file, file, source.name, Path(output or path).resolve(), source, done, (), None, before)
-        target = Path(output) if output else Path.cwd() / f"{path.stem}-spa"
-        digest = manifest.digest(path) if path.is_file() else ""
-        source = manifest.Source(path.name, digest)
-        return _Origin(path, path.resolve(), path.name, target.resolve(), source, recipe.to_yaml(), (path,), None)
-
-
 @contextmanager
 def _report_of_failure(report: Report, output: Path) -> Iterator[None]:
     """After a failed verification nothing is written but the report, beside the folder: an older result stays whole."""
@@ -334,52 +289,6 @@ def _scratch(folder: Path) -> Iterator[Path]:
     """A folder for plans, beside the one being filled: on the same disk, and removed with it when a run is killed."""
     with tempfile.TemporaryDirectory(prefix="plans-", dir=folder.parent) as path:
         yield Path(path)
-
-
-def _odd_feeds(model: Model, feed: Feeds, rng: np.random.Generator) -> list[Feeds]:
-    """A shape that was not asked for: every symbolic dimension another odd number, if the model runs so."""
-    sizes: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for value in model.signature.inputs:
-        own = []
-        for axis, dim in enumerate(value.shape):
-            now = feed[value.name].shape[axis]
-            if isinstance(dim, int):
-                own.append(dim)
-            else:
-                own.append(sizes.setdefault(dim or f"{value.name}.{axis}", 3 if now == 1 else max(1, now // 4) | 1))
-        shapes[value.name] = tuple(own)
-    if all(feed[n].shape == s for n, s in shapes.items()):
-        return []
-    odd = examples.example_feeds(model, shapes, rng)
-    try:
-        run(open_model(model, optimize="basic", prepack=False), odd)
-    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root
-        _log.info("not verified at %s, the model does not run there: %s", shapes, str(error).splitlines()[0])
-        return []
-    return [odd]
-
-
-def _collect(placed: Placed, workspace: Path, folder: Path) -> None:
-    """The winner becomes model.onnx and kernels.so, the dense plan portable.onnx."""
-    portable, winner = workspace / "portable", placed.plan.folder
-    for file in winner.iterdir():
-        (shutil.copyfile if winner == portable else shutil.move)(file, folder / file.name)
-    _rename(portable, folder)
-
-
-def _rename(portable: Path, folder: Path) -> None:
-    """Moves the portable model beside model.onnx. Its external data, if any, has the new name inside as well."""
-    if not (portable / "model.onnx.data").exists():
-        shutil.move(portable / "model.onnx", folder / "portable.onnx")
-        return
-    proto = onnx.load(str(portable / "model.onnx"), load_external_data=False)
-    for tensor in proto.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = "portable.onnx.data"
-    onnx.save(proto, str(folder / "portable.onnx"))
-    shutil.move(portable / "model.onnx.data", folder / "portable.onnx.data")
 
 
 def _timer(tune_rpc: str | None, target: str) -> Timer:
@@ -418,74 +327,6 @@ def _goal(
     if goal.kind == "cuda" and not dry_run:
         nvrtc.find()  # before any work
     return goal
-
-
-def _verify_for_gpu(
-    report: Report,
-    folder: Path,
-    source: Path,
-    placed: Placed,
-    feeds: Sequence[Feeds],
-    exact: bool,
-    timer: Timer | None,
-) -> None:
-    """The artifact against portable.onnx, as far as this machine can; that against the source where nothing was
-    changed."""
-    choices = [c for c in placed.choices if isinstance(c, GpuChoice)]
-
-    def there(model: Path, library: Path | None, feed: Feeds) -> Feeds:
-        assert timer is not None
-        return timer.run(Contender(model, library), feed, 1)
-
-    try:
-        with nullcontext() if timer is None else timer.held():
-            report.checks += verify_gpu.compare(folder, choices, placed.dtype, feeds, None if timer is None else there)
-        if exact:
-            verify.compare(source, folder / "portable.onnx", None, feeds, threads=(1,))
-    except VerificationError as error:
-        report.checks += getattr(error, "checks", [])
-        raise
-    if timer is None:
-        report.notes.append(
-            "there was no GPU: nothing was timed and no kernel was run. On this CPU the packed weights and the graph "
-            "around them were checked, in standard operators; kernels were compiled, without running them"
-            if placed.plan.has_kernels
-            else "there was no GPU: nothing was timed or run there"
-        )
-
-
-def _verify(
-    report: Report,
-    folder: Path,
-    library: Path,
-    source: Path,
-    feeds: Sequence[Feeds],
-    *,
-    exact: bool,
-    goal: targets.Target,
-    timer: Timer,
-) -> None:
-    """The artifact, with a library of its regions, against portable.onnx; that against the source when nothing lossy
-    was asked for."""
-
-    def there(model: Path, library: Path | None, feed: Feeds, threads: int) -> Feeds:
-        return timer.run(Contender(model, library), feed, threads)
-
-    here = targets.host().runs(goal.mcpu) or not goal.host_runs
-    try:
-        with nullcontext() if here else timer.held():
-            report.checks += verify.compare(
-                folder / "portable.onnx",
-                folder / "model.onnx",
-                library,
-                feeds,
-                elsewhere=None if here else there,
-            )
-        if exact:
-            verify.compare(source, folder / "portable.onnx", None, feeds, threads=(1,))
-    except VerificationError as error:
-        report.checks += getattr(error, "checks", [])
-        raise
 
 
 __all__ = ["Result", "SpaError", "analyze", "compile", "load"]

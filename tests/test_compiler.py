@@ -19,7 +19,7 @@ from elftools.elf.elffile import ELFFile
 
 import spa_compiler
 from spa_compiler import compiler, compression
-from spa_compiler.artifact import manifest
+from spa_compiler.artifact import checks, manifest
 from spa_compiler.compiler import Result, compile, load
 from spa_compiler.errors import BudgetError, ModelError, UsageError, VerificationError
 from spa_compiler.graph.session import open_session, run
@@ -269,7 +269,7 @@ def test_another_architecture_is_compiled_for_without_measuring(here: Path, dens
 def test_regions_of_another_architecture_that_compute_something_else_are_seen(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, machines = compiler.verify.compare, []
+    real, machines = checks.verify.compare, []
 
     def spy(portable: Path, model: Path, library: Path, feeds: list, **options: Any) -> Any:
         if library is None:
@@ -282,7 +282,7 @@ def test_regions_of_another_architecture_that_compute_something_else_are_seen(
         onnx.save(proto, model)
         return real(portable, model, library, feeds, **options)
 
-    monkeypatch.setattr(compiler.verify, "compare", spy)
+    monkeypatch.setattr(checks.verify, "compare", spy)
     with pytest.raises(VerificationError, match="is wrong at"):
         compile(mlp(0.1, 64), here / "out", target="cpu:neon", threads=1)
     assert machines == ["x64"]
@@ -337,7 +337,7 @@ def test_a_failed_verification_keeps_the_report_alone(here: Path, monkeypatch: p
     def fail(*_: object, **__: object) -> None:
         raise VerificationError("output 'y' is wrong", where="model.onnx", fix="Please report it")
 
-    monkeypatch.setattr(compiler.verify, "compare", fail)
+    monkeypatch.setattr(checks.verify, "compare", fail)
     with pytest.raises(VerificationError, match=r"output 'y' is wrong.*failed-report\.json"):
         compile(mlp(1.0, 64), here / output, threads=1)
     parent = (here / output).parent
@@ -367,7 +367,7 @@ def test_a_failed_verification_leaves_an_older_result(here: Path, monkeypatch: p
     compile(mlp(1.0, 64), here / "out", threads=1)
     before = (here / "out" / "manifest.json").read_bytes()
     monkeypatch.setattr(
-        compiler.verify, "compare", lambda *_, **__: (_ for _ in ()).throw(VerificationError("it is wrong"))
+        checks.verify, "compare", lambda *_, **__: (_ for _ in ()).throw(VerificationError("it is wrong"))
     )
     with pytest.raises(VerificationError):
         compile(mlp(1.0, 64), here / "out", threads=1)
@@ -381,8 +381,8 @@ def test_a_failed_verification_leaves_an_older_result(here: Path, monkeypatch: p
         (compression, "load"),
         (compression, "canonicalize"),
         (compiler, "place"),
-        (compiler, "_collect"),
-        (compiler, "_verify"),
+        (compiler, "collect"),
+        (checks, "on_cpu"),
     ],
 )
 def test_an_error_anywhere_leaves_nothing(

@@ -299,7 +299,7 @@ def test_an_output_on_a_read_only_file_system(here: Path, model: str, monkeypatc
     assert names(here) == {"net.onnx"}
 
 
-@pytest.mark.parametrize("stage", ["settle", "_collect"])
+@pytest.mark.parametrize("stage", ["settle", "collect"])
 def test_a_full_disk(here: Path, model: str, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

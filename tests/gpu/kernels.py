@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -491,17 +491,16 @@ class Runner:
 _LAUNCHES = 20  # at least, in a graph
 
 
-class Dense:
+class Dense(Protocol):
     """cuBLAS, in CUDA graphs, fp16 with float32 sums."""
 
-    name = "cuBLAS"
+    name: str
 
     def graph(self, n: int, k: int, tokens: int, copies: int) -> tuple[Callable[[], None], int]:
         """What launches a graph of y = x W^T, W [n, k] rotated through `copies`; how many products that are."""
-        raise NotImplementedError
 
 
-class Torch(Dense):
+class Torch:
     """torch's cuBLAS."""
 
     def __init__(self, torch: Any, gpu: Gpu) -> None:
@@ -531,7 +530,7 @@ class Torch(Dense):
         return replay, len(turn)
 
 
-class Cublas(Dense):
+class Cublas:
     """libcublas by ctypes."""
 
     def __init__(self, library: ctypes.CDLL, gpu: Gpu) -> None:

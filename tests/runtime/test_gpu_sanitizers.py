@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runtime.test_sanitizers import UBSAN, preload
+from tests.runtime.test_sanitizers import UBSAN, needs_gcc, preload
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent / "test_gpu.py"
@@ -31,7 +30,7 @@ def run_tests(**environment: str) -> None:
     assert not any(words in said for words in ("runtime error", "AddressSanitizer", "LeakSanitizer")), said[-6000:]
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="AddressSanitizer needs gcc")
+@needs_gcc
 def test_address_and_undefined_behaviour_with_gcc() -> None:
     run_tests(
         SPA_CC="gcc",

@@ -51,20 +51,21 @@ def filled() -> tuple[mmap.mmap, np.ndarray]:
 
 
 def offered() -> bool:
+    """Whether this system moves memory to large pages when it is asked to."""
     memory, _ = filled()
     start = -(-address(memory) // (2 * MIB)) * 2 * MIB
     libc = ctypes.CDLL(None, use_errno=True)
     return libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(2 * MIB), COLLAPSE) == 0
 
 
-def test_weights_move_and_keep_their_values(pages: ctypes.CDLL) -> None:
-    if not offered():
-        pytest.skip("this system moves nothing to large pages when it is asked to")
+def test_weights_move_where_the_system_does_that_and_keep_their_values(pages: ctypes.CDLL) -> None:
     memory, values = filled()
     start = address(memory)
     assert in_large_pages(start) == 0
     pages.spa_use_large_pages(start + 5 * MIB, 3 * MIB)
-    assert in_large_pages(start) >= 4 * MIB  # whole pages around the 3 MiB
+    least = 4 * MIB if offered() else 0  # whole pages around the 3 MiB
+    most = 6 * MIB if offered() else 0
+    assert least <= in_large_pages(start) <= most
     np.testing.assert_array_equal(values, np.arange(len(values), dtype=np.float32))
 
 

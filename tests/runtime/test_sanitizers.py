@@ -19,6 +19,7 @@ from tests.runtime_malformed import malformed
 from tests.window_harness import CONVOLUTIONS
 
 pytestmark = pytest.mark.slow
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="AddressSanitizer needs gcc")
 UBSAN = ("-fsanitize=undefined", "-fno-sanitize-recover=all")
 
 
@@ -86,7 +87,7 @@ def preload() -> str:
     return ":".join(found)
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="AddressSanitizer needs gcc")
+@needs_gcc
 def test_address_and_undefined_behaviour_with_gcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = preload()
     monkeypatch.setenv("SPA_CC", "gcc")
@@ -101,7 +102,7 @@ def test_undefined_behaviour_with_the_linker_that_is_always_there(
     check(build(monkeypatch, tmp_path / "ubsan", *UBSAN))
 
 
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="AddressSanitizer needs gcc")
+@needs_gcc
 def test_the_sanitizer_sees_what_it_should(tmp_path: Path) -> None:
     """The setup itself: a read past a heap block in a preloaded process is found."""
     source = tmp_path / "bad.c"
