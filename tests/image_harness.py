@@ -13,7 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime.images import CombineSpec, DepthwiseSpec, Image, ImageBuilder, ImageRegion
+from spa_compiler.runtime.image_plan import Image
+from spa_compiler.runtime.image_spec import CombineSpec, DepthwiseSpec, ImageRegion
+from spa_compiler.runtime.images import ImageBuilder
 from spa_compiler.runtime.region import LinearSpec
 from tests.kernel_harness import sparse
 from tests.region_harness import linked, run, session

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa_compiler.kernels import activation, rx1, rxc
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime.images import ImageBuilder, ImageRegion
+from spa_compiler.runtime.image_spec import ImageRegion
+from spa_compiler.runtime.images import ImageBuilder
 from spa_compiler.runtime.region import LinearSpec
 from tests.kernel_harness import sparse
 from tests.region_harness import run

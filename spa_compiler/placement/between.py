@@ -21,7 +21,9 @@ from spa_compiler.placement import epilogue
 from spa_compiler.placement.depthwise import DepthwiseSite
 from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.sites import held, take_epilogue, unfit
-from spa_compiler.runtime.images import CombineSpec, Image, ImageBuilder, fits_buffer
+from spa_compiler.runtime.image_plan import Image
+from spa_compiler.runtime.image_spec import CombineSpec, fits_buffer
+from spa_compiler.runtime.images import ImageBuilder
 
 F32 = NDArray[np.float32]
 Build = Callable[[ImageBuilder, Sequence[Image]], Image]

@@ -12,7 +12,7 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp, weighted_ops
 from spa_compiler.kernels.window import Window
 from spa_compiler.placement.sites import held, take_epilogue, unfit_window, window_of
-from spa_compiler.runtime.images import DepthwiseSpec, fits_buffer
+from spa_compiler.runtime.image_spec import DepthwiseSpec, fits_buffer
 
 F32 = NDArray[np.float32]
 

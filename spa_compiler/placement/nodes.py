@@ -21,7 +21,8 @@ from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.regions import Group, inputs_of
 from spa_compiler.placement.sites import Site, held
 from spa_compiler.runtime.generate import Region
-from spa_compiler.runtime.images import Image, ImageBuilder
+from spa_compiler.runtime.image_plan import Image
+from spa_compiler.runtime.images import ImageBuilder
 from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, Panel, RegionBuilder, Term
 
 DOMAIN = "ai.spa"

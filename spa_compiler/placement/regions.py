@@ -20,7 +20,7 @@ from spa_compiler.placement.heads import Cache, Shapes
 from spa_compiler.placement.norms import NormSite
 from spa_compiler.placement.sites import Site, held, only_reader, take_epilogue
 from spa_compiler.placement.sums import join_sums
-from spa_compiler.runtime.images import MAX_IMAGES
+from spa_compiler.runtime.image_spec import MAX_IMAGES
 from spa_compiler.runtime.region import MAX_CACHES, MAX_INPUTS, MAX_MASKS, MAX_OUTPUTS, MAX_TABLES
 
 Element = Site | NormSite | AttentionSite | Between

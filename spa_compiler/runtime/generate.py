@@ -24,7 +24,7 @@ from spa_compiler.kernels import (
 )
 from spa_compiler.kernels.vector import ZMM
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime.images import ImageRegion
+from spa_compiler.runtime.image_spec import ImageRegion
 from spa_compiler.runtime.region import AttentionSpec, LinearSpec, NormSpec, RegionSpec
 from spa_compiler.targets import level_number
 

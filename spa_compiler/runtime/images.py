@@ -1,4 +1,4 @@
-"""A region of convolutions as data: which steps make which images, and where those lie in scratch.
+"""Builds a region of convolutions, step by step.
 
     b = ImageBuilder()
     x = b.input(24)
@@ -9,11 +9,7 @@
 An image is what `[images, channels, height, width]` holds of one image of the batch, channel by channel: pixels fill
 the vector lanes, so nothing is packed, and where an image is an input or an output of the node it is used in place. A
 step sees single pixels, a window of them with all channels, or a window of one channel. Sizes follow from those of the
-inputs in every call; images that do not live at the same time share slots of scratch.
-
-Steps in a **chain**, each of which alone reads what the one before makes, are computed band by band of rows, so that
-what lies between them never leaves L2. A chain sees a window once at most: rows around a band are computed for both of
-its neighbours, and that adds up.
+inputs in every call.
 
 Channels of an image are a **view** of it, and images that are put together (`concat`) are written where they belong in
 what they make, as far as they are made here; others are copied. Neither is a step of its own.
@@ -22,140 +18,21 @@ what they make, as far as they are made here; others are copied. Neither is a st
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
+from spa_compiler.runtime.image_plan import Image, chains_of, looped, slots_of
+from spa_compiler.runtime.image_spec import (
+    MAX_IMAGES,
+    CombineSpec,
+    DepthwiseSpec,
+    ImageRegion,
+    ImageSpec,
+    fits_buffer,
+)
 from spa_compiler.runtime.region import MAX_INPUTS, MAX_OUTPUTS, LinearSpec
-
-MAX_IMAGES = 1024  # of the C side: region.h
-_IN_CHAINS = {"LINEAR", "WINDOW", "DEPTHWISE"}
-_EXACT = ("LINEAR", "WINDOW")  # steps that write no float behind an image
-_BLOCK, _BUFFER, _REGISTER, _STEP = 8, 16 << 10, 16, 8  # of depthwise.c
-
-
-@dataclass(frozen=True)
-class DepthwiseSpec:
-    """y = act(w * x + b), each channel by itself; `window.channels` is how many there are."""
-
-    window: Window
-    act: str = "none"
-    low: float = 0.0
-    high: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not fits_buffer(self.window):
-            raise ValueError(f"{self.window} sees more than the buffer of a depthwise step holds")
-
-
-def fits_buffer(window: Window) -> bool:
-    """Whether a block of rows of one register of outputs sees no more than depthwise.c has room for."""
-    rows = (_BLOCK - 1) * window.stride[0] + (window.size[0] - 1) * window.dilation[0] + 2
-    pitch = _REGISTER + (window.size[1] - 1) * window.dilation[1] // window.stride[1]
-    return rows * window.stride[1] * -(-pitch // _STEP) * _STEP <= _BUFFER
-
-
-@dataclass(frozen=True)
-class CombineSpec:
-    """act(a), act(a + b), act(a b) or, with one pixel of b for each channel, act(a b[0]): `kernels/combine.py`."""
-
-    op: str
-    act: str = "none"
-    low: float = 0.0
-    high: float = 0.0
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What a step makes: `kind` is that of region.h.
-
-    Attributes:
-        source: the input's number, or the image that it is made of and that gives its size.
-        window: that the size is seen through; None keeps it.
-        slot: of scratch; below 0 it is output -1 - slot of the node, written in place.
-        home: the image whose channels from `first` on it is; itself, where it is no part of another.
-        grow: rows and columns that each of the source becomes.
-    """
-
-    channels: int
-    kind: str
-    source: int
-    window: Window | None
-    slot: int
-    home: int
-    first: int
-    grow: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class ImageRegion:
-    """Everything about a region of convolutions but its weights. `lines` are the C calls, in order.
-
-    Attributes:
-        axes: of the windows; 0 where there are none, and images may have any number of axes.
-        output_images: which images are the outputs.
-    """
-
-    axes: int
-    input_features: tuple[int, ...]
-    output_features: tuple[int, ...]
-    output_images: tuple[int, ...]
-    linears: tuple[LinearSpec, ...]
-    depthwise: tuple[DepthwiseSpec, ...]
-    largest: tuple[Window, ...]
-    combines: tuple[CombineSpec, ...]
-    images: tuple[ImageSpec, ...]
-    slots: int
-    chains: tuple[tuple[int, int], ...]  # the first and the last image of each
-    lines: tuple[str, ...]
-
-    @property
-    def statements(self) -> list[str]:
-        """The body of its function in C."""
-        return list(self.lines)
-
-    @property
-    def op_type(self) -> str:
-        """`Region_<hash>`: the name of the op in the domain ai.spa."""
-        return f"Region_{hashlib.sha256(repr(self).encode()).hexdigest()[:10]}"
-
-
-@dataclass(eq=False)
-class Image:
-    """One image of a region, alive from step `born` to step `dies`."""
-
-    number: int
-    channels: int
-    kind: str
-    source: int
-    window: Window | None
-    shrunk: float  # pixels, as a share of those of its input
-    born: int
-    dies: int
-    grow: tuple[int, int] = (1, 1)
-    readers: list[int] = field(default_factory=list)  # steps
-    outputs: list[int] = field(default_factory=list)
-    part_of: Image | None = None  # of whose channels, from `first` on, it is a view
-    first: int = 0
-    parts: list[Image] = field(default_factory=list)  # that are views of it
-    over: Image | None = None  # may be written where this one lies: a residual, each float of which is read just before
-
-    @property
-    def home(self) -> Image:
-        """The image that it lies in."""
-        return self if self.part_of is None else self.part_of.home
-
-    @property
-    def place(self) -> int:
-        """Its first channel there."""
-        return 0 if self.part_of is None else self.first + self.part_of.place
-
-    @property
-    def weight(self) -> float:
-        """What its slot must hold, as far as that is known here."""
-        return self.channels * self.shrunk
 
 
 @dataclass
@@ -298,16 +175,16 @@ class ImageBuilder:
         if len(self._images) > MAX_IMAGES:
             raise ValueError(f"more than {MAX_IMAGES} images in one region")
         for image in self._images:
-            if not self._in_place(image.home) or image.part_of is not None:
+            if not image.home.in_place or image.part_of is not None:
                 for output in image.outputs:
                     self._lines.append(f"spa_image_out(r, {image.number}, {output})")
-                    _keep(image, len(self._lines) - 1)
-        chains = self._chains()
+                    image.keep(len(self._lines) - 1)
+        chains = chains_of(self._images)
         for first, last in chains:
             for image in self._images[first.number + 1 : last.number + 1]:
                 image.born = first.born  # a loop makes all of them again and again
                 image.home.born = min(image.home.born, image.born)
-        slots, count = self._slots()
+        slots, count = slots_of(self._images)
         return ImageRegion(
             max(axes, default=0),
             tuple(self.inputs),
@@ -323,83 +200,8 @@ class ImageBuilder:
             ),
             count,
             tuple((first.number, last.number) for first, last in chains),
-            tuple(self._looped(chains)),
+            tuple(looped(self._lines, self._made_at, chains)),
         )
-
-    def _chains(self) -> list[tuple[Image, Image]]:
-        """The first and the last image of every chain, from left to right.
-
-        Behind its window a chain goes on as long as images get smaller: what ends it is written as a whole.
-        """
-        chains, at = [], 0
-        while at < len(self._images):
-            last = at
-            while last + 1 < len(self._images) and self._continues(at, last):
-                last += 1
-            if last > at:
-                chains.append((self._images[at], self._images[last]))
-            at = last + 1
-        return chains
-
-    def _continues(self, first: int, last: int) -> bool:
-        """Whether the image behind `last` belongs to the chain from `first` to `last`."""
-        chain, image, following = self._images[first : last + 1], self._images[last], self._images[last + 1]
-        if not {image.kind, following.kind} <= _IN_CHAINS or following.source != last:
-            return False
-        if following.born != image.born + 1 or image.part_of is not None or image.parts:
-            return False
-        if image.readers != [following.born] or image.outputs:
-            return False
-        seen = any(i.window for i in chain)
-        return not (seen and (following.window or following.weight > image.weight))
-
-    def _looped(self, chains: list[tuple[Image, Image]]) -> list[str]:
-        """The statements of all steps, those of a chain in a loop over its bands."""
-        before: dict[int, str] = {}
-        after: dict[int, str] = {}
-        for number, (first, last) in enumerate(chains):
-            steps = [i for i, image in self._made_at.items() if first.number <= image <= last.number]
-            before[min(steps)] = f"for (int64_t n = 0; spa_image_band(r, {number}, n); ++n) {{"
-            after[max(steps)] = "}"
-        out = []
-        for i, line in enumerate(self._lines):
-            out += [before[i]] if i in before else []
-            out.append(f"TRY({line});")
-            out += [after[i]] if i in after else []
-        return out
-
-    def _in_place(self, image: Image) -> bool:
-        """Whether it is written straight to an output: nothing reads it, since what reads, reads whole registers."""
-        if len(image.outputs) != 1 or image.readers or image.part_of is not None:
-            return False
-        if image.kind == "VIEW":
-            return all(p.kind in _EXACT and not (p.outputs or p.readers or p.parts) for p in image.parts)
-        return image.kind in _EXACT and not image.parts
-
-    def _slots(self) -> tuple[dict[int, int], int]:
-        """The slot of every image that is no part of another, and how many there are: that of a residual that nothing
-        needs any more, whose lines are in the caches when the sum is written; else the free one that fits best."""
-        sizes: list[float] = []
-        free_from: list[int] = []
-        places: dict[int, int] = {}
-        for image in sorted((i for i in self._images if i.part_of is None), key=lambda i: i.born):
-            if self._in_place(image):
-                places[image.number] = -1 - image.outputs[0]
-                continue
-            free = [s for s in range(len(sizes)) if free_from[s] <= image.born]
-            over = image.over
-            if over is not None and over.dies == image.born and places.get(over.number, -1) >= 0:
-                slot = places[over.number]
-            elif free:
-                slot = min(free, key=lambda s: (sizes[s] < image.weight, abs(sizes[s] - image.weight)))
-            else:
-                slot = len(sizes)
-                sizes.append(0.0)
-                free_from.append(0)
-            sizes[slot] = max(sizes[slot], image.weight)
-            free_from[slot] = image.dies + 1
-            places[image.number] = slot
-        return places, len(sizes)
 
     def _number(self, spec: LinearSpec) -> int:
         self.linears.append(spec)
@@ -407,7 +209,7 @@ class ImageBuilder:
 
     def _made(self, channels: int, kind: str, source: Image, window: Window | None, others: list[Image]) -> Image:
         for image in (source, *others):
-            _keep(image, len(self._lines))
+            image.keep(len(self._lines))
             image.readers.append(len(self._lines))
         step = window.stride[0] * window.stride[1] if window else 1
         return self._new(channels, kind, source.number, window, source.shrunk / step)
@@ -450,13 +252,6 @@ def _pitched(spec: LinearSpec) -> LinearSpec:
 def _apart(residual: Image | None, sources: list[Image]) -> Image | None:
     """The residual, where none of the sources of the same step lies in it."""
     return None if residual is None or any(s.home is residual.home for s in sources) else residual
-
-
-def _keep(image: Image, step: int) -> None:
-    """It is read at `step`, and with it all that it lies in."""
-    image.dies = max(image.dies, step)
-    if image.part_of is not None:
-        _keep(image.part_of, step)
 
 
 def _whole(sources: Sequence[Image]) -> list[Image]:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from spa_compiler.kernels import rx1
 from spa_compiler.kernels.window import Window
-from spa_compiler.runtime.images import MAX_IMAGES, CombineSpec, DepthwiseSpec, ImageBuilder
+from spa_compiler.runtime.image_spec import MAX_IMAGES, CombineSpec, DepthwiseSpec
+from spa_compiler.runtime.images import ImageBuilder
 from spa_compiler.runtime.region import LinearSpec
 from tests.image_harness import NETWORKS, SAME, Recorder, library, network, opened
 from tests.region_harness import assert_parity, linked, run, session
