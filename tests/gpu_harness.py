@@ -82,6 +82,7 @@ class Driver:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
         self._library.fake_log.restype = ctypes.c_char_p
+        self._library.fake_calls.restype = ctypes.c_char_p
         self._library.fake_message.restype = ctypes.c_char_p
         self._library.fake_context.restype = ctypes.c_void_p
         self._buffers: tuple[Any, ...] = ()
@@ -119,6 +120,11 @@ class Driver:
     def log(self, word: str = "") -> list[str]:
         """Its lines with `word`."""
         return [line for line in self._library.fake_log().decode().splitlines() if word in line]
+
+    def calls(self) -> dict[str, int]:
+        """How often each function was called since the last reset or `fake_forget_calls`."""
+        lines = self._library.fake_calls().decode().splitlines()
+        return {name: int(count) for name, count in (line.split() for line in lines)}
 
     def launched(self) -> dict[str, Any]:
         """The last launch, taken apart."""

@@ -1,6 +1,6 @@
 /* A stand-in for NVIDIA's driver: as much of libcuda as the C side calls, on the host's memory.
  *
- * It keeps a log of all calls, one line each; checks that contexts, modules and functions are used as the driver wants it;
+ * It keeps a log of what is done, one line each, and counts the calls of every function; checks that contexts, modules and functions are used as the driver wants it;
  * can be told to let any function fail; and counts what is not given back. While `fake_capture` is on, only calls that may be
  * recorded into a CUDA graph succeed. Where an image names a library ("emulate PATH"), a launch runs the kernel in there, as
  * tests/cuda_emulator made it.
@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEVICES = 2, DEPTH = 8, LOG = 1 << 20, ALLOCATED = 4096 };
+enum { DEVICES = 2, DEPTH = 8, LOG = 1 << 20, ALLOCATED = 4096, FUNCTIONS = 64 };
 enum { INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400,
        NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, CAPTURE_UNSUPPORTED = 900 };
 
@@ -48,6 +48,13 @@ static char message[512];
 static _Thread_local Context* stack[DEPTH];
 static _Thread_local int depth;
 
+static struct {
+  const char* name;
+  int calls;
+} counters[FUNCTIONS];
+static int counter_count;
+static char counted[LOG / 64];
+
 static void* allocated[ALLOCATED]; /* by cuMemAlloc */
 static long allocated_sizes[ALLOCATED];
 static int allocated_count, recording, graph_launches;
@@ -59,7 +66,7 @@ void fake_reset(int with_major, int with_minor, int with_shared, int with_thread
   log_length = 0;
   log_text[0] = failing[0] = message[0] = 0;
   major = with_major, minor = with_minor, shared_most = with_shared, threads_most = with_threads;
-  capture = launches = wrong = 0;
+  capture = launches = wrong = counter_count = 0;
   pthread_mutex_unlock(&lock);
 }
 void fake_fail(const char* function, int with) { snprintf(failing, sizeof failing, "%s", function), failing_with = with; }
@@ -69,6 +76,17 @@ void fake_buffers(void* const* all, const long* sizes, int count, uint64_t with_
   buffers = all, buffer_sizes = sizes, buffer_count = count, seed = with_seed;
 }
 const char* fake_log(void) { return log_text; }
+/* "cuLaunchKernel 3" a line, of every function that was called since the last reset. */
+const char* fake_calls(void) {
+  size_t at = 0;
+  counted[0] = 0;
+  pthread_mutex_lock(&lock);
+  for (int i = 0; i < counter_count; ++i)
+    at += (size_t)snprintf(counted + at, sizeof counted - at, "%s %d\n", counters[i].name, counters[i].calls);
+  pthread_mutex_unlock(&lock);
+  return counted;
+}
+void fake_forget_calls(void) { counter_count = 0; }
 const char* fake_message(void) { return message; } /* of the emulator */
 int fake_modules(void) { return modules; }
 int fake_launches(void) { return launches; }
@@ -90,6 +108,18 @@ static void note(const char* format, ...) {
   va_end(arguments);
 }
 
+static void count(const char* function) {
+  int i = 0;
+  pthread_mutex_lock(&lock);
+  while (i < counter_count && strcmp(counters[i].name, function)) ++i;
+  if (i < FUNCTIONS) {
+    if (i == counter_count) counters[counter_count++].name = function, counters[i].calls = 0;
+    ++counters[i].calls;
+  }
+  pthread_mutex_unlock(&lock);
+}
+#define COUNTED count(__func__)
+
 /* What a call returns where nothing is wrong with it: 0, or what the test asked for. */
 static int result_of(const char* function, int recordable) {
   if (capture && !recordable) return __atomic_fetch_add(&wrong, 1, __ATOMIC_RELAXED), CAPTURE_UNSUPPORTED;
@@ -99,6 +129,7 @@ static int result_of(const char* function, int recordable) {
 static int refuse(int with) { return __atomic_fetch_add(&wrong, 1, __ATOMIC_RELAXED), with; }
 static Context* current(void) { return depth ? stack[depth - 1] : NULL; }
 #define BEGIN(recordable)                                   \
+  COUNTED;                                                  \
   int status_ = result_of(__func__, recordable);            \
   if (status_) return note("%s -> %d\n", __func__, status_), status_
 
@@ -110,12 +141,17 @@ int cuInit(unsigned flags) {
   return flags ? refuse(INVALID_VALUE) : 0;
 }
 #endif
-int cuDriverGetVersion(int* version) { return *version = 12040, 0; }
+int cuDriverGetVersion(int* version) {
+  COUNTED;
+  return *version = 12040, 0;
+}
 int cuGetErrorName(int code, const char** name) {
+  COUNTED;
   return *name = code == 999 ? "CUDA_ERROR_UNKNOWN" : code == 209 ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : NULL,
          *name ? 0 : INVALID_VALUE;
 }
 int cuGetErrorString(int code, const char** text) {
+  COUNTED;
   return *text = code == 999 ? "unknown error" : code == 209 ? "no kernel image is available" : NULL,
          *text ? 0 : INVALID_VALUE;
 }
@@ -123,7 +159,10 @@ int cuDeviceGet(int* device, int ordinal) {
   BEGIN(0);
   return ordinal < 0 || ordinal >= DEVICES ? refuse(INVALID_DEVICE) : (*device = 100 + ordinal, 0);
 }
-int cuDeviceGetName(char* name, int size, int device) { return snprintf(name, (size_t)size, "Fake %d", device), 0; }
+int cuDeviceGetName(char* name, int size, int device) {
+  COUNTED;
+  return snprintf(name, (size_t)size, "Fake %d", device), 0;
+}
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   BEGIN(0);
   if (device < 100 || device >= 100 + DEVICES) return refuse(INVALID_DEVICE);
@@ -137,6 +176,7 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
   return *context = &contexts[device - 100], 0;
 }
 int cuDevicePrimaryCtxRelease_v2(int device) {
+  COUNTED;
   if (device < 100 || device >= 100 + DEVICES || contexts[device - 100].retained < 1) return refuse(INVALID_DEVICE);
   return __atomic_fetch_sub(&contexts[device - 100].retained, 1, __ATOMIC_RELAXED), 0;
 }
@@ -145,14 +185,17 @@ int cuCtxGetCurrent(void** context) {
   return *context = current(), 0;
 }
 int cuCtxPushCurrent_v2(void* context) {
+  COUNTED;
   int status = strcmp(failing, "cuCtxPushCurrent") ? 0 : failing_with;
   if (status) return status;
   return depth == DEPTH || !context ? refuse(INVALID_CONTEXT) : (stack[depth++] = context, 0);
 }
 int cuCtxPopCurrent_v2(void** context) {
+  COUNTED;
   return depth ? (*context = stack[--depth], 0) : refuse(INVALID_CONTEXT);
 }
 int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
+  COUNTED;
   int status = strcmp(failing, "cuMemcpyDtoH") ? result_of("cuMemcpyDtoH", 0) : failing_with;
   if (status) return status;
   if (!current()) return refuse(INVALID_CONTEXT);
@@ -172,6 +215,7 @@ int cuModuleLoadDataEx(void** module, const void* image, unsigned options, int* 
   return *module = m, 0;
 }
 int cuModuleUnload(void* module) {
+  COUNTED;
   Module* m = module;
   if (!m->loaded || current() != m->context) return refuse(INVALID_CONTEXT);
   m->loaded = 0; /* it is kept, so that a launch behind its end is found */

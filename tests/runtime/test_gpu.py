@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from spa_compiler.kernels.cuda.arrays import check
+from spa_compiler.runtime import link
 from spa_compiler.runtime.gpu import GpuOp
 from tests.gpu_harness import (
     CPU,
@@ -68,6 +70,14 @@ class Made:
 
     def __exit__(self, *_: object) -> None:
         self.operator.destroy(self.kernel)
+
+
+def on_device(op: GpuOp, device: int) -> Node:
+    """A node whose weights are on a GPU."""
+    made_of = node(op)
+    for tensor in made_of.inputs:
+        tensor.device = device
+    return made_of
 
 
 @pytest.fixture(autouse=True)
@@ -210,6 +220,41 @@ def test_a_call_can_be_recorded_into_a_graph() -> None:
 
 
 @in_child
+def test_the_stand_in_counts_every_function_that_the_c_side_has() -> None:
+    """In a life, in a failure and on a GPU that is too old: else the next test would show nothing."""
+    source = (Path(link.__file__).parent / "c" / "gpu_driver.c").read_text()
+    known = set(re.findall(r'{"(cu\w+)", offsetof', source))
+    assert len(known) == 19
+    with Made(ROWS) as made:
+        made.run(call((3, K)))
+    driver().fail("cuModuleLoadDataEx", 209)
+    with pytest.raises(Refused):
+        Made(ROWS)
+    seen = set(driver().calls())
+    driver().reset(7, 5)
+    with pytest.raises(Refused):
+        Made(ROWS)
+    assert seen | set(driver().calls()) | {"cuInit"} == known  # cuInit: once in a process
+
+
+@in_child
+def test_a_call_launches_and_does_nothing_else() -> None:
+    """Nothing that waits, allocates, copies, loads or looks anything up; the context is pushed where another is current."""
+    with Made(ROWS) as made, Made(PLANES) as planes:
+        for current in (None, 0, 1):
+            if current is not None:
+                driver().push(current)
+            made.run(call((1, K)))
+            driver().fake_forget_calls()
+            for tokens in (1, 7, 100, 7):  # all variants, and back
+                made.run(call((tokens, K)))
+                planes.run(call((2, K, tokens), (2, N, tokens)))
+            pushed = {} if current == 0 else {"cuCtxPushCurrent_v2": 8, "cuCtxPopCurrent_v2": 8}
+            assert driver().calls() == {"cuCtxGetCurrent": 8, "cuLaunchKernel": 8} | pushed
+        driver().pop(), driver().pop()
+
+
+@in_child
 def test_a_thread_with_another_context_keeps_it() -> None:
     with Made(ROWS) as made:
         for device in (0, 1):
@@ -245,10 +290,7 @@ def test_a_kernel_is_loaded_once_for_all_nodes_and_operators() -> None:
 def test_two_gpus_have_modules_of_their_own() -> None:
     made = []
     for device in (0, 1):
-        on = node(ROWS)
-        for tensor in on.inputs:
-            tensor.device = device
-        made.append(Made(ROWS, on))
+        made.append(Made(ROWS, on_device(ROWS, device)))
     assert [line.split(":")[0] for line in driver().log("cuModuleLoad")] == [
         f"cuModuleLoadDataEx device {device}" for device in (0, 0, 0, 1, 1, 1)
     ]
