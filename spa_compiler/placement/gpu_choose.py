@@ -22,8 +22,10 @@ from spa_compiler.kernels.cuda.form import LAUNCH_US, Arrays, Dtype, Epilogue, F
 from spa_compiler.kernels.cuda.forms import FORMS
 from spa_compiler.placement.candidates import DENSE
 from spa_compiler.placement.choose import nothing_to_leave_out
+from spa_compiler.placement.gpu_sites import PIXEL
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.sites import Site
+from spa_compiler.runtime.gpu import NodeLayout
 from spa_compiler.targets.cuda import Architecture
 
 #: By the model alone a kernel must come out this much faster than dense: neither side's errors are known.
@@ -52,7 +54,7 @@ class GpuForm:
 
     form: Form
     dtype: Dtype
-    layout: Layout
+    layout: NodeLayout
     epilogue: Epilogue
     variants: Variants
 
@@ -130,12 +132,17 @@ def candidates(
             continue
         variants = _variants(form, arrays, archs, dtype, layout, epilogue, (n, k))
         if variants:
-            own = GpuForm(form, dtype, layout, epilogue, variants)
+            own = GpuForm(form, dtype, node_layout(site), epilogue, variants)
             costs = tuple(
                 mean([form.cost(a, own.kernel(t), arrays, n, k, t, images) for a in archs]) for t, images in sizes
             )
             found.append(Candidate(own, arrays, costs))
     return sorted(found, key=lambda c: mean(c.expected_us))
+
+
+def node_layout(site: Site) -> NodeLayout:
+    """How activations of a site look (`gpu_sites.py`)."""
+    return "pixel" if site.layout == PIXEL else "planes" if site.layout == "planes" else "rows"
 
 
 def _variants(

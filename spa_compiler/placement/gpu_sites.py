@@ -7,12 +7,17 @@ have the same names.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.regions import take_residual
 from spa_compiler.placement.sites import Refusal, Site, find_sites, held
+
+PIXEL = "pixel"
+"""Layout of a site for GPUs: images of one pixel, whatever the inputs' sizes are. [batch, k, 1, 1] lies in memory as
+rows [batch, k] do, and kernels for few tokens look at rows alone."""
 
 
 def find_gpu_sites(model: Model, kept: Mapping[str, str], known: Shapes) -> tuple[list[Site], list[Refusal]]:
@@ -37,6 +42,8 @@ def find_gpu_sites(model: Model, kept: Mapping[str, str], known: Shapes) -> tupl
             whole = site
         else:
             taken |= added
+        if _one_pixel(whole):
+            whole = dataclasses.replace(whole, layout=PIXEL)
         sites.append(whole)
     return sites, refusals
 
@@ -46,6 +53,8 @@ def tokens_of(site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, i
     shape = shapes[site.source.name]
     if site.layout == "rows":
         return _count(shape[:-1]), 1
+    if site.layout == PIXEL:
+        return shape[0], 1
     return _count(shape[2:]), shape[0]
 
 
@@ -65,6 +74,11 @@ def _unfit(site: Site, known: Shapes) -> str:
     if min(ranks) < 2:
         return "its input has one axis"
     return ""
+
+
+def _one_pixel(site: Site) -> bool:
+    shape = site.source.shape or []
+    return site.layout == "planes" and len(shape) > 2 and all(isinstance(size, int) and size == 1 for size in shape[2:])
 
 
 def _stays(site: Site, kept: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from spa_compiler.kernels.cuda.form import Dtype
 from spa_compiler.placement import gpu_nodes
 from spa_compiler.placement.candidates import DENSE
 from spa_compiler.placement.gpu_choose import WORTH_TIMING, Candidate, GpuChoice, candidates
-from spa_compiler.placement.gpu_sites import find_gpu_sites, tokens_of
+from spa_compiler.placement.gpu_sites import PIXEL, find_gpu_sites, tokens_of
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.records import Records
 from spa_compiler.placement.regions import single
@@ -91,7 +91,8 @@ class GpuReferee:
     def _time(self, site: Site, found: Sequence[Candidate], shape: tuple[int, ...], folder: Path) -> dict[str, Timing]:
         archs = [architecture(name) for name in self.target.archs]
         count = copies(site.n, site.k, max(arch.l2_bytes for arch in archs))
-        alone = dataclasses.replace(site, residual=None)  # what is added costs both alike
+        layout = "planes" if site.layout == PIXEL else site.layout  # as the graph has it
+        alone = dataclasses.replace(site, residual=None, layout=layout)  # what is added costs both alike
         dense = load(onnx.load_from_string(dense_model(single([alone] * count), shape)))
         names.make_unique(dense)
         graph_shapes.infer(dense)

@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from spa_compiler.kernels.cuda.arrays import Array, Below, Check, Extent, Offsets, Permutation, counts_of
-from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel, Layout
+from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel
 from spa_compiler.kernels.cuda.source import source
 from spa_compiler.targets import host, nvrtc
 
@@ -35,6 +36,11 @@ _ELEMENTS = {"fp32": 1, "fp16": 10, "bf16": 16, "float32": 1, "uint8": 2, "int8"
 _ELEMENTS |= {"int32": 6, "int64": 7, "float16": 10, "uint32": 12}
 """ONNXTensorElementDataType."""
 _CHECKS: dict[type[Check], str] = {Below: "GPU_BELOW", Offsets: "GPU_OFFSETS", Permutation: "GPU_PERMUTATION"}
+
+
+NodeLayout = Literal["rows", "planes", "pixel"]
+"""Of x, the residual and y: those of kernels (`kernels/cuda/form.py`), and [batch, k, 1, ..], images of one pixel,
+which lie in memory as rows do, so that kernels of rows run."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class GpuOp:
     form: str
     """Its name, for people."""
     dtype: Dtype
-    layout: Layout
+    layout: NodeLayout
     epilogue: Epilogue
     rules: tuple[Array, ...]
     variants: tuple[Variant, ...]
@@ -87,7 +93,7 @@ class GpuOp:
 
 
 def operator(
-    form: Form, dtype: Dtype, layout: Layout, epilogue: Epilogue, variants: Sequence[tuple[int | None, Kernel]]
+    form: Form, dtype: Dtype, layout: NodeLayout, epilogue: Epilogue, variants: Sequence[tuple[int | None, Kernel]]
 ) -> GpuOp:
     """The operator of a form that launches `variants`: (most tokens, kernel), more and more, None for any."""
     chosen = tuple(Variant(most, kernel) for most, kernel in variants)
@@ -235,7 +241,7 @@ def _op(op: GpuOp, archs: str) -> list[str]:
         f"static const GpuArray arrays_{name}[] = {{\n{arrays}}};",
         f"static const GpuVariant variants_{name}[] = {{{variants}}};",
         f'static const GpuInfo info_{name} = {{.name = "{name}", .archs = "{archs}", .type = {_ELEMENTS[op.dtype]}, '
-        f".planes = {int(op.layout == 'planes')}, .residual = {int(op.epilogue.residual)}, "
+        f".layout = GPU_{op.layout.upper()}, .residual = {int(op.epilogue.residual)}, "
         f".bounded = {int(op.bounded)}, .arrays = arrays_{name}, .variants = variants_{name}, "
         f".array_count = {len(op.rules)}, .variant_count = {len(op.variants)}}};",
     ]

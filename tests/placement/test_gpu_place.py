@@ -47,6 +47,9 @@ BLOCK = """block (float["b",5,64] x) => (float["b",5,64] y) {
 IMAGE = """image (float["b",16,6,7] x) => (float["b",16,6,7] y) {
     c = Conv(x, w, b)  h = Clip(c, {0}, {6})  f = Conv <pads=[1,1,1,1]> (h, k)  q = Conv(f, v)  y = Add(q, x) }"""
 
+SQUEEZE = """squeeze (float["b",32,"h","w"] x) => (float["b",32,1,1] y) {
+    p = GlobalAveragePool(x)  c = Conv(p, w, b)  h = Relu(c)  e = Conv(h, v)  a = Add(e, p)  y = Sigmoid(a) }"""
+
 
 def block() -> Model:
     return model_of(
@@ -62,9 +65,19 @@ def image() -> Model:
     return model_of(IMAGE, w=kernel(24, 16), k=kernel(24, 24, 3), v=kernel(16, 24), b=np.ones(24, np.float32))
 
 
+def _squeezed() -> dict[str, np.ndarray]:
+    w, v = (weight(RNG, n, k, 0.3)[:, :, None, None] for n, k in ((8, 32), (32, 8)))
+    return {"w": w, "v": v, "b": np.ones(8, np.float32)}
+
+
+def squeeze() -> Model:
+    return model_of(SQUEEZE, **_squeezed())
+
+
 FEEDS: dict[Any, Feeds] = {
     block: {"x": RNG.standard_normal((3, 5, 64), np.float32)},
     image: {"x": RNG.standard_normal((2, 16, 6, 7), np.float32)},
+    squeeze: {"x": RNG.standard_normal((3, 32, 5, 4), np.float32)},
 }
 
 
@@ -111,12 +124,34 @@ def test_convolutions_of_one_pixel_are_sites_and_windows_are_none() -> None:
     assert [(r.op.name, "a window has none" in r.reason) for r in refusals] == [("f", True)]
 
 
-@pytest.mark.parametrize("make, dtype", list(itertools.product((block, image), DTYPES)))
+def test_images_of_one_pixel_are_rows_to_kernels() -> None:
+    model = squeeze()
+    known = shapes.fixed_at(model, [FEEDS[squeeze]])
+    first, second = find_gpu_sites(model, {}, known)[0]
+    assert [(s.name, s.layout, s.act, s.output.name) for s in (first, second)] == [
+        ("c", "pixel", "relu", "h"),
+        ("e", "pixel", "sigmoid", "y"),
+    ]
+    assert second.residual is not None
+    assert tokens_of(first, known[0]) == (3, 1)
+    (found,) = candidates(first, [SM90], "fp16", [(3, 1)])
+    assert found.form.layout == "pixel"
+    assert all("_rows_fp16_rows_" in kernel.name for _, kernel in found.form.variants)
+
+
+def test_one_pixel_at_the_measured_shapes_alone_is_an_image() -> None:
+    model = model_of(SQUEEZE.replace("GlobalAveragePool", "Identity").replace("1,1] y", '"h","w"] y'), **_squeezed())
+    known = shapes.fixed_at(model, [{"x": np.ones((3, 32, 1, 1), np.float32)}])
+    sites, _ = find_gpu_sites(model, {}, known)
+    assert [(s.layout, tokens_of(s, known[0])) for s in sites] == [("planes", (1, 3))] * 2
+
+
+@pytest.mark.parametrize("make, dtype", list(itertools.product((block, image, squeeze), DTYPES)))
 def test_nodes_compute_what_they_replace(make: Any, dtype: Dtype) -> None:
     model, feed = make(), FEEDS[make]
     own, choices = chosen(model, feed, dtype)
     # bfloat16 has no kernel for this opset's convolutions
-    expected = 0 if dtype == "bf16" and make is image else 2
+    expected = 0 if dtype == "bf16" and make in (image, squeeze) else 2
     assert sum(n.domain == "ai.spa" for n in own.graph.nodes) == expected
     (want,) = outputs(convert(model, None if dtype == "fp32" else dtype).model, [feed])
     (got,) = outputs(expanded(own, choices), [feed])
@@ -262,7 +297,12 @@ class Clock:
 
 
 def placed(
-    folder: Path, proto: onnx.ModelProto, timer: Any = None, dtype: Dtype = "fp16", archs: str = "sm_90"
+    folder: Path,
+    proto: onnx.ModelProto,
+    timer: Any = None,
+    dtype: Dtype = "fp16",
+    archs: str = "sm_90",
+    shape: tuple[int, ...] = (1, 3, WIDTH),
 ) -> Placed:
     source = folder / "source.onnx"
     onnx.save(proto, source)
@@ -272,7 +312,7 @@ def placed(
     workspace = next(p for i in itertools.count() if not (p := folder / f"work{i}").exists())
     workspace.mkdir()
     book = Records(folder / "records.sqlite", {"gpu": "this one"})
-    feeds = [in_types(twin.model, {"x": np.ones((1, 3, WIDTH), np.float32)})]
+    feeds = [in_types(twin.model, {"x": np.ones(shape, np.float32)})]
     try:
         return place_on_gpu(
             model, twin, dtype, source, feeds, parse(f"cuda:{archs}"), book, workspace, lambda *_: None, timer=timer
@@ -304,6 +344,13 @@ def test_with_a_gpu_sites_are_timed_and_whole_models_race(tmp_path: Path) -> Non
     again = placed(tmp_path, mlp(0.3, WIDTH), clock)
     assert clock.asked[3:] == [[SOURCE, PORTABLE, SINGLE]]  # sites are in the records
     assert again.gaining == result.gaining
+
+
+def test_images_of_one_pixel_are_timed_as_such(tmp_path: Path) -> None:
+    clock = Clock(9.0, 3.0)
+    result = placed(tmp_path, network(SQUEEZE, **_squeezed()), clock, shape=(3, 32, 5, 4))
+    assert clock.asked == [*[[DENSE, "unstructured rows"]] * 2, [SOURCE, PORTABLE, SINGLE]]
+    assert [op.layout for op in result.plan.operators] == ["pixel", "pixel"]
 
 
 @pytest.mark.parametrize("dense, ours", [(3.0, 9.0), (9.0, 9.0)])

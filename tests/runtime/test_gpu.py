@@ -40,8 +40,9 @@ from tests.gpu_harness import (
 
 ROWS, RESIDUAL = operator(), operator(residual=True, act="relu")
 PLANES, CLIPPED = operator("planes", residual=True), operator(act="clip")
+PIXEL = operator("pixel", residual=True)
 SHARING = operator(kernels=[(None, kernel("few", 8))])  # the kernel of another operator
-OPS = (ROWS, RESIDUAL, PLANES, CLIPPED, SHARING)
+OPS = (ROWS, RESIDUAL, PLANES, PIXEL, CLIPPED, SHARING)
 POINTERS = len(RULES) + 4
 
 
@@ -177,6 +178,20 @@ def test_planes_have_their_images_on_axis_z(dims: tuple[int, ...]) -> None:
     assert launched["pointers"][-2] == called.inputs[1].array.ctypes.data
 
 
+@pytest.mark.parametrize("dims", [(1, K, 1), (9, K, 1, 1), (100000, K, 1, 1, 1)])
+@in_child
+def test_images_of_one_pixel_are_the_tokens_of_rows(dims: tuple[int, ...]) -> None:
+    out = (dims[0], N, *dims[2:])
+    called = call(dims, out)
+    with Made(PIXEL) as made:
+        assert made.run(called).shape == out
+    launched = driver().launched()
+    assert launched["sizes"] == [N, K, dims[0], 1]
+    name, tile = {1: ("few", 8), 9: ("some", 32), 100000: ("many", 64)}[dims[0]]
+    assert (launched["name"], launched["grid"]) == (name, (-(-dims[0] // tile), 3, 1))
+    assert launched["pointers"][-2] == called.inputs[1].array.ctypes.data
+
+
 @in_child
 def test_bounds_are_attributes() -> None:
     with Made(CLIPPED, node(CLIPPED, low=-0.5, high=6.0)) as made:
@@ -192,11 +207,13 @@ def test_no_tokens_no_launch(dims: tuple[int, ...]) -> None:
     assert not driver().fake_launches()
 
 
-@pytest.mark.parametrize("dims", [(0, K, 5), (2, K, 0), (2, K, 3, 0)])
+@pytest.mark.parametrize(
+    "op, dims", [(PLANES, (0, K, 5)), (PLANES, (2, K, 0)), (PLANES, (2, K, 3, 0)), (PIXEL, (0, K, 1, 1))]
+)
 @in_child
-def test_no_pixels_no_launch(dims: tuple[int, ...]) -> None:
+def test_no_pixels_no_launch(op: GpuOp, dims: tuple[int, ...]) -> None:
     out = (dims[0], N, *dims[2:])
-    with Made(PLANES) as made:
+    with Made(op) as made:
         assert made.run(call(dims, out)).shape == out
     assert not driver().fake_launches()
 
@@ -364,9 +381,11 @@ def test_eight_threads_make_run_and_end_nodes(threads: int) -> None:
         op, one, made_of = work[i % len(OPS)]
         for turn in range(6):
             made = one.create(made_of)
-            dims = (1, K, 7 + turn) if op is PLANES else (turn + 1, K)
-            out = [(1, N, 7 + turn) if op is PLANES else (turn + 1, N)] if op.epilogue.residual else [None]
-            one.compute(made, call(dims, *out))
+            before, behind = {"planes": ((1,), (7 + turn,)), "pixel": ((turn + 1,), (1,))}.get(
+                op.layout, ((turn + 1,), ())
+            )
+            residual = (*before, N, *behind) if op.epilogue.residual else None
+            one.compute(made, call((*before, K, *behind), residual))
             one.destroy(made)
 
     with ThreadPoolExecutor(8 * threads) as pool:
@@ -584,6 +603,11 @@ def test_more_outputs_than_blocks_can_be() -> None:
         (ROWS, (1,) * 8 + (K,), None, "input 0 must have 1 to 8 dimensions, it has 9"),
         (PLANES, (3, K), (3, N), "input 0 must have 3 to 8 dimensions, it has 2"),
         (PLANES, (3, N, 5), (3, N, 5), f"input 0 must have {K} features on axis 1"),
+        (PIXEL, (3, K), (3, N), "input 0 must have 3 to 8 dimensions, it has 2"),
+        (PIXEL, (3, N, 1), (3, N, 1), f"input 0 must have {K} features on axis 1"),
+        (PIXEL, (3, K, 1, 2), (3, N, 1, 2), f"input 0 must have images of one pixel, its shape is [3,{K},1,2]"),
+        (PIXEL, (3, K, 0), (3, N, 0), f"input 0 must have images of one pixel, its shape is [3,{K},0]"),
+        (PIXEL, (3, K, 1), (3, N), f"the residual must be [3,{N},1], it is [3,{N}]"),
         (RESIDUAL, (3, K), (3, N + 1), f"the residual must be [3,{N}], it is [3,{N + 1}]"),
         (RESIDUAL, (3, K), (1, N), f"the residual must be [3,{N}], it is [1,{N}]"),
         (RESIDUAL, (2, 3, K), (6, N), f"the residual must be [2,3,{N}], it is [6,{N}]"),
@@ -603,7 +627,7 @@ def test_sizes_that_32_bits_do_not_hold() -> None:
     def huge(*dims: int) -> Node:
         return Node(inputs=[Tensor(np.zeros(64, np.float16), dims)] * 2)
 
-    with Made(ROWS) as made, Made(PLANES) as planes:
+    with Made(ROWS) as made, Made(PLANES) as planes, Made(PIXEL) as pixel:
         for dims in ((1 << 27, K), (1 << 31, K), (1 << 40, 1 << 40, K)):
             with pytest.raises(Refused, match="is too large for 32-bit offsets"):
                 made.run(huge(*dims))
@@ -612,6 +636,8 @@ def test_sizes_that_32_bits_do_not_hold() -> None:
                 planes.run(huge(*dims))
         with pytest.raises(Refused, match="a batch of 65536 is too large, 65535 are possible"):
             planes.run(huge(65536, K, 1))
+        with pytest.raises(Refused, match="is too large for 32-bit offsets"):
+            pixel.run(huge(1 << 40, K, 1, 1))
     assert not driver().fake_launches()
 
 
@@ -625,6 +651,7 @@ def test_sizes_that_32_bits_do_not_hold() -> None:
         (ROWS, (4, K), ("", ""), (4, N), ("", "")),
         (ROWS, (-1,), ("features",), (N,), ("",)),
         (PLANES, (-1, -1, 8, -1), ("batch", "c", "", "w"), (-1, N, 8, -1), ("batch", "", "", "w")),
+        (PIXEL, (-1, K, 1, 1), ("batch", "", "", ""), (-1, N, 1, 1), ("batch", "", "", "")),
     ],
 )
 @in_child
@@ -638,4 +665,5 @@ def test_what_is_not_known_is_not_inferred() -> None:
     for attributes in ({}, {"n": "x"}, {"n": 0}):
         assert cuda(ROWS).infer(Node(attributes, [Tensor(None, (2, K), names=("", ""))])) == []
     assert cuda(ROWS).infer(Node({"n": N}, [Tensor(None)])) == []
-    assert cuda(PLANES).infer(Node({"n": N}, [Tensor(None, (2, K), names=("", ""))])) == []
+    for op in (PLANES, PIXEL):
+        assert cuda(op).infer(Node({"n": N}, [Tensor(None, (2, K), names=("", ""))])) == []

@@ -184,6 +184,7 @@ def test_names_say_everything_but_sizes_and_weights() -> None:
     some = [
         gpu_harness.operator(),
         gpu_harness.operator("planes"),
+        gpu_harness.operator("pixel"),
         gpu_harness.operator(act="relu"),
         gpu_harness.operator(residual=True),
         gpu_harness.operator(kernels=[(None, kernel("few"))]),

@@ -52,6 +52,9 @@ typedef struct {
   int code_count;
 } GpuKernel;
 
+/* ROWS [.., k]; PLANES [batch, k, pixels..]; PIXEL [batch, k, 1..], which lie in memory as rows: their kernels run */
+enum { GPU_ROWS, GPU_PLANES, GPU_PIXEL };
+
 typedef struct { /* the first whose most_tokens are enough is launched */
   int64_t most_tokens;
   const GpuKernel* kernel;
@@ -61,7 +64,7 @@ typedef struct {
   const char* name;
   const char* archs; /* "sm_80, sm_90 and newer" */
   int type;          /* of x, the residual and y */
-  int planes;        /* x is [batch, k, pixels..], not [.., k] */
+  int layout;        /* of x, the residual and y */
   int residual, bounded; /* bounded: the activation has bounds, attributes of the node */
   const GpuArray* arrays;
   const GpuVariant* variants;

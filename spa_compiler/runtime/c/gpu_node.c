@@ -173,21 +173,25 @@ Status* spa_gpu_create_cpu(const CustomOp* self, Api unused, const void* info, v
 
 /* ---- calls ---- */
 
-/* Sizes of x: its last axis, or the second one of planes, has k features. y has n there. */
+/* Sizes of x: its last axis, or the second one of images, has k features. y has n there. */
 static Status* measure(const GpuNode* node, const int64_t* dims, size_t rank, size_t* axis, int64_t* tokens, int64_t* batch) {
   char text[160];
-  size_t least_rank = node->info->planes ? 3 : 1;
+  int images = node->info->layout != GPU_ROWS, planes = node->info->layout == GPU_PLANES;
+  size_t least_rank = images ? 3 : 1;
   CHECK(node, rank >= least_rank && rank <= MAX_RANK, "input 0 must have %zu to %d dimensions, it has %zu", least_rank,
         MAX_RANK, rank);
-  *axis = node->info->planes ? 1 : rank - 1;
+  *axis = images ? 1 : rank - 1;
   CHECK(node, dims[*axis] == node->k, "input 0 must have %d features on axis %zu, its shape is %s", node->k, *axis,
         spa_show(text, dims, rank));
-  *batch = node->info->planes ? dims[0] : 1;
+  for (size_t d = 2; d < rank; ++d)
+    CHECK(node, node->info->layout != GPU_PIXEL || dims[d] == 1, "input 0 must have images of one pixel, its shape is %s",
+          spa_show(text, dims, rank));
+  *batch = planes ? dims[0] : 1;
   *tokens = 1;
   int none = 0, large = 0;
   for (size_t d = 0; d < rank; ++d) none |= dims[d] == 0;
   if (none) return *tokens = 0, NULL;
-  for (size_t d = node->info->planes ? 1 : 0; d < rank && !large; ++d)
+  for (size_t d = planes ? 1 : 0; d < rank && !large; ++d)
     if (d != *axis) large = __builtin_mul_overflow(*tokens, dims[d], tokens);
   large = large || *tokens > INT32_MAX || *batch > INT32_MAX || *tokens * *batch > INT32_MAX / most(node->n, node->k);
   CHECK(node, !large, "an input of shape %s is too large for 32-bit offsets", spa_show(text, dims, rank));
@@ -277,10 +281,10 @@ Status* spa_gpu_infer_shape(const CustomOp* self, void* context) {
   if (status) return ReleaseStatus(status), NULL; /* creation says what is wrong */
   TRY(ShapeInfer_GetInputTypeShape(context, 0, &x)); /* borrowed */
   TRY(GetDimensionsCount(x, &rank));
-  if (rank < (g->planes ? 3u : 1u) || rank > MAX_RANK || n < 1) return NULL; /* unknown shape: leave the output unknown */
+  if (rank < (g->layout == GPU_ROWS ? 1u : 3u) || rank > MAX_RANK || n < 1) return NULL; /* unknown shape: leave the output unknown */
   TRY(GetDimensions(x, dims, rank));
   TRY(GetSymbolicDimensions(x, names, rank));
-  size_t axis = g->planes ? 1 : rank - 1;
+  size_t axis = g->layout == GPU_ROWS ? rank - 1 : 1;
   dims[axis] = n;
   names[axis] = "";
   return spa_set_shape(context, g->type, 0, dims, names, rank);
