@@ -33,14 +33,24 @@ float stream(const float* from, int64_t count) {
   return all;
 }
 
-/* One weight on `tiles` panel tiles, chunk by chunk over all tiles, as a linear step does. */
-void product(Multiply* kernel, const void* const* arrays, int64_t n, int64_t k, int64_t rows, int64_t chunk,
-             int64_t k_block, int64_t interleaved, int64_t lanes, int64_t tiles, const float* panel, float* out) {
+/* `count` weights one after the other, each on `tiles` panel tiles, as linear steps go through them: chunk by chunk over
+ * all tiles, during the last of which what comes next is fetched. */
+void products(Multiply* kernel, const void* const* const* weights, int64_t count, int64_t n, int64_t k, int64_t rows,
+              int64_t chunk, int64_t k_block, int64_t interleaved, int64_t lanes, int64_t tiles, const float* panel,
+              float* out) {
   Multiply* const kernels[] = {kernel};
   LinearInfo w = {.n = n, .k = k, .rows = rows, .chunk = chunk, .k_block = k_block, .interleaved = interleaved,
                   .kernels = kernels};
-  for (int64_t c = 0; c < blocks_of(n, chunk); ++c)
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      spa_add_product(&w, arrays, 0, (Rows){panel + tile * spa_rows(k) * lanes, lanes}, NULL, c, START_BIAS, 1,
-                      (Rows){0, lanes}, (Rows){out + (tile * spa_rows(n) + c * chunk) * lanes, lanes});
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < blocks_of(n, chunk); ++c)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        if (tile == tiles - 1) {
+          if (c + 1 < blocks_of(n, chunk))
+            spa_fetch_chunk(&w, weights[i], c + 1);
+          else if (i + 1 < count)
+            spa_fetch_chunk(&w, weights[i + 1], 0);
+        }
+        spa_add_product(&w, weights[i], 0, (Rows){panel + tile * spa_rows(k) * lanes, lanes}, NULL, c, START_BIAS, 1,
+                        (Rows){0, lanes}, (Rows){out + (tile * spa_rows(n) + c * chunk) * lanes, lanes});
+      }
 }

@@ -4,11 +4,11 @@
     python tests/peers/roofline.py --stdout    prints the table instead
 
 The peak of multiply-adds and the bandwidth of memory change from second to second on a machine that others use, too. So
-they are measured right before and right after every burst of a kernel; it is compared with the better of the two, and the
-median of these ratios is shown. The bandwidth is that of adding up the values of such weights, of those that the kernel
-reads neither before nor after: memory in huge pages, which is not where weights lie, can be read twice as fast.
-Weights rotate through more than twice the L3 cache. Every form is measured in the tile that is the fastest here, as a
-compilation finds it.
+they are measured right before and right after every burst of a kernel, over as long a time or as many bytes; the burst is
+compared with the mean of the two, and the median of these ratios is shown. The bandwidth is that of adding up the values
+of weights that the kernel does not read. Both rotate through more than twice the L3 cache; all lies in large pages, where
+sessions move weights. A burst is of several weights, as a model has one after the other. Every form is measured in the tile
+that is the fastest here, as a compilation finds it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ from tests.kernel_harness import sparse  # noqa: E402
 
 PAGE = ROOT / "docs" / "roofline.md"
 N, K = 3072, 768
+ALIGNED = 64  # bytes, as ONNX Runtime lays initializers
 LEAST_BYTES = 256 << 20  # that weights rotate through; more where twice the L3 cache is more
 MOST_BYTES = 1 << 30
 ROUNDS, SECONDS, FIRST_LOOK = 9, 2.0, 0.3
+LOOKED_AT_AGAIN = 3  # tiles of a case, the leading ones
 CHAINS = 20  # of roofline.c
 PEAK_STEPS = 100_000
 STUB = """/* What steps.c needs of other files, for errors that cannot be here. */
@@ -105,7 +107,11 @@ def build(folder: Path, cases: list[Case]) -> ctypes.CDLL:
         [
             *("-shared", "-fPIC", "-O3", "-std=gnu11", "-ffp-contract=fast", f"-mcpu={CPU[host().level]}"),
             *(f"-DLANES={ISAS[host().level].width}", f"-I{C_FOLDER}"),
-            *(str(Path(__file__).with_suffix(".c")), str(C_FOLDER / "steps.c"), str(stub)),
+            *(
+                str(Path(__file__).with_suffix(".c")),
+                *(str(C_FOLDER / name) for name in ("steps.c", "pages.c")),
+                str(stub),
+            ),
             *objects,
             *("-o", str(folder / "roofline.so")),
         ]
@@ -119,20 +125,27 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def rotated(case: Case, limit: int) -> list[Packed]:
-    """Packed copies of one weight, each with memory of its own, `limit` bytes together."""
-    first = case.form.pack(case.weight)
-    each = sum(a.nbytes for a in first.arrays.values())
-    copies = [first]
-    for _ in range(max(1, limit // each) - 1):
-        copies.append(type(first)(**{**first.__dict__, **{what: a.copy() for what, a in first.arrays.items()}}))
-    return copies
+def rotated(library: ctypes.CDLL, case: Case, limit: int) -> tuple[Packed, list[dict[str, np.ndarray]]]:
+    """A weight, and the arrays of copies of it, twice `limit` bytes, which lie side by side in large pages."""
+    packed = case.form.pack(case.weight)
+    sizes = {name: -(-array.nbytes // ALIGNED) * ALIGNED for name, array in packed.arrays.items()}
+    copies = max(2, 2 * limit // sum(sizes.values()))
+    memory = np.zeros(copies * sum(sizes.values()) + ALIGNED, np.uint8)
+    at = -memory.ctypes.data % ALIGNED
+    weights: list[dict[str, np.ndarray]] = [{} for _ in range(copies)]
+    for weight in weights:
+        for name, array in packed.arrays.items():
+            weight[name] = memory[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+            weight[name][...] = array
+            at += sizes[name]
+    library.spa_use_large_pages(pointer(memory), ctypes.c_int64(memory.nbytes))  # there is nothing to move before
+    return packed, weights
 
 
 def ratios(library: ctypes.CDLL, case: Case, limit: int, seconds: float = SECONDS) -> tuple[float, float, float]:
     """(share of the multiply-add peak by what is stored, share of the bandwidth, GB/s of that); medians."""
-    weights = rotated(case, limit)
-    form: Any = weights[0].form
+    packed, weights = rotated(library, case, limit)
+    form: Any = packed.form
     tiles = case.tokens // case.lanes
     panel = np.random.default_rng(0).standard_normal((tiles * -(-K // 16) * 16, case.lanes)).astype(np.float32)
     out = np.empty((tiles * N, case.lanes), np.float32)
@@ -141,44 +154,50 @@ def ratios(library: ctypes.CDLL, case: Case, limit: int, seconds: float = SECOND
         ctypes.c_int64(v)
         for v in (N, K, form.rows, form.chunk, form.k_block, form.info.get("interleaved", 0), case.lanes, tiles)
     ]
-    arguments = [(ctypes.c_void_p * len(w.arrays))(*(a.ctypes.data for a in w.arrays.values())) for w in weights]
-    stored = int(weights[0].arrays["values"].size)
-    size = sum(a.nbytes for a in weights[0].arrays.values())
+    arguments = [(ctypes.c_void_p * len(w))(*(a.ctypes.data for a in w.values())) for w in weights]
+    stored = int(packed.arrays["values"].size)
+    size = sum(a.nbytes for a in packed.arrays.values())
     width = ISAS[host().level].width
-    of_peak, of_memory, rates, turn = [], [], [], 0
+    batch = min(len(weights) // 2, 4 if case.tokens > 1 else 16)  # bursts of milliseconds
+    of_peak, of_memory, rates = [], [], []
     read = stored // (4 * 16) * 4 * 16  # floats of a weight that `stream` adds up
-    ahead = itertools.count(len(weights) // 2)  # far from those that the kernel reads
+    half = len(weights) // 2  # the first ones are the kernel's
+    mine, others = itertools.cycle(range(half)), itertools.cycle(range(half, len(weights)))
+    steps = PEAK_STEPS
 
     def limits() -> tuple[float, float]:
-        """(floating point operations, bytes) a second, now."""
-        place = pointer(weights[next(ahead) % len(weights)].arrays["values"])
+        """Seconds of the multiply-adds, and of reading, now."""
         begin = time.perf_counter()
-        library.peak(ctypes.c_int64(PEAK_STEPS), ctypes.c_float(0.5))
+        library.peak(ctypes.c_int64(steps), ctypes.c_float(0.5))
         between = time.perf_counter()
-        library.stream(place, ctypes.c_int64(read))
-        done = time.perf_counter() - between
-        return 2 * CHAINS * width * PEAK_STEPS / (between - begin), 4 * read / done
+        for _ in range(batch):
+            library.stream(pointer(weights[next(others)]["values"]), ctypes.c_int64(read))
+        return between - begin, time.perf_counter() - between
 
-    batch = 1 if case.tokens > 1 else min(len(weights), 8)  # bursts of about a millisecond
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(of_peak) < ROUNDS:
         before = limits()
-        chosen = [arguments[(turn * batch + i) % len(arguments)] for i in range(batch)]
+        burst = (ctypes.c_void_p * batch)(*(ctypes.addressof(arguments[next(mine)]) for _ in range(batch)))
         begin = time.perf_counter()
-        for each in chosen:
-            library.product(function, each, *sizes, pointer(panel), pointer(out))
+        library.products(function, burst, ctypes.c_int64(batch), *sizes, pointer(panel), pointer(out))
         taken = time.perf_counter() - begin
-        flops, rate = (max(pair) for pair in zip(before, limits(), strict=True))
-        turn += 1
+        multiplying, reading = (sum(pair) / 2 for pair in zip(before, limits(), strict=True))
+        flops, rate = 2 * CHAINS * width * steps / multiplying, 4 * read * batch / reading
         of_peak.append(2 * stored * case.tokens * batch / taken / flops)
         of_memory.append(size * batch / taken / rate)
         rates.append(rate / 1e9)
+        steps = max(1, round(steps * taken / multiplying))  # as long as the burst
     return float(np.median(of_peak)), float(np.median(of_memory)), float(np.median(rates))
 
 
-def _time(library: ctypes.CDLL, case: Case, limit: int) -> float:
-    """Of a product, in units that all tiles of one case share; a first look."""
-    return case.form.stored(case.weight) / ratios(library, case, limit, FIRST_LOOK)[0]
+def fastest(library: ctypes.CDLL, tiles: list[Case], limit: int) -> Case:
+    """By the share that does not depend on how much padding a tile stores: the time."""
+
+    def taken(case: Case, seconds: float) -> float:
+        return case.form.stored(case.weight) / ratios(library, case, limit, seconds)[0]
+
+    leading = sorted(tiles, key=lambda case: taken(case, FIRST_LOOK))[:LOOKED_AT_AGAIN]
+    return min(leading, key=lambda case: taken(case, SECONDS / 2)) if len(leading) > 1 else leading[0]
 
 
 def rotation() -> int:
@@ -206,9 +225,7 @@ def table(limit: int) -> str:
         cut = [case.tiles() for case in cases]
         library = build(Path(folder), [tile for each in cut for tile in each])
         for each in cut:
-            # By the share that does not depend on how much padding a tile stores: the time.
-            times = {tile: _time(library, tile, limit) for tile in each} if len(each) > 1 else {each[0]: 0.0}
-            case = min(times, key=lambda tile: times[tile])
+            case = fastest(library, each, limit)
             peak, memory, rate = ratios(library, case, limit)
             name = dataclasses.replace(case.form, chunk=None, k_block=None).name  # type: ignore[type-var]
             lines.append(
@@ -221,7 +238,7 @@ def table(limit: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stdout", action="store_true", help="print the page instead of writing it")
-    parser.add_argument("--bytes", type=int, default=rotation(), help="that weights rotate through")
+    parser.add_argument("--bytes", type=int, default=rotation(), help="that a kernel's weights rotate through")
     options = parser.parse_args()
     page = table(options.bytes)
     if options.stdout:

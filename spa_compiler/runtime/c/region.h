@@ -304,5 +304,7 @@ typedef struct { /* where the rows of a tile lie */
  * other, or wherever `offsets` (else NULL) says. `start` is the mode of the first block, `base` the chunk's residual. */
 void spa_add_product(const LinearInfo*, const void* const* arrays, int kernel, Rows from, const int32_t* offsets,
                      int64_t chunk, int start, int last, Rows base, Rows out);
+/* Fetches what kernels do not fetch ahead themselves of a chunk: all but values and columns, and the first of those. */
+void spa_fetch_chunk(const LinearInfo*, const void* const* arrays, int64_t chunk);
 
 #endif

@@ -128,8 +128,7 @@ static void fetch(const void* from, int64_t bytes) { /* may go past the end of a
     __builtin_prefetch((const void*)at);
 }
 
-/* What kernels do not fetch ahead themselves: all but values and columns, and the first of those. */
-static void fetch_chunk(const LinearInfo* w, const void* const* arrays, int64_t chunk) {
+void spa_fetch_chunk(const LinearInfo* w, const void* const* arrays, int64_t chunk) {
   int64_t blocks = blocks_of(w->k, w->k_block), per_chunk = w->chunk / w->rows, first = chunk * per_chunk * blocks;
   int64_t groups = least(blocks_of(w->n, w->rows) - chunk * per_chunk, per_chunk), own = own_columns(w);
   fetch((const int32_t*)arrays[INDPTR] + first, groups * blocks * (int64_t)sizeof(int32_t));
@@ -146,9 +145,9 @@ static void fetch_next(const Step* s, int64_t chunk) {
   const Node* node = s->run->node;
   const LinearInfo *w = s->product[0].linear, *next = w + s->products;
   if (chunk + 1 < blocks_of(w->n, w->chunk))
-    fetch_chunk(w, s->product[0].arrays, chunk + 1);
+    spa_fetch_chunk(w, s->product[0].arrays, chunk + 1);
   else if (next < node->region->linears + node->region->linear_count)
-    fetch_chunk(next, node->linears[next - node->region->linears], 0);
+    spa_fetch_chunk(next, node->linears[next - node->region->linears], 0);
 }
 
 /* One chunk of output rows of one tile. Items go chunk by chunk, so that a chunk's weights stay in L2 for all tiles. */
