@@ -26,10 +26,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation, sliced
-from spa_compiler.kernels.rx1 import AHEAD, default_blocking, pad_bias
+from spa_compiler.kernels.rx1 import default_blocking, pad_bias
 from spa_compiler.kernels.sliced import ROWS
 from spa_compiler.kernels.sums import ACCUMULATE, RESIDUAL, add, fma
-from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, pick, prefetch, store
+from spa_compiler.kernels.vector import AHEAD, ANY, AVX512, ZMM, Isa, at, const, pick, prefetch, store
 
 F32 = NDArray[np.float32]
 
@@ -208,7 +208,7 @@ def parse(called: str) -> tuple[int, int, str]:
 
 
 def kernel(depth: int, k: int, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
-    """void spa_permuted_<depth>_<k>_<act>(...): one tile on a panel of one token, arguments as those of `rx1.kernel`.
+    """void spa_permuted_<depth>_<k>_<act>(...): one tile on a panel of one token, arguments of `rx1_products.kernel`.
 
     `order` points at the tile's first slice, and `groups` is the number of its slices. Machines without the permutation
     read all slots as `sliced.py` does.

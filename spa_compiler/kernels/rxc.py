@@ -29,9 +29,9 @@ from tvm.script import tirx as T
 
 from spa_compiler.kernels import sums
 from spa_compiler.kernels.form import tiled
-from spa_compiler.kernels.rx1 import AHEAD, ARRAYS, FULL, default_blocking, pad_bias
+from spa_compiler.kernels.rx1 import ARRAYS, FULL, default_blocking, pad_bias
 from spa_compiler.kernels.sums import ACCUMULATE, BIAS, RESIDUAL, activate_in_place, add, finish, fma, start
-from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, prefetch, spread, store
+from spa_compiler.kernels.vector import AHEAD, ANY, AVX512, ZMM, Isa, at, const, prefetch, spread, store
 
 F32 = NDArray[np.float32]
 
@@ -190,7 +190,7 @@ def name(rows: int, cols: int, lanes: int, act: str, window: bool = False) -> st
 
 
 def kernel(rows: int, cols: int, lanes: int, act: str, window: bool = False, isa: Isa = AVX512) -> tirx.PrimFunc:
-    """void spa_rxc_<R>x<C>_<lanes>_<act>(...): one tile on one panel tile, arguments as those of `rx1.kernel`."""
+    """void spa_rxc_<R>x<C>_<lanes>_<act>(...): one tile on one panel tile, arguments of `rx1_products.kernel`."""
     if window and lanes < ZMM:
         raise ValueError(f"a window of {lanes} lanes: whole registers of {ZMM} alone")
     return _one_lane(rows, cols, act, isa) if lanes == 1 else _many_lanes(rows, cols, lanes, act, window, isa)

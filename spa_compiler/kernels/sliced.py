@@ -33,9 +33,9 @@ from tvm.script import tirx as T
 
 from spa_compiler.kernels import activation, sums
 from spa_compiler.kernels.form import tiled
-from spa_compiler.kernels.rx1 import AHEAD, ARRAYS, default_blocking, pad_bias
+from spa_compiler.kernels.rx1 import ARRAYS, default_blocking, pad_bias
 from spa_compiler.kernels.sums import ACCUMULATE, RESIDUAL, activate_in_place, add, fma, start
-from spa_compiler.kernels.vector import ANY, AVX512, ZMM, Isa, at, const, gather, prefetch, spread, store
+from spa_compiler.kernels.vector import AHEAD, ANY, AVX512, ZMM, Isa, at, const, gather, prefetch, spread, store
 
 F32 = NDArray[np.float32]
 
@@ -189,7 +189,7 @@ def name(lanes: int, act: str) -> str:
 
 
 def kernel(lanes: int, act: str, isa: Isa = AVX512) -> tirx.PrimFunc:
-    """void spa_sliced_<lanes>_<act>(...): one tile on one panel tile, arguments as those of `rx1.kernel`.
+    """void spa_sliced_<lanes>_<act>(...): one tile on one panel tile, arguments of `rx1_products.kernel`.
 
     `order` points at the tile's first slice, and `groups` is the number of its slices.
     """

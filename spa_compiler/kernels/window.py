@@ -10,9 +10,10 @@
 
 With the rows of a stride side by side, outputs that follow each other are read from floats that follow each other:
 output pixel (y, x) is number q = y pitch + x, and reads planes[offsets[column] + q] whatever the stride, the dilation
-and the padding. A tile is 16 to 64 such pixels, all columns of the weight meet it as R x 1 blocks (`kernels/rx1.py`,
-`window=True`), and what was computed for q past the width of a row is dropped on the way out. Rows of a copy begin at
-multiples of 8 floats, so that two of three loads touch one cache line only, or all of them do.
+and the padding. A tile is 16 to 64 such pixels, all columns of the weight meet it as R x 1 blocks
+(`kernels/rx1_products.py`, `window=True`), and what was computed for q past the width of a row is dropped on the way
+out. Rows of a copy begin at multiples of 8 floats, so that two of three loads touch one cache line only, or all of them
+do.
 
 Source: the shifted-row form of direct convolution in arXiv 1911.09723 and 1608.01409, with strides.
 """

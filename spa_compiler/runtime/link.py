@@ -24,13 +24,13 @@ from spa_compiler.kernels import (
     combine,
     depthwise,
     gate,
-    grouped,
+    grouped_products,
     layernorm,
     panel,
     permuted,
     rmsnorm,
     rotate,
-    rx1,
+    rx1_products,
     rxc,
     sliced,
     window,
@@ -158,10 +158,10 @@ def _script(name: str, isa: Isa):  # type: ignore[no-untyped-def]
         return rxc.kernel(rows, cols, int(parts[2]), parts[3], parts[0] == "rxcw", isa)
     if parts[0] == "grouped":
         kept, of = map(int, parts[1].split("of"))
-        return grouped.kernel(kept, of, int(parts[2]), "_".join(parts[3:]), isa)
+        return grouped_products.kernel(kept, of, int(parts[2]), "_".join(parts[3:]), isa)
     if parts[0] == "sliced":
         return sliced.kernel(int(parts[1]), "_".join(parts[2:]), isa)
-    return rx1.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa, parts[0] == "rx1p")
+    return rx1_products.kernel(int(parts[1]), int(parts[2]), parts[3], parts[0] == "rx1w", isa, parts[0] == "rx1p")
 
 
 def linker(level: str = "") -> list[str]:

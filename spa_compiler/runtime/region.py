@@ -38,7 +38,7 @@ class LinearSpec:
     """y = act(W x + b): W [n, k] in a form whose sizes are all decided, as `pack` gives it.
 
     Attributes:
-        pitched: every pixel of an image by itself, unstructured; it has kernels of its own (`rx1.kernel`).
+        pitched: every pixel of an image by itself, unstructured; it has kernels of its own (`rx1_products.kernel`).
     """
 
     n: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from spa_compiler.kernels import activation, panel, rx1
+from spa_compiler.kernels import activation, panel, rx1, rx1_products
 from spa_compiler.kernels.lower import compile_module
 from spa_compiler.kernels.vector import ISAS
 from spa_compiler.runtime.link import kernel
@@ -68,7 +68,7 @@ def spills(body: list[str], words: Words) -> list[str]:
 
 
 def hot_loop(rows: int, lanes: int, level: str) -> tuple[str, list[str]]:
-    script = rx1.kernel(rows, lanes, "none", isa=ISAS[level])
+    script = rx1_products.kernel(rows, lanes, "none", isa=ISAS[level])
     assembly = compile_module([script], level).inspect_source("asm")
     return assembly, max(loops(assembly), key=lambda body: count(WORDS[level].any_multiply, body))
 
@@ -87,7 +87,7 @@ def test_the_inner_loop_multiplies_and_adds_in_full_registers(rows: int, lanes: 
     products = count(words.multiply, body)
     assert products
     assert products == count(words.any_multiply, body), "a narrower one"
-    at_once = rx1.rows_at_once(rows, ISAS[level])
+    at_once = rx1_products.rows_at_once(rows, ISAS[level])
     assert products % (at_once * ISAS[level].passes(at_once, lanes)[1]) == 0
     if words.apart:
         assert not count(words.apart, body), "a product and a sum apart"
@@ -162,7 +162,7 @@ def test_a_transpose_is_cut_into_squares_that_fit_the_registers(level: str) -> N
 def test_activations_call_nothing(act: str, level: str) -> None:
     """SSE2 rounds no vector to integers and has no fused multiply-add: LLVM would call floorf and fmaf."""
     for rows, lanes in ((1, 1), (16, 1), (4, 16)):
-        script = rx1.kernel(rows, lanes, act, isa=ISAS[level])
+        script = rx1_products.kernel(rows, lanes, act, isa=ISAS[level])
         assert not re.search(WORDS[level].call, compile_module([script], level).inspect_source("asm"))
     if act == "none":
         text = compile_module([kernel("spa_attention_64", level)], level).inspect_source("asm")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import signal
 
-from spa_compiler.kernels import activation, rx1, sums, window
+from spa_compiler.kernels import activation, rx1, rx1_products, sums, window
 from spa_compiler.kernels.window import Window
 from tests.kernel_harness import assert_close, assert_untouched, call, guarded, output, sparse
 
@@ -226,6 +226,6 @@ def test_columns_that_are_a_pitch_apart_need_no_table(
 
 def test_few_lanes_have_no_window() -> None:
     with pytest.raises(ValueError, match="8 lanes"):
-        rx1.kernel(4, 8, "none", window=True)
+        rx1_products.kernel(4, 8, "none", window=True)
     with pytest.raises(ValueError, match="8 lanes"):
-        rx1.kernel(1, 8, "none", pitched=True)
+        rx1_products.kernel(1, 8, "none", pitched=True)
