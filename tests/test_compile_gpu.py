@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
+from rich.console import Console
 
 import spa_compiler
 from spa_compiler import compiler
@@ -19,10 +21,11 @@ from spa_compiler.graph.session import CPU, Feeds
 from spa_compiler.passes.recipe import from_command_line
 from spa_compiler.placement import gpu_choose
 from spa_compiler.placement.timer import Contender, CudaTimer
+from spa_compiler.report.console import sites
 from spa_compiler.targets import cuda, nvrtc
 from tests.cli.command import invoke
 from tests.folders import ARTIFACT, names
-from tests.networks import mlp
+from tests.networks import mlp, network, weight
 from tests.placement.gpu_forms import Rows
 
 WIDTH = 64
@@ -122,6 +125,26 @@ def test_a_dry_run_says_what_is_calculated(here: Path, monkeypatch: pytest.Monke
     report = compile(mlp(0.3, WIDTH), here / "out", target="cuda:sm_90", dry_run=True).report
     assert all(p.reason.startswith("would be unstructured rows, not measured") for p in report.placements)
     assert names(here) == set()
+
+
+def test_a_low_rank_layer_is_one_node_of_two_sites(here: Path) -> None:
+    rng = np.random.default_rng(0)
+    text = "g (float[3, 64] x) => (float[3, 64] y) { z = MatMul(x, v)  m = MatMul(z, u)  y = Relu(m) }"
+    given = network(text, v=weight(rng, WIDTH, 20), u=weight(rng, 20, WIDTH))
+    dry = compile(given, here / "out", target="cuda:sm_90", precision="fp16", dry_run=True).report
+    told = "not measured: by the model z, m together as low rank 32 take "
+    assert [p.reason.startswith(f"would be low rank 32, {told}") for p in dry.placements] == [True, True]
+    report = compile(given, here / "out", target="cuda:sm_90", precision="fp16", threads=1).report
+    assert [(p.node, p.n, p.k, p.form, p.pattern, p.region) for p in report.placements] == [
+        ("z", 20, WIDTH, "low rank", "dense", "ai.spa/m"),
+        ("m", WIDTH, 20, "low rank", "dense", "ai.spa/m"),
+    ]
+    assert all(p.reason.startswith(told) for p in report.placements)
+    assert report.checks
+    assert all(check.passed for check in report.checks)
+    console = Console(width=200, record=True, file=io.StringIO())
+    sites(report, console)
+    assert "low rank, in a region of 2 sites" in console.export_text()
 
 
 class HereTimer(CudaTimer):

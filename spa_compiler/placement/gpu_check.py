@@ -18,9 +18,11 @@ from spa_compiler.graph.half_kernels import ELEMENT
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.weights import array_of
 from spa_compiler.kernels.cuda.form import Dtype
+from spa_compiler.kernels.cuda.lowrank import LowRank
 from spa_compiler.placement.gpu_choose import GpuChoice
 from spa_compiler.placement.gpu_nodes import node_name, operator_of
 from spa_compiler.placement.nodes import DOMAIN
+from spa_compiler.runtime.gpu import NodeLayout
 
 
 def expanded(model: Model, choices: Sequence[GpuChoice]) -> Model:
@@ -30,7 +32,7 @@ def expanded(model: Model, choices: Sequence[GpuChoice]) -> Model:
         VerificationError: a node is not as its choice says.
     """
     twin = model.copy()
-    mine = {node_name(c.site): c for c in choices if c.form is not None}
+    mine = {node_name(c): c for c in choices if c.arrays is not None}
     nodes = [node for node in twin.graph.nodes if node.domain == DOMAIN]
     for node in nodes:
         choice = mine.pop(node.name, None)
@@ -51,18 +53,22 @@ def _expand(graph: gs.Graph, node: gs.Node, choice: GpuChoice) -> None:
     residual = rest.pop(0) if form.epilogue.residual else None
     names = list(form.form.arrays)
     arrays = {name: np.asarray(array_of(c)) for name, c in zip(names, rest[:-1], strict=True)}
-    weight = form.form.unpack(arrays, int(node.attrs["n"]), int(node.attrs["k"]), form.dtype)
+    n, k = int(node.attrs["n"]), int(node.attrs["k"])
+    if isinstance(form.form, LowRank):
+        up, down = form.form.factors(arrays, n, k, form.dtype)
+        weights = [down, up]
+    else:
+        weights = [form.form.unpack(arrays, n, k, form.dtype)]
     bias = np.asarray(array_of(rest[-1]), np.float32)
     node.inputs.clear()
     node.outputs.clear()
     build = _Builder(graph, node.name)
     rank = len(x.shape) if x.shape is not None else 4
     wide = build.cast(x, TensorProto.FLOAT, form.dtype)
-    if form.layout == "rows":
-        y = build("Add", [build("MatMul", [wide, build.constant(weight.T)]), build.constant(bias)])
-    else:
-        kernel = weight.reshape(*weight.shape, *[1] * (rank - 2))
-        y = build("Conv", [wide, build.constant(kernel), build.constant(bias)])
+    for weight in weights[:-1]:
+        wide = build.rounded(build.product(wide, weight, form.layout, rank), form.dtype)
+    along = bias if form.layout == "rows" else bias.reshape(-1, *[1] * (rank - 2))
+    y = build("Add", [build.product(wide, weights[-1], form.layout, rank), build.constant(along)])
     if residual is not None:
         y = build("Add", [y, build.cast(residual, TensorProto.FLOAT, form.dtype)])
     y = _activation(build, y, form.epilogue.act, _bounds(node.attrs))
@@ -88,6 +94,20 @@ class _Builder:
     def constant(self, values: np.ndarray) -> gs.Constant:
         self._count += 1
         return gs.Constant(f"{self._name}/{self._count}", np.asarray(values, np.float32, order="C"))
+
+    def product(self, x: gs.Tensor, weight: np.ndarray, layout: NodeLayout, rank: int) -> gs.Variable:
+        """`weight` [n, k] with x of `rank` axes."""
+        if layout == "rows":
+            return self("MatMul", [x, self.constant(weight.T)])
+        return self("Conv", [x, self.constant(weight.reshape(*weight.shape, *[1] * (rank - 2)))])
+
+    def rounded(self, tensor: gs.Variable, dtype: Dtype) -> gs.Variable:
+        """As a tensor of `dtype` between two operators would be."""
+        if dtype == "fp32":
+            return tensor
+        narrow = self("Cast", [tensor], to=ELEMENT[dtype])
+        narrow.dtype = ELEMENT[dtype]
+        return self("Cast", [narrow], to=int(TensorProto.FLOAT))
 
     def cast(self, tensor: gs.Tensor, to: int, dtype: Dtype) -> gs.Tensor:
         return tensor if dtype == "fp32" else self("Cast", [tensor], to=int(to))

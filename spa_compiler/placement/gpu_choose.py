@@ -18,11 +18,12 @@ import numpy as np
 
 from spa_compiler.errors import SpaError
 from spa_compiler.kernels.cuda import roofline
-from spa_compiler.kernels.cuda.form import LAUNCH_US, Arrays, Dtype, Epilogue, Form, Kernel, Layout, rounded
+from spa_compiler.kernels.cuda.form import F32, LAUNCH_US, Arrays, Dtype, Epilogue, Form, Kernel, Layout, rounded
 from spa_compiler.kernels.cuda.forms import FORMS
-from spa_compiler.placement.candidates import DENSE
+from spa_compiler.kernels.cuda.lowrank import LowRank
+from spa_compiler.placement.candidates import DENSE, LOW_RANK
 from spa_compiler.placement.choose import nothing_to_leave_out
-from spa_compiler.placement.gpu_sites import PIXEL
+from spa_compiler.placement.gpu_sites import PIXEL, Pair
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.sites import Site
 from spa_compiler.runtime.gpu import NodeLayout
@@ -65,7 +66,7 @@ class GpuForm:
     @property
     def pattern(self) -> str:
         """The zeros that it takes."""
-        return self.form.name.split()[0]
+        return DENSE if isinstance(self.form, LowRank) else self.form.name.split()[0]
 
     def kernel(self, tokens: int) -> Kernel:
         """What is launched for so many tokens."""
@@ -93,12 +94,21 @@ class GpuChoice:
     tokens: tuple[int, ...] = ()
     candidate: str = DENSE
     expected: float = 1.0
-    arrays: Arrays | None = None
+    arrays: Arrays | None = None  # of the node; None where it has none, or where `pair.up` has it
+    expected_us: tuple[float, ...] = ()  # by the model, as chosen, at each measured shape
+    pair: Pair | None = None  # the low-rank layer that became one node
 
     @property
     def kind(self) -> str:
-        """dense or sparse."""
-        return DENSE if self.form is None else "sparse"
+        """dense, sparse or low rank."""
+        if self.form is None:
+            return DENSE
+        return "sparse" if self.pair is None else LOW_RANK
+
+    @property
+    def home(self) -> Site:
+        """The site that the node is called after."""
+        return self.site if self.pair is None else self.pair.up
 
     @property
     def gain(self) -> float:
@@ -130,13 +140,10 @@ def candidates(
             arrays = form.pack(weight, dtype)
         except ValueError:  # it cannot hold this weight
             continue
-        variants = _variants(form, arrays, archs, dtype, layout, epilogue, (n, k))
+        variants = variants_of(form, arrays, archs, dtype, layout, epilogue, (n, k))
         if variants:
             own = GpuForm(form, dtype, node_layout(site), epilogue, variants)
-            costs = tuple(
-                mean([form.cost(a, own.kernel(t), arrays, n, k, t, images) for a in archs]) for t, images in sizes
-            )
-            found.append(Candidate(own, arrays, costs))
+            found.append(Candidate(own, arrays, costs_of(own, arrays, archs, (n, k), sizes)))
     return sorted(found, key=lambda c: mean(c.expected_us))
 
 
@@ -145,7 +152,20 @@ def node_layout(site: Site) -> NodeLayout:
     return "pixel" if site.layout == PIXEL else "planes" if site.layout == "planes" else "rows"
 
 
-def _variants(
+def costs_of(
+    own: GpuForm,
+    arrays: Arrays,
+    archs: Sequence[Architecture],
+    shape: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
+) -> tuple[float, ...]:
+    """Microseconds that a form should take at each of `sizes`, for a weight of `shape` [n, k]."""
+    return tuple(
+        mean([own.form.cost(a, own.kernel(t), arrays, *shape, t, images) for a in archs]) for t, images in sizes
+    )
+
+
+def variants_of(
     form: Form,
     arrays: Arrays,
     archs: Sequence[Architecture],
@@ -201,17 +221,26 @@ def calculated(
     sizes: Sequence[tuple[int, int]],
 ) -> GpuChoice:
     """The form that should be the fastest, if it should win by the margin; else dense."""
-    tokens = tuple(t * images for t, images in sizes)
+    tokens, n, k = tuple(t * images for t, images in sizes), site.n, site.k
+    dense = tuple(mean([dense_us(a, dtype, n, k, t, images) for a in archs]) for t, images in sizes)
     if not found:
-        return GpuChoice(site, None, f"not measured: {_why_none(site)}", tokens=tokens)
-    best, n, k = found[0], site.n, site.k
-    dense = [mean([dense_us(a, dtype, n, k, t, images) for a in archs]) for t, images in sizes]
+        return GpuChoice(site, None, f"not measured: {_why_none(site)}", tokens=tokens, expected_us=dense)
+    best = found[0]
     speed = mean([d / s for d, s in zip(dense, best.expected_us, strict=True)])
-    told = f"not measured: by the model {best.form.name} takes {_us(best.expected_us)} and cuBLAS {_us(dense)}"
-    told = f"{told}: {speed:.1f}x"
+    told = f"not measured: by the model {best.form.name} takes {in_words(best.expected_us)} "
+    told = f"{told}and cuBLAS {in_words(dense)}: {speed:.1f}x"
     if speed < MARGIN:
-        return GpuChoice(site, None, f"{told}; {MARGIN} is asked for", tokens=tokens)
-    return GpuChoice(site, best.form, told, tokens=tokens, candidate=best.form.name, expected=speed, arrays=best.arrays)
+        return GpuChoice(site, None, f"{told}; {MARGIN} is asked for", tokens=tokens, expected_us=dense)
+    return GpuChoice(
+        site,
+        best.form,
+        told,
+        tokens=tokens,
+        candidate=best.form.name,
+        expected=speed,
+        arrays=best.arrays,
+        expected_us=best.expected_us,
+    )
 
 
 def timed(
@@ -243,9 +272,16 @@ def check_packed(choice: GpuChoice) -> None:
     """
     if choice.form is None or choice.arrays is None:
         return
-    site, dtype = choice.site, choice.form.dtype
-    again = choice.form.form.unpack(choice.arrays, site.n, site.k, dtype)
-    if not np.array_equal(again, rounded(site.weight, dtype)):
+    site, form, dtype = choice.site, choice.form.form, choice.form.dtype
+    if isinstance(form, LowRank) and choice.pair is not None:
+        given: tuple[F32, ...] = (site.weight, choice.pair.down.weight)
+        again: tuple[F32, ...] = form.factors(choice.arrays, site.n, choice.pair.k, dtype)
+        rank = choice.pair.rank
+        held = not (again[0][:, rank:].any() or again[1][rank:].any())
+        again = again[0][:, :rank], again[1][:rank]
+    else:
+        given, again, held = (site.weight,), (form.unpack(choice.arrays, site.n, site.k, dtype),), True
+    if not held or not all(np.array_equal(a, rounded(g, dtype)) for a, g in zip(again, given, strict=True)):
         raise SpaError(
             f"{choice.form.name} does not hold the weight of {site.name} as it is",
             where=site.name,
@@ -257,7 +293,8 @@ def _why_none(site: Site) -> str:
     return nothing_to_leave_out(site) if site.density == 1 else "no form has a kernel for it"
 
 
-def _us(values: Sequence[float]) -> str:
+def in_words(values: Sequence[float]) -> str:
+    """Microseconds at each measured shape."""
     return " and ".join(f"{v:.1f}" for v in values) + " us"
 
 

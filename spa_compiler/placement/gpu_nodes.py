@@ -19,9 +19,9 @@ def operator_of(form: GpuForm) -> GpuOp:
     return operator(form.form, form.dtype, form.layout, form.epilogue, form.variants)
 
 
-def node_name(site: Site) -> str:
-    """Of the node that a site becomes."""
-    return f"{DOMAIN}/{site.name}"
+def node_name(choice: GpuChoice) -> str:
+    """Of the node that a site becomes, or is a part of."""
+    return f"{DOMAIN}/{choice.home.name}"
 
 
 def insert(model: Model, choices: Sequence[GpuChoice]) -> list[GpuOp]:
@@ -40,7 +40,7 @@ def insert(model: Model, choices: Sequence[GpuChoice]) -> list[GpuOp]:
         if choice.form is not None and choice.arrays is not None:
             op = operator_of(choice.form)
             ops[op.op_type] = op
-            _replace(model, nodes, choice.site, op, choice.arrays, choice.form)
+            _replace(model, nodes, choice, op, choice.arrays, choice.form)
     if ops:
         import_domain(model)
         model.graph.cleanup().toposort()
@@ -50,16 +50,19 @@ def insert(model: Model, choices: Sequence[GpuChoice]) -> list[GpuOp]:
 def _replace(
     model: Model,
     nodes: Mapping[str, gs.Node],
-    site: Site,
+    choice: GpuChoice,
     op: GpuOp,
     arrays: Mapping[str, np.ndarray],
     form: GpuForm,
 ) -> None:
-    inside = [nodes[node.name] for node in site.nodes]
+    site = choice.site
+    parts = [site] if choice.pair is None else [choice.pair.down, site]
+    first = parts[0]
+    inside = [nodes[node.name] for part in parts for node in part.nodes]
     maker = site.output.inputs[0]
     place = next(i for i, t in enumerate(maker.outputs) if t is site.output)
     result = nodes[maker.name].outputs[place]
-    inputs = [nodes[site.op.node.name].inputs[0]]
+    inputs = [nodes[first.op.node.name].inputs[0]]
     if site.residual is not None:
         inputs.append(_residual(site, nodes))
     inputs += [gs.Constant(f"{site.output.name}.{name}", values) for name, values in arrays.items()]
@@ -70,13 +73,23 @@ def _replace(
         node.outputs.clear()
     dead = {id(node) for node in inside}
     model.graph.nodes = [node for node in model.graph.nodes if id(node) not in dead]
-    attributes: dict[str, object] = {"site": site.name.encode()[:200].decode(errors="ignore"), "n": site.n, "k": site.k}
+    called = "+".join(part.name for part in parts)
+    attributes: dict[str, object] = {
+        "site": called.encode()[:200].decode(errors="ignore"),
+        "n": site.n,
+        "k": first.k,
+    }
     if op.bounded:
         attributes |= {"low": float(site.low), "high": float(site.high)}
-    node = gs.Node(op.op_type, node_name(site), attributes, inputs, [result], domain=DOMAIN)
+    node = gs.Node(op.op_type, node_name(choice), attributes, inputs, [result], domain=DOMAIN)
     model.graph.nodes.append(node)
     model.metadata.annotate(
-        node, {"spa.source": site.name, "spa.form": form.name, "spa.density": f"{site.density:.4f}"}
+        node,
+        {
+            "spa.source": called,
+            "spa.form": form.name,
+            "spa.density": ", ".join(f"{part.density:.4f}" for part in parts),
+        },
     )
 
 

@@ -18,12 +18,14 @@ from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.cuda.form import Dtype
 from spa_compiler.placement import gpu_nodes
 from spa_compiler.placement.gpu_choose import Candidate, GpuChoice, calculated, candidates, check_packed, timed
-from spa_compiler.placement.gpu_sites import find_gpu_sites, tokens_of
+from spa_compiler.placement.gpu_low_rank import Halves, joined
+from spa_compiler.placement.gpu_sites import Pair, find_gpu_sites, find_pairs, tokens_of
 from spa_compiler.placement.gpu_trial import GpuReferee
+from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.place import PORTABLE, SINGLE, SOURCE, Placed, Plan, contenders, winner
 from spa_compiler.placement.race import Race, compete
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.sites import Site
+from spa_compiler.placement.sites import Site, held
 from spa_compiler.placement.timer import Timer
 from spa_compiler.runtime.gpu import GpuLibrary, build
 from spa_compiler.runtime.link import link
@@ -81,8 +83,22 @@ def place_on_gpu(
             choices.append(calculated(site, found, archs, dtype, sizes))
         else:
             choices.append(_timed(referee, site, found, [shapes[site.source.name] for shapes in known], sizes))
-        check_packed(choices[-1])
         progress("choosing forms" if referee is None else "timing sites", i + 1, len(sites))
+
+    def ask(pair: Pair, one: Candidate, halves: Halves) -> Sequence[dict[str, Timing]]:
+        assert referee is not None
+        return referee.timings_of_pair(pair, one, halves, [shapes[pair.down.source.name] for shapes in known])
+
+    choices = joined(
+        choices,
+        find_pairs(sites, held(model.graph)),
+        archs,
+        dtype,
+        lambda pair: [tokens_of(pair.down, shapes) for shapes in known],
+        None if referee is None else ask,
+    )
+    for choice in choices:
+        check_packed(choice)
     placed.choices = choices
     plans = [portable]
     if any(choice.form is not None for choice in choices):
@@ -118,7 +134,7 @@ def _sparse(twin: Model, choices: Sequence[GpuChoice], target: Target, workspace
     own = twin.copy()
     operators = gpu_nodes.insert(own, choices)
     used = {c.site.name: c.form for c in choices if c.form is not None}
-    nodes = {c.site.name: gpu_nodes.node_name(c.site) for c in choices if c.form is not None}
+    nodes = {c.site.name: gpu_nodes.node_name(c) for c in choices if c.form is not None}
     plan = Plan(SINGLE, workspace / SINGLE.replace(" ", "-"), [], {}, nodes, used, operators)
     return _write(plan, own, target)
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
 
 from spa_compiler.graph.model import Model
 from spa_compiler.placement.heads import Shapes
 from spa_compiler.placement.regions import take_residual
-from spa_compiler.placement.sites import Refusal, Site, find_sites, held
+from spa_compiler.placement.sites import Refusal, Site, find_sites, held, only_reader
+from spa_compiler.placement.sums import other_operand
 
 PIXEL = "pixel"
 """Layout of a site for GPUs: images of one pixel, whatever the inputs' sizes are. [batch, k, 1, 1] lies in memory as
@@ -29,14 +33,15 @@ def find_gpu_sites(model: Model, kept: Mapping[str, str], known: Shapes) -> tupl
     """
     found, refusals = find_sites(model)
     outputs, taken = held(model.graph), set[int]()
+    reasons = [_unfit(site, known) or _stays(site, kept) for site in found]
+    refusals += [Refusal(site.op, reason) for site, reason in zip(found, reasons, strict=True) if reason]
+    fit = [site for site, reason in zip(found, reasons, strict=True) if not reason]
+    made = {id(site.output): site for site in fit}
     sites: list[Site] = []
-    for site in found:
-        reason = _unfit(site, known) or _stays(site, kept)
-        if reason:
-            refusals.append(Refusal(site.op, reason))
-            continue
+    for site in fit:
         whole, added = copy.copy(site), set(taken)
-        take_residual(whole, outputs, known, added)
+        if not _leaves_the_sum(site, made, outputs):
+            take_residual(whole, outputs, known, added)
         adds = [node for node in whole.nodes if any(t is whole.residual for t in node.inputs)]
         if _stays(whole, kept) or any(node.name in kept for node in adds):
             whole = site
@@ -46,6 +51,51 @@ def find_gpu_sites(model: Model, kept: Mapping[str, str], known: Shapes) -> tupl
             whole = dataclasses.replace(whole, layout=PIXEL)
         sites.append(whole)
     return sites, refusals
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A low-rank layer: y = up(down(x)), of which nothing but the last result is read elsewhere."""
+
+    down: Site
+    up: Site
+
+    @property
+    def n(self) -> int:
+        return self.up.n
+
+    @property
+    def k(self) -> int:
+        return self.down.k
+
+    @property
+    def rank(self) -> int:
+        return self.down.n
+
+
+def find_pairs(sites: Sequence[Site], outputs: Sequence[gs.Variable]) -> list[Pair]:
+    """Low-rank layers, disjoint, in topological order.
+
+    Between the products there is no bias, no activation and no other reader, and they do less work than their product
+    would.
+
+    Args:
+        sites: those of `find_gpu_sites`.
+        outputs: tensors that must stay (`sites.held`).
+    """
+    made = {id(site.output): site for site in sites}
+    found: list[Pair] = []
+    taken: set[int] = set()
+    for up in sites:
+        down = made.get(id(up.source))
+        if down is None or id(down) in taken or down.layout != up.layout:
+            continue
+        plain = len(down.nodes) == 1 and down.bias is None
+        less = down.n * (down.k + up.n) < down.k * up.n
+        if plain and less and only_reader(down.output, outputs) is up.op.node:
+            taken |= {id(down), id(up)}
+            found.append(Pair(down, up))
+    return found
 
 
 def tokens_of(site: Site, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
@@ -74,6 +124,15 @@ def _unfit(site: Site, known: Shapes) -> str:
     if min(ranks) < 2:
         return "its input has one axis"
     return ""
+
+
+def _leaves_the_sum(site: Site, made: Mapping[int, Site], outputs: Sequence[gs.Variable]) -> bool:
+    """Whether another site takes the Add: of two that are added, the one with zeros is likelier to become a node."""
+    found = other_operand(site, outputs)
+    other = None if found is None else made.get(id(found[1]))
+    if other is None or other is site or other_operand(other, outputs) is None:
+        return False
+    return other.density < 1 and site.density == 1
 
 
 def _one_pixel(site: Site) -> bool:

@@ -21,12 +21,13 @@ from spa_compiler.placement import timer
 from spa_compiler.placement.candidates import DENSE, layouts, stored_forms
 from spa_compiler.placement.choose import Choice, nothing_to_leave_out
 from spa_compiler.placement.gpu_choose import GpuChoice, GpuForm, calculated, candidates
-from spa_compiler.placement.gpu_sites import find_gpu_sites, tokens_of
+from spa_compiler.placement.gpu_low_rank import joined
+from spa_compiler.placement.gpu_sites import find_gpu_sites, find_pairs, tokens_of
 from spa_compiler.placement.guard import DENSE as GUARD_DENSE
 from spa_compiler.placement.guard import SPARSE as GUARD_SPARSE
 from spa_compiler.placement.guard import Guard
 from spa_compiler.placement.place import PORTABLE, SOURCE, Placed, chains_of
-from spa_compiler.placement.sites import Refusal, find_sites
+from spa_compiler.placement.sites import Refusal, find_sites, held
 from spa_compiler.placement.unmeasured import choose_unmeasured
 from spa_compiler.report.report import (
     ARTIFACT_RUNTIME,
@@ -190,9 +191,13 @@ def _plan_for_gpu(
     """What stays float32 in a model of 16 bits shows in a compilation alone."""
     sites, refusals = find_gpu_sites(model, {}, [shapes])
     archs = [architecture(name) for name in target.archs]
+    choices = []
     for site in sites:
         sizes = [tokens_of(site, shapes)]
-        choice = calculated(site, candidates(site, archs, dtype, sizes), archs, dtype, sizes)
+        choices.append(calculated(site, candidates(site, archs, dtype, sizes), archs, dtype, sizes))
+    pairs = find_pairs(sites, held(model.graph))
+    for choice in joined(choices, pairs, archs, dtype, lambda pair: [tokens_of(pair.down, shapes)]):
+        site = choice.site
         reason = f"would be {choice.candidate}, {choice.reason}"
         row = _row(site.name, site.op.kind, site.n, site.op.k, choice.tokens[0], site.density, reason)
         report.placements.append(msgspec.structs.replace(row, pattern=_pattern(site.density, choice.form)))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,21 @@ from spa_compiler.graph import shapes
 from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.precision import convert
-from spa_compiler.graph.rounding import in_types, outputs
+from spa_compiler.graph.rounding import outputs
 from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.cuda.form import DTYPES, Dtype
 from spa_compiler.placement import gpu_choose, gpu_trial
 from spa_compiler.placement.candidates import DENSE
 from spa_compiler.placement.gpu_check import expanded
 from spa_compiler.placement.gpu_choose import candidates, dense_us, timed
-from spa_compiler.placement.gpu_nodes import insert
-from spa_compiler.placement.gpu_place import place_on_gpu
 from spa_compiler.placement.gpu_sites import find_gpu_sites, tokens_of
-from spa_compiler.placement.measure import LEAST_ROUNDS, Timing
+from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.place import PORTABLE, SINGLE, SOURCE, Placed
-from spa_compiler.placement.records import Records
-from spa_compiler.placement.timer import Contender, Machine, this_machine
-from spa_compiler.targets import parse
 from spa_compiler.targets.cuda import architecture
 from tests.networks import mlp, model_of, network, weight
 from tests.placement.gpu_forms import Rows
+from tests.placement.gpu_placing import WIDTH, Clock, chosen, placed
 
-WIDTH = 64
 SM90 = architecture("sm_90")
 RNG = np.random.default_rng(0)
 
@@ -84,20 +78,6 @@ FEEDS: dict[Any, Feeds] = {
 @pytest.fixture(autouse=True)
 def _one_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_choose, "FORMS", (Rows(),))
-
-
-def chosen(model: Model, feed: Feeds, dtype: Dtype) -> tuple[Model, list[gpu_choose.GpuChoice]]:
-    """The model with every site that can be one as a node, and what was chosen."""
-    twin = convert(model, None if dtype == "fp32" else dtype)
-    known = shapes.fixed_at(model, [feed])
-    sites, _ = find_gpu_sites(model, {} if dtype == "fp32" else twin.kept, known)
-    choices = []
-    for site in sites:
-        sizes = [tokens_of(site, known[0])]
-        choices.append(gpu_choose.calculated(site, candidates(site, [SM90], dtype, sizes), [SM90], dtype, sizes))
-    own = twin.model.copy()
-    insert(own, choices)
-    return own, choices
 
 
 # ---- sites and nodes ----
@@ -252,73 +232,6 @@ def test_a_form_that_loses_a_weight_is_seen(tmp_path: Path, monkeypatch: pytest.
 
 
 # ---- whole models ----
-
-
-class Clock:
-    """A timer whose times are given: microseconds of dense ones, and of what has nodes of ours."""
-
-    def __init__(self, dense: float, ours: float) -> None:
-        self._times, self.asked = (dense, ours), list[list[str]]()
-
-    @property
-    def machine(self) -> Machine:
-        return this_machine()
-
-    def held(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def rest(self) -> None:
-        pass
-
-    def time(
-        self,
-        contenders: Mapping[str, Contender],
-        feeds: Feeds,
-        threads: int,
-        budget_s: float,
-        least_rounds: int = LEAST_ROUNDS,
-        stays: Collection[str] | None = None,
-    ) -> dict[str, Timing]:
-        self.asked.append(list(contenders))
-        found = {}
-        for name, each in contenders.items():
-            proto = onnx.load(each.model) if isinstance(each.model, Path) else onnx.load_from_string(each.model)
-            assert {v.name: v.type.tensor_type.elem_type for v in proto.graph.input} == {
-                n: onnx.helper.np_dtype_to_tensor_dtype(v.dtype) for n, v in feeds.items()
-            }
-            ours = any(node.domain == "ai.spa" for node in proto.graph.node)
-            assert not ours or each.library is not None
-            us = self._times[ours]
-            found[name] = Timing(us, us, us, 7)
-        return found
-
-    def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
-        raise AssertionError("placing takes times, and asks for no outputs")
-
-
-def placed(
-    folder: Path,
-    proto: onnx.ModelProto,
-    timer: Any = None,
-    dtype: Dtype = "fp16",
-    archs: str = "sm_90",
-    shape: tuple[int, ...] = (1, 3, WIDTH),
-) -> Placed:
-    source = folder / "source.onnx"
-    onnx.save(proto, source)
-    model = load(source)
-    shapes.infer(model)
-    twin = convert(model, None if dtype == "fp32" else dtype, model)
-    workspace = next(p for i in itertools.count() if not (p := folder / f"work{i}").exists())
-    workspace.mkdir()
-    book = Records(folder / "records.sqlite", {"gpu": "this one"})
-    feeds = [in_types(twin.model, {"x": np.ones(shape, np.float32)})]
-    try:
-        return place_on_gpu(
-            model, twin, dtype, source, feeds, parse(f"cuda:{archs}"), book, workspace, lambda *_: None, timer=timer
-        )
-    finally:
-        book.close()
 
 
 def test_without_a_gpu_the_model_decides_and_says_so(tmp_path: Path) -> None:

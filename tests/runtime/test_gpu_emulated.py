@@ -7,19 +7,26 @@ import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from spa_compiler.graph.precision import convert
+from spa_compiler.graph.rounding import outputs
+from spa_compiler.graph.weights import array_of
 from spa_compiler.kernels.cuda import arrays as packed
 from spa_compiler.kernels.cuda import form as contract
 from spa_compiler.kernels.cuda.blocks import Blocks
 from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel, Layout, from_bits, rounded, to_bits
 from spa_compiler.kernels.cuda.forms import FORMS, LOSSY
+from spa_compiler.placement.gpu_nodes import operator_of
 from spa_compiler.runtime.gpu import BOUNDED, Code, GpuLibrary, GpuOp, NodeLayout, operator
 from spa_compiler.targets.cuda import architecture
 from tests.cuda_emulator import emulator
 from tests.gpu_harness import Node, Operator, Refused, Tensor, build, driver, in_child, register
+from tests.networks import model_of, weight
+from tests.placement.gpu_placing import chosen as chosen_by_the_model
 
 ARCH = architecture("sm_90")
 Case = tuple[Dtype, NodeLayout, Epilogue]
@@ -55,11 +62,16 @@ def operators(form: Form, cases: Sequence[Case], tokens: Sequence[int]) -> dict[
     ops = {case: operator(form, *case, variants) for case in cases if (variants := chosen(form, case, tokens))}
     if not ops:
         return {}
-    kernels = tuple(dict.fromkeys(v.kernel for op in ops.values() for v in op.variants))
+    there = registered(list(ops.values()))
+    return {case: (op, there[op.op_type, "CUDAExecutionProvider"]) for case, op in ops.items()}
+
+
+def registered(ops: Sequence[GpuOp]) -> dict[tuple[str, str], Operator]:
+    """By operator and provider, from a library whose code is the kernels for the emulator."""
+    kernels = tuple(dict.fromkeys(v.kernel for op in ops for v in op.variants))
     path = emulator.library(kernels)._name
     codes = {kernel.name: [Code("sm_90", f"emulate {path} {kernel.name}\0".encode())] for kernel in kernels}
-    there = register(build(GpuLibrary(tuple(ops.values()), ("sm_90",), codes), Path(tempfile.mkdtemp())))
-    return {case: (op, there[op.op_type, "CUDAExecutionProvider"]) for case, op in ops.items()}
+    return register(build(GpuLibrary(tuple(ops), ("sm_90",), codes), Path(tempfile.mkdtemp())))
 
 
 def drawn(form: Form, dtype: Dtype, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -72,6 +84,37 @@ def drawn(form: Form, dtype: Dtype, rng: np.random.Generator) -> tuple[np.ndarra
         except ValueError:
             continue
     raise AssertionError(f"{form.name} holds neither")
+
+
+def called(
+    there: Operator,
+    attributes: Mapping[str, Any],
+    constants: Sequence[np.ndarray],
+    activations: Sequence[np.ndarray | None],
+    dtype: Dtype,
+    seed: int,
+) -> np.ndarray:
+    """A node, made, called and ended: x and the residual as floats, and so is the result."""
+    weights = [emulator.guarded(a) for a in constants]
+    given = [emulator.guarded(to_bits(v, dtype)) for v in activations if v is not None]
+
+    def allocate(dims: tuple[int, ...]) -> np.ndarray:
+        y = emulator.guarded(to_bits(np.full(dims, np.nan, np.float32), dtype))
+        driver().emulate_on([*weights, *given, y], seed)
+        return y
+
+    driver().reset()
+    driver().fake_pointers(len(constants) + 3)
+    held = [Tensor.of(w, constant=True) for w in weights]
+    made = there.create(Node({"site": "s", **attributes}, [Tensor(None)] * len(given) + held))
+    try:
+        bits = there.compute(made, Node(inputs=[Tensor.of(v) for v in given], allocate=allocate))
+    except Refused as error:
+        raise AssertionError(f"{attributes}: {driver().fake_message()}") from error
+    y = from_bits(bits.copy(), dtype)
+    there.destroy(made)
+    driver().assert_clean()
+    return y
 
 
 def run(operators: Mapping[Case, tuple[GpuOp, Operator]], form: Form, case: Case, tokens: int) -> None:
@@ -93,27 +136,7 @@ def run(operators: Mapping[Case, tuple[GpuOp, Operator]], form: Form, case: Case
     x, residual = activations(k), activations(n) if epilogue.residual else None
     bounds = {"low": -0.75, "high": 0.5} if epilogue.act in BOUNDED else {}
 
-    weights = [emulator.guarded(a) for a in (*arrays.values(), bias)]
-    given = [emulator.guarded(to_bits(v, dtype)) for v in (x, residual) if v is not None]
-
-    def allocate(dims: tuple[int, ...]) -> np.ndarray:
-        y = emulator.guarded(to_bits(np.full(dims, np.nan, np.float32), dtype))
-        driver().emulate_on([*weights, *given, y], tokens)
-        return y
-
-    driver().reset()
-    driver().fake_pointers(len(arrays) + 4)
-    constants = [Tensor.of(w, constant=True) for w in weights]
-    made = there.create(
-        Node({"site": "s", "n": n, "k": k, **bounds}, [Tensor(None)] * (1 + epilogue.residual) + constants)
-    )
-    try:
-        bits = there.compute(made, Node(inputs=[Tensor.of(v) for v in given], allocate=allocate))
-    except Refused as error:
-        raise AssertionError(f"{case}: {driver().fake_message()}") from error
-    y = from_bits(bits.copy(), dtype)
-    there.destroy(made)
-    driver().assert_clean()
+    y = called(there, {"n": n, "k": k, **bounds}, (*arrays.values(), bias), (x, residual), dtype, tokens)
 
     stored = form.unpack(arrays, n, k, dtype)
     low, high = bounds.get("low", 0.0), bounds.get("high", 0.0)
@@ -146,3 +169,40 @@ def test_all_types_layouts_and_variants(form: int) -> None:
     for case in cases:
         for tokens in TOKENS:
             run(cases, ALL[form], case, tokens)
+
+
+LAYERS = {
+    "rows": """layer (float[1,"t",64] x, float[1,"t",72] other) => (float[1,"t",72] y) {
+        z = MatMul(x, v)  m = MatMul(z, u)  a = Add(m, b)  r = Add(other, a)  y = Relu(r) }""",
+    "pixel": """squeeze (float["t",64,1,1] x, float["t",72,1,1] other) => (float["t",72,1,1] y) {
+        z = Conv(x, v)  m = Conv(z, u, b)  r = Add(m, other)  y = Relu(r) }""",
+}
+
+
+@pytest.mark.parametrize("layout", LAYERS)
+@in_child
+def test_a_low_rank_layer_of_a_model_runs_as_one_node(layout: NodeLayout) -> None:
+    rng = np.random.default_rng(7)
+    v, u, b = weight(rng, 64, 20), weight(rng, 20, 72), rng.standard_normal(72).astype(np.float32)
+    if layout == "pixel":
+        v, u = v.T[:, :, None, None], u.T[:, :, None, None]
+    model = model_of(LAYERS[layout], v=v, u=u, b=b)
+
+    def feed(tokens: int) -> dict[str, np.ndarray]:
+        shapes = {"rows": lambda f: (1, tokens, f), "pixel": lambda f: (tokens, f, 1, 1)}
+        drawn = {name: rng.standard_normal(shapes[layout](f), np.float32) for name, f in (("x", 64), ("other", 72))}
+        return {name: rounded(values, "fp16") for name, values in drawn.items()}
+
+    own, choices = chosen_by_the_model(model, feed(3))
+    (node,) = (node for node in own.graph.nodes if node.domain == "ai.spa")
+    (op,) = {operator_of(choice.form) for choice in choices if choice.form is not None}
+    assert (op.op_type, op.layout, op.form) == (node.op, layout, "low rank 32")
+    there = registered([op])[op.op_type, "CUDAExecutionProvider"]
+    constants = [array_of(tensor) for tensor in node.inputs[2:]]
+    for tokens in (3, 13, 40):
+        given = feed(tokens)
+        (want,) = outputs(convert(model, "fp16").model, [given])
+        got = called(there, node.attrs | {"site": "s"}, constants, (given["x"], given["other"]), "fp16", tokens)
+        assert got.shape == want["y"].shape
+        assert np.abs(got - want["y"]).max() <= 2e-3 * np.abs(want["y"]).max()
+        assert driver().launched()["name"] == f"spa_low_rank_fp16_32_{8 if tokens <= 8 else 16}_relu_residual"

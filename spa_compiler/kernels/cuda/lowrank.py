@@ -14,9 +14,9 @@
 Every block computes all of V x for itself: its warps share k, their sums meet in shared memory, where V x is rounded to
 the model's type, as a tensor between two operators would be. Then a warp has a strip of U. That is a launch less, and
 between (rank + tokens) k numbers from L2 for each block: the faster way as long as these arrive within what a launch
-takes, on an H200 for (rank + tokens) k up to some 65 000 numbers of 16 bits. Beyond, two operators are faster
-(`unfused` estimates them), and larger ranks have no kernel here. A weight that is sparse + low rank is a sparse kernel
-without an activation, whose output is the residual here.
+takes, on an H200 for (rank + tokens) k up to some 65 000 numbers of 16 bits. Beyond, two operators are faster, which
+`placement/gpu_low_rank.py` compares, and larger ranks have no kernel here. A weight that is sparse + low rank is two
+nodes: a sparse kernel with bias and activation, whose residual is the result of this one.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ class LowRank:
             Array("u", "uint32", (Extent(rows=16), Extent(chunks * 64), Extent(4))),
         )
 
+    def stored(self, weight: F32) -> float:
+        """Both factors, as a share of `weight` [n, k]."""
+        n, k = weight.shape
+        return float(self.rank * (n + k) / (n * k))
+
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] by its singular vectors, each factor with the roots of the singular values.
 
@@ -145,13 +150,6 @@ class LowRank:
         each = 4 if "_fp32_" in kernel.name else 2
         fetched = arrays["v"].nbytes + min(tokens, kernel.tile_tokens) * k * each
         return microseconds(arch, kernel.grid(n, tokens), arrays["u"].nbytes, fetched, 0)
-
-
-def unfused(arch: Architecture, n: int, k: int, rank: int, tokens: int, dtype: Dtype) -> float:
-    """Microseconds of V x and U (V x) as two dense operators, which spread over as many blocks as they like."""
-    each = size(dtype)
-    grid = (1, arch.sms, 1)
-    return sum(microseconds(arch, grid, rank * side * each, tokens * side * each / arch.sms, 0) for side in (k, n))
 
 
 def fragments(values: F32, dtype: Dtype, width: int = 0) -> NDArray[np.uint32]:
