@@ -114,22 +114,28 @@ def activate(y: np.ndarray, act: str, low: float, high: float) -> np.ndarray:
 
 def worst(
     got: np.ndarray,
-    weight: np.ndarray,
+    factors: Sequence[np.ndarray],
     x: np.ndarray,
     bias: np.ndarray,
     residual: np.ndarray | None,
     case: dict[str, Any],
 ) -> float:
-    """The largest error, as a part of what is allowed: above 1, or NaN, is wrong."""
-    planes = case["layout"] == "planes"
-    w, x64 = weight.astype(np.float64), x.astype(np.float64)
+    """The largest error, as a part of what is allowed: above 1, or NaN, is wrong.
+
+    `factors` are the weight, or two of low rank, the first one that x meets first; what is between them is rounded."""
+    planes, dtype = case["layout"] == "planes", case["dtype"]
     bias64 = bias.astype(np.float64)[:, None] if planes else bias.astype(np.float64)
     product = (lambda a, b: np.matmul(a, b)) if planes else (lambda a, b: np.matmul(b, a.T))
-    y, sizes = product(w, x64) + bias64, product(abs(w), abs(x64)) + abs(bias64)
+    y, sizes, off = x.astype(np.float64), abs(x.astype(np.float64)), 0.0
+    for i, w in enumerate(factor.astype(np.float64) for factor in factors):
+        if i:
+            off = product(abs(w), (OWN[dtype] + PRODUCTS[dtype]) * abs(y))
+        y, sizes = product(w, y), product(abs(w), sizes)
+    y, sizes = y + bias64, sizes + abs(bias64)
     if residual is not None:
         y, sizes = y + residual, sizes + abs(residual)
-    want, dtype = activate(y, case["act"], case["low"], case["high"]), case["dtype"]
-    allowed = OWN[dtype] * abs(want) + STEEPEST * PRODUCTS[dtype] * sizes + ABSOLUTE
+    want = activate(y, case["act"], case["low"], case["high"])
+    allowed = OWN[dtype] * abs(want) + STEEPEST * (PRODUCTS[dtype] * sizes + off) + ABSOLUTE
     part = abs(got - want) / allowed
     return float("nan") if np.isnan(part).any() else float(part.max())
 
@@ -365,11 +371,12 @@ class Runner:
         n, k, tokens, batch, dtype = (case[name] for name in ("n", "k", "tokens", "batch", "dtype"))
         rows = case["layout"] == "rows"
         shapes = [(tokens, k), (tokens, n)] if rows else [(batch, k, tokens), (batch, n, tokens)]
-        weight = self.archive.array(case["weight"]) if "stored" in case["weight"] else weight_of(case["weight"])
+        hows = case["weight"] if isinstance(case["weight"], list) else [case["weight"]]
+        factors = [self.archive.array(how) if "stored" in how else weight_of(how) for how in hows]
         x, bias = numbers(seed, shapes[0], 128), numbers(seed + 2, (n,))
         residual = numbers(seed + 3, shapes[1], 128) if case["residual"] else None
         y = to_bits(np.full(shapes[1], np.nan, np.float32), dtype)
-        inputs = [self.archive.array(spec, weight) for spec in case["arrays"]] + [to_bits(x, dtype), bias]
+        inputs = [self.archive.array(spec, factors[-1]) for spec in case["arrays"]] + [to_bits(x, dtype), bias]
         pointers = [self.gpu.upload(array) for array in inputs]
         owned = list(pointers)
         pointers.append(0 if residual is None else self.gpu.upload(to_bits(residual, dtype)))
@@ -379,7 +386,7 @@ class Runner:
         got = from_bits(self.gpu.download(pointers[-1], y), dtype)
         for pointer in owned:
             self.gpu.free(pointer)
-        return worst(got, weight, x, bias, residual, case)
+        return worst(got, factors, x, bias, residual, case)
 
     def parity(self, show: Callable[[str], None]) -> list[dict[str, Any]]:
         """Every case; a line for each that is wrong, and one for each form and dtype."""
@@ -481,7 +488,7 @@ class Runner:
         some = np.unique(np.linspace(0, tokens - 1, min(tokens, 64)).astype(int))
         case = {"layout": "rows", "dtype": "fp16", "act": "none", "low": 0.0, "high": 0.0}
         x = numbers(7, (tokens, layer["k"]))
-        part = worst(got[np.ix_(some, rows)], known, x[some], np.zeros(len(rows)), None, case)
+        part = worst(got[np.ix_(some, rows)], [known], x[some], np.zeros(len(rows)), None, case)
         if not part <= 1:
             raise DriverError(
                 f"{candidate['kernel']} computes what is wrong at {layer['n']} x {layer['k']}: {part:.3g} of what is allowed"

@@ -30,6 +30,7 @@ from spa_compiler.kernels.cuda.blocks import Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import DTYPES, LAYOUTS, Arrays, Dtype, Epilogue, Form, Kernel, Layout
 from spa_compiler.kernels.cuda.forms import FORMS, LOSSY
+from spa_compiler.kernels.cuda.lowrank import RANKS, LowRank
 from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.source import source
 from spa_compiler.kernels.cuda.two_four import TwoFour
@@ -93,8 +94,7 @@ class Packer:
         packed: dict[Any, Any],
     ) -> None:
         """One launch whose result is compared; `packed` has the weights that were packed before."""
-        n, k, tokens = shape
-        self.kernels[kernel.name] = kernel
+        n, k, _ = shape
         block = form.size if isinstance(form, Blocks) else 1
         how = recipe(n, k, 0.3, block, 77, 64) | ({"two_of_four": True} if isinstance(form, TwoFour) else {})
         key = (form, dtype, n, k)
@@ -103,7 +103,22 @@ class Packer:
             kept = [self.store(arrays[name]) for name in form.arrays]
             weight = self.store(form.unpack(arrays, n, k, dtype)) if form in LOSSY else how
             packed[key] = kept, weight
-        kept, weight = packed[key]
+        self._case(form, kernel, dtype, layout, epilogue, shape, *packed[key])
+
+    def _case(
+        self,
+        form: Form,
+        kernel: Kernel,
+        dtype: Dtype,
+        layout: Layout,
+        epilogue: Epilogue,
+        shape: tuple[int, int, int],
+        kept: list[dict[str, Any]],
+        weight: Any,
+    ) -> None:
+        """`kept` are the packed arrays, `weight` what they hold, or a list of two factors, that which x meets first."""
+        n, k, tokens = shape
+        self.kernels[kernel.name] = kernel
         said = {"form": form.name, "kernel": kernel.name, "dtype": dtype, "layout": layout, "act": epilogue.act}
         said |= {
             "residual": epilogue.residual,
@@ -134,6 +149,17 @@ class Packer:
                     if variant not in seen:
                         seen.add(variant)
                         self.case(form, kernel, dtype, layout, epilogue, shape, packed)
+
+    def low_rank(self, ranks: Sequence[int], dtypes: Sequence[Dtype], shapes: Sequence[tuple[int, int, int]]) -> None:
+        """Two factors in one kernel: every rank and type, with each number of tokens that there is a kernel for."""
+        turn = itertools.count()
+        for rank, dtype, (n, k, tokens) in itertools.product(ranks, dtypes, shapes):
+            form, epilogue = LowRank(rank), EPILOGUES[next(turn) % len(EPILOGUES)]
+            v, u = recipe(rank, k, 1.0, 1, 78, 64), recipe(n, rank, 1.0, 1, 79, 64)
+            for kernel in form.kernels(architecture("sm_90"), dtype, "rows", epilogue, tokens):
+                arrays = form.pack_factors(weight_of(u), weight_of(v), dtype)
+                kept = [self.store(arrays[name]) for name in form.arrays]
+                self._case(form, kernel, dtype, "rows", epilogue, (n, k, tokens), kept, [v, u])
 
     # ---- bars ----
 
@@ -236,6 +262,7 @@ def everything() -> Packer:
     """What `make cuda-kernels` packs."""
     packer = Packer()
     packer.matrix([*FORMS, *LOSSY], DTYPES, LAYOUTS, SHAPES)
+    packer.low_rank(RANKS, DTYPES, SHAPES)
     for density, wants in ((0.1, 3.0), (0.2, 1.7)):
         layer = packer.block_layer(4096, 4096, density, seed=1)
         packer.bar(f"fp16 4096^3, 32x32 blocks, {100 * (1 - density):.0f} % zeros", wants, 4096, [layer])

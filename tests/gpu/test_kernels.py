@@ -18,6 +18,7 @@ from spa_compiler.kernels.cuda import form as contract
 from spa_compiler.kernels.cuda.blocks import Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import DTYPES, Kernel
+from spa_compiler.kernels.cuda.lowrank import LowRank
 from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.two_four import TwoFour
 from tests.cuda_emulator import emulator
@@ -33,6 +34,7 @@ def packer() -> pack.Packer:
     made = pack.Packer()
     made.matrix(FORMS, ("fp16", "bf16"), ("rows", "planes"), SHAPES)
     made.matrix(FORMS[:2], ("fp32",), ("rows",), SHAPES[1:])
+    made.low_rank((16,), ("fp32", "bf16"), SHAPES[1:])
     layer = made.block_layer(64, 96, 0.5, seed=1, count=2, rotate=True)
     layer["candidates"] = [c for c in layer["candidates"] if c["kernel"].startswith("spa_blocks32_32x")]
     made.bar("blocks", 2.0, 20, [layer, layer | {"count": 3}])
@@ -75,7 +77,7 @@ def test_parity_and_bars_run_through_the_driver(archive: Path, driver: Path, tmp
     report = json.loads((tmp_path / "report.json").read_text())
     cases = json.loads(zipfile.ZipFile(archive).read("manifest.json"))["cases"]
     assert [r["status"] for r in report["parity"]] == ["ok"] * len(cases)
-    assert {(r["form"], r["dtype"]) for r in report["parity"]} >= {(f.name, "bf16") for f in FORMS}
+    assert {(r["form"], r["dtype"]) for r in report["parity"]} >= {(f.name, "bf16") for f in (*FORMS, LowRank(16))}
     assert {"rows", "planes"} == {r["layout"] for r in report["parity"]}
     assert [bar["bar"] for bar in report["bars"]] == ["blocks", "few", "four bits"]
     first = report["bars"][0]
@@ -85,7 +87,7 @@ def test_parity_and_bars_run_through_the_driver(archive: Path, driver: Path, tmp
 
 
 def test_a_wrong_result_is_found(archive: Path, driver: Path, tmp_path: Path) -> None:
-    """A weight that is another one than the archive says."""
+    """Weights that are others than the archive says."""
     wrong = tmp_path / "wrong.zip"
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(wrong, "w") as new:
         for name in old.namelist():
@@ -94,12 +96,13 @@ def test_a_wrong_result_is_found(archive: Path, driver: Path, tmp_path: Path) ->
                 manifest = json.loads(content)
                 for case in manifest["cases"][:1]:
                     case["weight"] = case["weight"] | {"seed": 5}
+                manifest["cases"][-1]["weight"][0]["seed"] += 1
                 manifest["bars"][1]["layers"][0]["weight"]["seed"] += 1
                 content = json.dumps(manifest).encode()
             new.writestr(name, content)
     done = run(wrong, "--driver", driver, "--rounds", 1)
     assert done.returncode == 1
-    assert done.stdout.count("WRONG") == 1
+    assert done.stdout.count("WRONG") == 2
     assert "FAILED: few" in done.stdout
     assert "FAILED: blocks" not in done.stdout
 
