@@ -35,9 +35,10 @@ from spa_compiler.graph.session import CPU, CUDA, open_session, runtime
 from spa_compiler.passes.recipe import Recipe
 from spa_compiler.passes.restore import restore
 from spa_compiler.placement.gpu_place import place_on_gpu
+from spa_compiler.placement.gpu_timer import CudaTimer
 from spa_compiler.placement.place import Placed, place
 from spa_compiler.placement.records import Records
-from spa_compiler.placement.timer import CudaTimer, LocalTimer, Timer
+from spa_compiler.placement.timer import LocalTimer, Timer
 from spa_compiler.report import assemble, console
 from spa_compiler.report.report import Report
 from spa_compiler.runtime.link import link
@@ -293,7 +294,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 def _timer(tune_rpc: str | None, target: str) -> Timer:
     """What takes the times. The module that opens connections is not even loaded unless they are asked for."""
-    gpu = target.strip().lower().startswith("cuda")
+    gpu = _wants_gpu(target)
     if not tune_rpc:
         return CudaTimer() if gpu else LocalTimer()
     from spa_compiler.placement.remote import RemoteTimer
@@ -301,22 +302,34 @@ def _timer(tune_rpc: str | None, target: str) -> Timer:
     return RemoteTimer(tune_rpc, gpu=gpu)
 
 
+def _wants_gpu(target: str) -> bool:
+    return target.strip().lower().startswith("cuda")
+
+
 def _goal(
     target: str, timer: Timer, tune_rpc: str | None, precision: Precision | None, dry_run: bool
 ) -> targets.Target:
     """What to compile for, which the machine that takes the times has to run."""
     machine = timer.machine
+    if tune_rpc and _wants_gpu(target) and not machine.gpu_arch:
+        raise UsageError(
+            "the machine that is to take the times has no NVIDIA GPU that ONNX Runtime uses",
+            where=f"--tune-rpc {tune_rpc}",
+            fix="spa-tune-server wants onnxruntime-gpu and NVIDIA's driver there. Without --tune-rpc, nothing is "
+            "timed, and an architecture such as cuda:sm_90 needs no GPU",
+        )
     goal = targets.parse(target, machine.isa, machine.gpu_arch if tune_rpc else None)
     if goal.kind == "cuda":
         # A GPU that ONNX Runtime cannot use takes no times.
         goal = dataclasses.replace(goal, host_runs=goal.host_runs and bool(machine.gpu_arch))
     if tune_rpc and not goal.host_runs:
         raise UsageError(
-            f"the machine that is to take the times does not run {goal}, it is an {machine.gpu or machine.isa}",
+            f"the machine that is to take the times does not run {goal}, it is an "
+            + (machine.isa if goal.kind == "cpu" else f"{machine.gpu_arch} ({machine.gpu})"),
             where=f"--tune-rpc {tune_rpc}",
             fix="Leave --target out to compile for that machine"
             if goal.kind == "cpu"
-            else "It needs an NVIDIA GPU of that architecture, and onnxruntime-gpu",
+            else "Write --target cuda to compile for its GPU",
         )
     if goal.kind == "cpu" and precision not in (None, "f32"):
         raise UsageError(

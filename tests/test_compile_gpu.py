@@ -16,17 +16,17 @@ import spa_compiler
 from spa_compiler import compiler
 from spa_compiler.cli.compile import main
 from spa_compiler.compiler import compile
-from spa_compiler.errors import EnvironmentFault, UsageError
-from spa_compiler.graph.session import CPU, Feeds
+from spa_compiler.errors import EnvironmentFault, UsageError, VerificationError
 from spa_compiler.passes.recipe import from_command_line
-from spa_compiler.placement import gpu_choose
-from spa_compiler.placement.timer import Contender, CudaTimer
+from spa_compiler.placement import gpu_choose, gpu_place
 from spa_compiler.report.console import sites
+from spa_compiler.report.report import read as read_report
 from spa_compiler.targets import cuda, nvrtc
 from tests.cli.command import invoke
 from tests.folders import ARTIFACT, names
 from tests.networks import mlp, network, weight
 from tests.placement.gpu_forms import Rows
+from tests.placement.gpu_stand_in import SlowTogether, StandIn, Wrong, device
 
 WIDTH = 64
 
@@ -97,6 +97,73 @@ def test_an_artifact_is_placed_anew_as_it_is(here: Path) -> None:
     assert [n.op_type for n in after.graph.node] == [n.op_type for n in before.graph.node]
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_where_there_is_a_gpu_an_artifact_is_placed_anew_by_time(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `spa-compile out --target cuda` does it, from its own folder; what was not measured is, now."""
+    compile(mlp(0.3, WIDTH), here / "out", target="cuda:sm_80", precision="fp16", shapes=["x=2,3,64"])
+    first, source = onnx.load(here / "out" / "portable.onnx"), json.loads((here / "out" / "manifest.json").read_text())
+    monkeypatch.setattr(compiler, "CudaTimer", StandIn)
+    monkeypatch.setattr(cuda, "device", device)
+    monkeypatch.setattr(gpu_place, "_RACE_S", 0.05)
+    done = invoke(main, "out", "--target", "cuda")
+    assert done.exit_code == 0, done.stderr
+    target = here / "out"
+    assert names(target) == ARTIFACT
+    told = json.loads((target / "manifest.json").read_text())
+    assert (told["target"], told["isa"], told["measured"]) == ("cuda:sm_90", "sm_90", True)
+    assert told["source"] == source["source"]
+    again = read_report(target)
+    assert (again.machine.gpu, again.shapes, again.asked.target) == ("Stand-in", ["2x3x64"], "cuda:sm_90")
+    assert [(p.form, "x over dense as unstructured rows" in p.reason) for p in again.placements] == [
+        ("sparse", True)
+    ] * 2
+    assert {p.runtime for p in again.race} == {"onnxruntime", "portable", "spa"}
+    assert again.ratios[0].ratio > 1
+    assert not any("no kernel was run" in note for note in again.notes)
+    assert len(again.checks) == 2 * len(first.graph.output) * 2  # on the CPU and on the GPU, at two shapes
+    assert all(check.passed for check in again.checks)
+    after = onnx.load(target / "portable.onnx")
+    assert [t.raw_data for t in after.graph.initializer] == [t.raw_data for t in first.graph.initializer]
+    assert sum(node.domain == "ai.spa" for node in onnx.load(target / "model.onnx").graph.node) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_gpu_that_computes_something_else_leaves_the_artifact_as_it_was(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile(mlp(0.3, WIDTH), here / "out", target="cuda:sm_80", precision="fp16")
+    before = {p.name: p.read_bytes() for p in (here / "out").iterdir()}
+    monkeypatch.setattr(compiler, "CudaTimer", Wrong)
+    monkeypatch.setattr(cuda, "device", device)
+    monkeypatch.setattr(gpu_place, "_RACE_S", 0.05)
+    with pytest.raises(VerificationError, match="is wrong at"):
+        compile(here / "out", target="cuda")
+    assert {p.name: p.read_bytes() for p in (here / "out").iterdir()} == before
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_dense_stays_where_whole_models_lose_though_sites_gain(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "CudaTimer", SlowTogether)
+    monkeypatch.setattr(cuda, "device", device)
+    monkeypatch.setattr(gpu_place, "_RACE_S", 0.05)
+    report = compile(mlp(0.3, WIDTH), here / "out", target="cuda", precision="fp16").report
+    assert [p.form for p in report.placements] == ["dense"] * 2
+    assert all("x over dense as unstructured rows" in p.reason for p in report.placements)
+    assert (here / "out" / "model.onnx").read_bytes() == (here / "out" / "portable.onnx").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate provider")
+def test_a_model_of_16_bits_is_verified_on_a_gpu(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inputs are of 16 bits, too, where passes saw float32."""
+    monkeypatch.setattr(compiler, "CudaTimer", StandIn)
+    monkeypatch.setattr(cuda, "device", device)
+    monkeypatch.setattr(gpu_place, "_RACE_S", 0.05)
+    recipe = from_command_line(sparsity=0.75, pattern="unstructured")
+    done = compile(half_mlp(), here / "out", target="cuda", recipe=recipe)
+    assert [check.passed for check in done.report.checks] == [True] * 4
+    assert done.ratio is not None
+
+
 def test_what_cannot_be_asked_for(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"kernels for cpu:.* are float32"):
         compile(mlp(0.3, WIDTH), here / "out", precision="fp16")
@@ -145,27 +212,3 @@ def test_a_low_rank_layer_is_one_node_of_two_sites(here: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     sites(report, console)
     assert "low rank, in a region of 2 sites" in console.export_text()
-
-
-class HereTimer(CudaTimer):
-    """The same calls, with a CPU in the place of the GPU: bound inputs and outputs, run again and again."""
-
-    provider, device = CPU, "cpu"
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate provider")
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_bound_calls_compute_what_sessions_do(tmp_path: Path, dtype: type) -> None:
-    proto = mlp(1.0, WIDTH) if dtype is np.float32 else half_mlp()
-    onnx.save(proto, tmp_path / "m.onnx")
-    contender, timer = Contender(tmp_path / "m.onnx"), HereTimer()
-    feeds: Feeds = {"x": np.random.default_rng(0).standard_normal((2, 3, WIDTH)).astype(dtype)}
-    want = timer.run(contender, feeds, 1)["y"]
-    session = timer._session(contender, 1)
-    call = timer._call(session, feeds)
-    for _ in range(3):
-        call()
-    times = timer.time({"m": contender}, feeds, 1, 0.01)
-    assert times["m"].median_us > 0
-    np.testing.assert_array_equal(call()[0].numpy(), want)
-    timer.rest()

@@ -92,7 +92,8 @@ def on_gpu(
 ) -> None:
     """The artifact against portable.onnx, as far as this machine can; that against the source where nothing was
     changed."""
-    choices = [c for c in placed.choices if isinstance(c, GpuChoice)]
+    used = placed.plan.gpu_forms  # none, where the race went to the dense model
+    choices = [c for c in placed.choices if isinstance(c, GpuChoice) and c.site.name in used]
 
     def there(model: Path, library: Path | None, feed: Feeds) -> Feeds:
         assert timer is not None

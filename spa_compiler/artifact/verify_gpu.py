@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spa_compiler.artifact import verify
-from spa_compiler.errors import VerificationError
+from spa_compiler.errors import SpaError, VerificationError
 from spa_compiler.graph import shapes
 from spa_compiler.graph.difference import difference
 from spa_compiler.graph.load import load
 from spa_compiler.graph.model import Model
 from spa_compiler.graph.precision import widened
-from spa_compiler.graph.rounding import outputs
+from spa_compiler.graph.rounding import in_types, outputs
 from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.cuda.form import Dtype
 from spa_compiler.placement.gpu_check import expanded
@@ -34,7 +34,7 @@ _EPS = {
 }
 
 Runner = Callable[[Path, Path | None, Feeds], Feeds]
-"""(model, library, feeds) -> outputs, on a GPU."""
+"""(model, library, feeds in the types of its inputs) -> outputs, on a GPU."""
 
 
 def compare(
@@ -54,6 +54,7 @@ def compare(
     Raises:
         Mismatch: an output is beyond its tolerance; the message names the worst.
         VerificationError: a model does not run.
+        EnvironmentFault: the GPU, or the machine that has it, cannot be used.
     """
     if all(choice.form is None for choice in choices):
         return []
@@ -64,11 +65,11 @@ def compare(
         if on_gpu is not None:
             library = folder / "kernels.so"
             there = [
-                [on_gpu(folder / name, own, feed) for feed in feeds]
+                [on_gpu(folder / name, own, in_types(portable, feed)) for feed in feeds]
                 for name, own in (("portable.onnx", None), ("model.onnx", library))
             ]
             runs.append((there[0], there[1]))
-    except VerificationError:
+    except SpaError:
         raise
     except Exception as error:  # ONNX Runtime's errors have no common class of their own
         raise VerificationError(f"the model does not run: {error}", where=str(folder)) from error

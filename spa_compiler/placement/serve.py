@@ -25,8 +25,9 @@ import tvm
 
 from spa_compiler.errors import EnvironmentFault
 from spa_compiler.graph.session import Feeds
+from spa_compiler.placement.gpu_timer import CudaTimer
 from spa_compiler.placement.remote import PREFIX, Answer, Question
-from spa_compiler.placement.timer import Contender, CudaTimer, LocalTimer, Machine, this_machine
+from spa_compiler.placement.timer import Contender, LocalTimer, Machine, this_machine
 
 _log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -11,20 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import ml_dtypes
 import msgspec
-import numpy as np
-import onnx
 
-from spa_compiler.graph.session import CPU, CUDA, Feeds, flatten, onnxruntime_version, open_session, run, runtime
+from spa_compiler.graph.session import CUDA, Feeds, flatten, onnxruntime_version, open_session, run, runtime
 from spa_compiler.placement.measure import LEAST_ROUNDS, Timing, interleave
 from spa_compiler.targets import cuda, host
 from spa_compiler.targets.machine import give_back, timing_lock
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-_log = logging.getLogger(__name__)
 
 _LARGE = 16 << 20  # bytes of a model whose memory is worth the time that giving it back takes
 
@@ -113,6 +107,9 @@ class LocalTimer:
     Sessions of races in which all `stay` are open until others are asked for: whole models, at several shapes.
     """
 
+    reuses = True
+    """Whether a session can be timed again, on other feeds."""
+
     def __init__(self) -> None:
         self._open: dict[tuple[object, ...], ort.InferenceSession] = {}
 
@@ -137,8 +134,9 @@ class LocalTimer:
         least_rounds: int = LEAST_ROUNDS,
         stays: Collection[str] | None = None,
     ) -> dict[str, Timing]:
-        sessions = self._sessions(contenders, threads, keep=stays is None)
-        return interleave({n: self._call(s, feeds) for n, s in sessions.items()}, budget_s, least_rounds, stays)
+        sessions = self._sessions(contenders, threads, keep=self.reuses and stays is None)
+        calls = {name: self._call(contenders[name], session, feeds, threads) for name, session in sessions.items()}
+        return interleave(calls, budget_s, least_rounds, stays)
 
     def rest(self) -> None:
         if self._open:
@@ -151,7 +149,9 @@ class LocalTimer:
     def _session(self, contender: Contender, threads: int) -> ort.InferenceSession:
         return open_session(contender.model, threads=threads, library=contender.library)
 
-    def _call(self, session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+    def _call(
+        self, contender: Contender, session: ort.InferenceSession, feeds: Feeds, threads: int
+    ) -> Callable[[], object]:
         """What is timed."""
         return partial(session.run, None, feeds)
 
@@ -176,61 +176,6 @@ class LocalTimer:
             if sizes[name] > _LARGE:
                 give_back()
         return {name: sessions[name] for name in contenders}
-
-
-class CudaTimer(LocalTimer):
-    """Takes times on this machine's GPU: inputs and outputs stay in its memory, and every call waits for the GPU.
-
-    Kernels are launched from a CUDA graph where ONNX Runtime can make one: sizes are fixed then, and no node may run on
-    the CPU.
-    """
-
-    provider, device = CUDA, "cuda"
-
-    def run(self, contender: Contender, feeds: Feeds, threads: int) -> Feeds:
-        """One run, without a CUDA graph."""
-        return dict(flatten(run(self._open_on_gpu(contender, threads, {}), feeds)))
-
-    def _session(self, contender: Contender, threads: int) -> ort.InferenceSession:
-        try:
-            return self._open_on_gpu(contender, threads, {"enable_cuda_graph": "1"})
-        except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors have no common root
-            _log.info("timed without a CUDA graph: %s", str(error).splitlines()[0])
-            return self._open_on_gpu(contender, threads, {})
-
-    def _open_on_gpu(self, contender: Contender, threads: int, options: Mapping[str, str]) -> ort.InferenceSession:
-        providers = ((self.provider, options), CPU)
-        return open_session(contender.model, threads=threads, library=contender.library, providers=providers)
-
-    def _call(self, session: ort.InferenceSession, feeds: Feeds) -> Callable[[], list[ort.OrtValue]]:
-        binding = session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, _placed(value, self.device))
-        names = [output.name for output in session.get_outputs()]
-        for name in names:
-            binding.bind_output(name, self.device)
-        # A graph is captured in the second run at the earliest, and then writes to the same places for ever.
-        session.run_with_iobinding(binding)
-        outputs = list(binding.get_outputs())
-        for name, value in zip(names, outputs, strict=True):
-            binding.bind_ortvalue_output(name, value)
-
-        def call() -> list[ort.OrtValue]:
-            session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
-            return outputs
-
-        return call
-
-
-def _placed(value: np.ndarray, device: str) -> ort.OrtValue:
-    """An array in a device's memory."""
-    if (
-        value.dtype == ml_dtypes.bfloat16
-    ):  # not numpy's own, so ONNX Runtime takes the bits, and copies them in each run
-        kind = int(onnx.TensorProto.BFLOAT16)
-        return runtime().OrtValue.ortvalue_from_numpy_with_onnx_type(value.view(np.uint16), kind)
-    return runtime().OrtValue.ortvalue_from_numpy(value, device, 0)
 
 
 def _key(contender: Contender, threads: int) -> tuple[object, ...]:

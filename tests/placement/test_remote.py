@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -33,8 +32,8 @@ from spa_compiler.placement.remote import Answer, Entry, Question, RemoteTimer
 from spa_compiler.placement.timer import Contender, LocalTimer, this_machine
 from spa_compiler.targets import host
 from tests.networks import mlp, model_of, weight
+from tests.placement.rpc import ROOT, Session, server, talking_to, tracker
 
-ROOT = Path(__file__).resolve().parents[2]
 KEY = "here"
 TIMING = Timing(10.0, 9.0, 11.0, 7)
 
@@ -45,34 +44,6 @@ def network() -> bytes:
     from spa_compiler.graph.save import to_proto
 
     return to_proto(proto).SerializeToString()
-
-
-class Session:
-    """A server in this process, with a folder; `functions` of it may be others."""
-
-    def __init__(self, root: Path, **functions: Callable[..., object]) -> None:
-        self.root = root
-        self.calls: list[str] = []
-        self.functions = {
-            "describe": lambda: msgspec.json.encode(this_machine()).decode(),
-            "append": lambda name, offset, data: serve.append(root, name, offset, data),
-            "fetch": lambda name: serve.fetch(root, name),
-            "time": lambda question: serve.time(root, question),
-            "run": lambda question: serve.run(root, question),
-        } | functions
-
-    def get_function(self, name: str) -> Callable[..., object]:
-        short = name.removeprefix(remote.PREFIX)
-        self.calls.append(short)
-        try:
-            return self.functions[short]
-        except KeyError:
-            raise AttributeError(f"no function {name}") from None
-
-
-def talking_to(session: Session, monkeypatch: pytest.MonkeyPatch) -> RemoteTimer:
-    monkeypatch.setattr(RemoteTimer, "_connect", lambda self: session)
-    return RemoteTimer("there:1,key")
 
 
 @pytest.mark.parametrize(
@@ -260,52 +231,11 @@ def test_the_level_of_the_other_machine_is_the_target(tmp_path: Path, monkeypatc
     assert (result.report.asked.target, result.report.isa) == ("cpu:x86-64-v3", "x86-64-v3")
     assert (result.report.machine.cpu, result.report.machine.threads) == ("Old", 1)
     assert result.report.asked.options["tune_rpc"] == "there:1,key"
-    words = "the machine that is to take the times does not run"
-    for target, why in (("cpu:avx512", words), ("cuda:sm_90", words), ("cuda", "no NVIDIA GPU to compile for")):
+    words = "the machine that is to take the times"
+    none = f"{words} has no NVIDIA GPU that ONNX Runtime uses"
+    for target, why in (("cpu:avx512", f"{words} does not run"), ("cuda:sm_90", none), ("cuda", none)):
         with pytest.raises(UsageError, match=why):
             compile(proto, tmp_path / "out", dry_run=True, target=target, tune_rpc="there:1,key")
-
-
-@contextlib.contextmanager
-def tracker() -> Iterator[int]:
-    from tvm.rpc.tracker import Tracker
-
-    found = Tracker(host="127.0.0.1", port=9190, port_end=9990, silent=True)
-    try:
-        yield found.port
-    finally:
-        found.terminate()
-
-
-@contextlib.contextmanager
-def server(port: int, key: str, log: Path) -> Iterator[subprocess.Popen[str]]:
-    """A server that is known to the tracker when this returns."""
-    command = [
-        sys.executable,
-        "-m",
-        "spa_compiler.cli.tune_server",
-        "--tracker",
-        f"127.0.0.1:{port}",
-        "--key",
-        key,
-        "-v",
-    ]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, text=True, cwd=ROOT, start_new_session=True)
-    try:
-        from tvm import rpc
-
-        known, end = rpc.connect_tracker("127.0.0.1", port), time.monotonic() + 60
-        while not any(s["key"] == f"server:{key}" for s in known.summary()["server_info"]):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
-        known.close()
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture(scope="module")
