@@ -13,7 +13,8 @@ from spa_compiler.compiler import compile
 from spa_compiler.graph.session import CPU, CUDA, open_session, runtime
 from spa_compiler.graph.session import run as run_session
 from spa_compiler.passes.recipe import from_command_line
-from spa_compiler.placement.timer import Contender, CudaTimer
+from spa_compiler.placement.gpu_timer import CudaTimer
+from spa_compiler.placement.timer import Contender
 from spa_compiler.targets import cuda
 from tests.networks import mlp
 
