@@ -39,13 +39,6 @@ def name(lanes: int) -> str:
     return f"spa_attention_{lanes}"
 
 
-def _score(regs, i, scale, shown, S, index, top, v, W):
-    masked = T.max(shown * const(LOG2_E, W), const(LOWEST, W))
-    x = T.bind(regs[at(i, W)] * spread(scale, W) + masked)
-    store(S, x, index, W)
-    store(top, T.max(top[at(v, W)], x), v, W)
-
-
 def _power(S, index, top, total, v, W):
     p = exp2(S[at(index, W)] - top[at(v, W)], W)
     store(S, p, index, W)
@@ -66,6 +59,13 @@ def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
     """
     W, V, passes = isa.passes(ROWS, lanes)
     R = min(ROWS, lanes)  # keys at a time; a tile of one token has one
+
+    def score(regs, scale, shown, S, top, t, lane, r, v):
+        """Stores the scores of key R t + r and queries `lane` + v W and following, and raises the maximum."""
+        masked = T.max(shown * const(LOG2_E, W), const(LOWEST, W))
+        x = T.bind(regs[at((r * V + v) * W, W)] * spread(scale, W) + masked)
+        store(S, x, (t * R + r) * lanes + lane + v * W, W)
+        store(top, T.max(top[at(v * W, W)], x), v * W, W)
 
     @T.prim_func(s_tir=True)
     def attention(
@@ -120,31 +120,11 @@ def kernel(lanes: int, isa: Isa = AVX512) -> tirx.PrimFunc:
                 if mask_stride == 0:
                     for r in T.unroll(R):
                         for v in T.unroll(V):
-                            _score(
-                                regs,
-                                (r * V + v) * W,
-                                scale,
-                                spread(mask[t * R + r], W),
-                                S,
-                                (t * R + r) * lanes + lane + v * W,
-                                top,
-                                v * W,
-                                W,
-                            )
+                            score(regs, scale, spread(mask[t * R + r], W), S, top, t, lane, r, v)
                 else:
                     for r in T.unroll(R):
                         for v in T.unroll(V):
-                            _score(
-                                regs,
-                                (r * V + v) * W,
-                                scale,
-                                mask[at((t * R + r) * lanes + lane + v * W, W)],
-                                S,
-                                (t * R + r) * lanes + lane + v * W,
-                                top,
-                                v * W,
-                                W,
-                            )
+                            score(regs, scale, mask[at((t * R + r) * lanes + lane + v * W, W)], S, top, t, lane, r, v)
             for v in T.unroll(V):
                 store(factor, exp2(state[at(lane + v * W, W)] - top[at(v * W, W)], W), v * W, W)
                 store(state, top[at(v * W, W)], lane + v * W, W)

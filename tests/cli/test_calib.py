@@ -20,6 +20,7 @@ from tests.networks import network
 WIDTH, VOCABULARY = 16, 20
 pytestmark = pytest.mark.usefixtures("short_races")
 ZEROS = ("--sparsity", "0.5", "--threads", "1")
+ON_GPU = (*ZEROS, "--pattern", "unstructured", "--target", "cuda:sm_90")
 
 
 def net() -> onnx.ModelProto:
@@ -90,7 +91,7 @@ def test_from_samples_to_an_artifact(here: Path) -> None:
 
 def test_zeros_stay_unless_they_may_be_taken_back(here: Path) -> None:
     """Where nothing runs sparse (such small layers do not on a GPU), zeros that the user asked for stay."""
-    asked = ("net.onnx", "--calib", "data.npz", *ZEROS, "--pattern", "unstructured", "--target", "cuda:sm_90")
+    asked = ("net.onnx", "--calib", "data.npz", *ON_GPU)
     before = originals()
     assert invoke(main, *asked, "-o", "zeros").exit_code == 0
     held = weights(here / "zeros")
@@ -128,19 +129,7 @@ def test_one_layer_is_restored_and_the_other_keeps_its_zeros(here: Path, monkeyp
         return result
 
     monkeypatch.setattr(compiler, "place_on_gpu", place)
-    result = invoke(
-        main,
-        "net.onnx",
-        *ZEROS,
-        "--pattern",
-        "unstructured",
-        "--target",
-        "cuda:sm_90",
-        "-o",
-        "out",
-        "--restore-unused",
-        "--explain",
-    )
+    result = invoke(main, "net.onnx", *ON_GPU, "-o", "out", "--restore-unused", "--explain")
     assert result.exit_code == 0, result.output
     assert len(placed) == 2
     assert "note: 1 layer that zeros make no faster has its dense weights back" in result.stdout
@@ -153,18 +142,7 @@ def test_one_layer_is_restored_and_the_other_keeps_its_zeros(here: Path, monkeyp
 
 
 def test_explain_tells_what_passes_did_to_each_layer(here: Path) -> None:
-    asked = (
-        "net.onnx",
-        "--calib",
-        "data.npz",
-        *ZEROS,
-        "--pattern",
-        "unstructured",
-        "--target",
-        "cuda:sm_90",
-        "-o",
-        "out",
-    )
+    asked = ("net.onnx", "--calib", "data.npz", *ON_GPU, "-o", "out")
     result = invoke(main, *asked, "--explain")
     assert result.exit_code == 0, result.output
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]

@@ -14,10 +14,10 @@ import re
 from pathlib import Path
 
 import tvm
-from tvm import tirx
 from tvm.target import Target
 
 from spa_compiler.kernels.cuda.form import Kernel
+from spa_compiler.kernels.lower import lower
 
 DEVICE = Path(__file__).parent / "device.h"
 
@@ -40,21 +40,8 @@ def body(kernel: Kernel) -> str:
     """
     target = Target({"kind": "cuda", "arch": "sm_80"})  # the printed text is the same for all
     function = kernel.make().with_attrs({"calling_conv": 2, "target": target, "global_symbol": kernel.name})
-    passes = tirx.transform
     with tvm.transform.PassContext(config={"tirx.UnrollLoop": {"explicit_unroll": False, "auto_max_step": 0}}):
-        module = tvm.ir.transform.Sequential(
-            [
-                passes.BindTarget(target),
-                passes.StmtSimplify(),
-                passes.FlattenBuffer(),
-                passes.NarrowDataType(32),
-                passes.VectorizeLoop(True),
-                passes.UnrollLoop(),
-                passes.StmtSimplify(),
-                passes.CommonSubexprElim(),
-                passes.LowerIntrin(),
-            ]
-        )(tvm.IRModule({kernel.name: function}))
+        module = lower([function], target)
     printed = tvm.get_global_func("target.build.cuda")(module, target).inspect_source()
     found = _BODY.search(printed)
     if found is None:
