@@ -47,7 +47,6 @@ from spa_compiler.kernels.cuda.arrays import Array, Below, Extent, Offsets, Perm
 from spa_compiler.kernels.cuda.block_products import script, shared_bytes
 from spa_compiler.kernels.cuda.form import (
     F32,
-    LAUNCH_US,
     Arrays,
     Dtype,
     Epilogue,
@@ -57,6 +56,7 @@ from spa_compiler.kernels.cuda.form import (
     tf32,
     to_bits,
 )
+from spa_compiler.kernels.cuda.roofline import in_waves
 from spa_compiler.kernels.cuda.sums import Tile
 from spa_compiler.targets.cuda import Architecture
 
@@ -205,29 +205,21 @@ class Blocks:
         """A roofline of four: tensor cores, L2, memory, and the longest group's latency, in whole waves."""
         width = 2 if arrays["values"].dtype == np.uint16 else 4
         blocks, stages = len(arrays["values"]), int(arrays["indptr"][-1])
-        x_grid, y_grid, _ = kernel.grid(n, tokens, batch)
-        tiles = x_grid * batch
-        thread_blocks = tiles * y_grid
-        resident = max(1, min(arch.shared_per_sm // (kernel.shared_bytes + arch.shared_reserved), kernel.min_blocks))
-        slots = arch.sms * resident
-        # The last wave takes as long as a full one.
-        idle = -(-thread_blocks // slots) * slots / thread_blocks
-        dtype = "fp16" if width == 2 else "fp32"
-        operations = 2.0 * blocks * self.size**2 * kernel.tile_tokens * tiles
+        grid = kernel.grid(n, tokens, batch)
+        tiles = grid[0] * batch
         stage_bytes = self.per_stage * self.size * kernel.tile_tokens * width
-        l2 = tiles * (stages * stage_bytes + arrays["values"].nbytes) + 2.0 * n * tokens * batch * width
-        dram = arrays["values"].nbytes + width * (k + n) * tokens * batch
-        longest = int(np.diff(arrays["indptr"]).max(initial=0))
-        waves = -(-thread_blocks // slots)
-        return LAUNCH_US + max(
-            idle * operations / (arch.tflops(dtype) * 0.85e6),
-            idle * l2 / (arch.l2_gb_s * 1e3),
-            dram / (arch.dram_gb_s * 0.9e3),
-            waves * (_START_US + longest * _STAGE_US),
+        return in_waves(
+            arch,
+            kernel,
+            grid,
+            operations=2.0 * blocks * self.size**2 * kernel.tile_tokens * tiles,
+            rate=arch.tflops("fp16" if width == 2 else "fp32") * 0.85e6,
+            l2=tiles * (stages * stage_bytes + arrays["values"].nbytes) + 2.0 * n * tokens * batch * width,
+            dram=arrays["values"].nbytes + width * (k + n) * tokens * batch,
+            latency=int(np.diff(arrays["indptr"]).max(initial=0)) * _STAGE_US,
         )
 
 
-_START_US = 1.5  # of a thread block: pointers, the first stages from L2, the epilogue
 _STAGE_US = 0.06  # of a stage whose data are there: a barrier, a few products
 
 

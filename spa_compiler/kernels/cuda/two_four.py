@@ -40,7 +40,6 @@ from spa_compiler.kernels.cuda.activations import align_of, fetch, load_four, ti
 from spa_compiler.kernels.cuda.arrays import Array, Extent
 from spa_compiler.kernels.cuda.form import (
     F32,
-    LAUNCH_US,
     Arrays,
     Dtype,
     Epilogue,
@@ -49,6 +48,7 @@ from spa_compiler.kernels.cuda.form import (
     from_bits,
     to_bits,
 )
+from spa_compiler.kernels.cuda.roofline import in_waves
 from spa_compiler.kernels.cuda.script import call
 from spa_compiler.kernels.cuda.sums import ANY, Tile, finish, finish_bytes
 from spa_compiler.targets.cuda import Architecture
@@ -145,26 +145,20 @@ class TwoFour:
         self, arch: Architecture, kernel: Kernel, arrays: Arrays, n: int, k: int, tokens: int, batch: int = 1
     ) -> float:
         """A roofline of tensor cores, L2, memory and the latency of a thread block, in whole waves."""
-        x_grid, y_grid, _ = kernel.grid(n, tokens, batch)
-        thread_blocks = x_grid * y_grid * batch
-        stages = -(-k // DEPTH)
-        resident = max(1, min(arch.shared_per_sm // (kernel.shared_bytes + arch.shared_reserved), kernel.min_blocks))
-        slots = arch.sms * resident
-        waves = -(-thread_blocks // slots)
-        idle = waves * slots / thread_blocks
-        area = kernel.tile_rows * kernel.tile_tokens
-        operations = 2.0 * thread_blocks * area * stages * DEPTH
-        bytes_ = thread_blocks * stages * (DEPTH * kernel.tile_tokens * 2 + kernel.tile_rows // 16 * PIECE * 4)
-        dram = sum(a.nbytes for a in arrays.values()) + 2 * (k + n) * tokens * batch
-        return LAUNCH_US + max(
-            idle * operations / (2 * arch.tflops(dtype="fp16") * 0.8e6),
-            idle * bytes_ / (arch.l2_gb_s * 1e3),
-            dram / (arch.dram_gb_s * 0.9e3),
-            waves * (_START_US + stages * _STAGE_US),
+        grid = kernel.grid(n, tokens, batch)
+        all_stages = grid[0] * grid[1] * batch * -(-k // DEPTH)
+        return in_waves(
+            arch,
+            kernel,
+            grid,
+            operations=2.0 * all_stages * DEPTH * kernel.tile_rows * kernel.tile_tokens,
+            rate=2 * arch.tflops("fp16") * 0.8e6,
+            l2=all_stages * (DEPTH * kernel.tile_tokens * 2 + kernel.tile_rows // 16 * PIECE * 4),
+            dram=sum(a.nbytes for a in arrays.values()) + 2 * (k + n) * tokens * batch,
+            latency=-(-k // DEPTH) * _STAGE_US,
         )
 
 
-_START_US = 1.5  # of a thread block: pointers, the first stages from L2, the epilogue
 _STAGE_US = 0.1  # of a stage whose data are there
 
 
