@@ -101,8 +101,7 @@ class Compressed:
 
     def dtype(self, precision: Precision | None) -> Dtype:
         """For GPUs: the floats of the result, where `precision` is asked for; None: those of the file."""
-        found = sorted(halves(self.given))
-        asked = precision or (found[0] if found else "f32")
+        asked = floats(self.given, precision)
         return "fp32" if asked == "f32" else asked
 
     def narrowed(self, dtype: Dtype) -> Converted:
@@ -116,6 +115,12 @@ class Compressed:
     def proto(self) -> onnx.ModelProto:
         """The compressed model in standard ops. Raises ModelError above 2 GB."""
         return to_proto(self.model)
+
+
+def floats(given: Model, precision: Precision | None) -> Precision:
+    """For GPUs: the floats of the result, where `precision` is asked for; None: those of the file."""
+    found = sorted(halves(given))
+    return precision or (found[0] if found else "f32")
 
 
 def compress(
@@ -198,7 +203,8 @@ def run_passes(model: str | Path | onnx.ModelProto, request: Request, report: Re
         _require_weights(current)
     with stages("passes"):
         workers = request.workers or targets.host().cores_physical
-        context = Context(request.target, rng, groups, loaded, feeds, calibration, workers, request.progress)
+        precision = floats(given, request.precision)
+        context = Context(request.target, rng, groups, loaded, feeds, calibration, workers, request.progress, precision)
         removed = InSource(loaded)
         for each in passes:
             before = current.copy()

@@ -212,3 +212,32 @@ def test_a_low_rank_layer_is_one_node_of_two_sites(here: Path) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     sites(report, console)
     assert "low rank, in a region of 2 sites" in console.export_text()
+
+
+def test_weights_of_four_bits_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_choose, "MARGIN", 0.9)  # such a small layer is mostly its launch
+    onnx.save(mlp(1.0, 512), "m.onnx")
+    passes = "sparsify{sparsity=0.5} quantize{bits=4,group=128}"
+    wanted = ["--target", "cuda:sm_90", "--precision", "fp16", "--shape", "x=1,1,512", "--json"]
+    result = invoke(main, "m.onnx", *wanted, "--passes", passes, "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [p["name"] for p in report["passes"]] == ["sparsify", "quantize"]
+    assert [p["warnings"] for p in report["passes"]] == [[], []]
+    assert [(p["form"], p["pattern"]) for p in report["placements"]] == [("4-bit", "4-bit"), ("dense", "dense")]
+    assert report["checks"]
+    assert all(check["error"] <= check["tolerance"] for check in report["checks"])
+    source = {t.name: numpy_helper.to_array(t) for t in onnx.load("m.onnx").graph.initializer}
+    weight = numpy_helper.to_array(next(t for t in onnx.load("out/portable.onnx").graph.initializer if t.name == "w0"))
+    assert np.count_nonzero(weight) <= weight.size // 2
+    groups = weight.T.reshape(512, 4, 128)
+    assert max(len(np.unique(group)) for group in groups.reshape(-1, 128)) <= 16
+    off = weight - np.where(weight == 0, 0, source["w0"])
+    assert 0 < np.linalg.norm(off) < 0.15 * np.linalg.norm(weight)
+    (node,) = (n for n in onnx.load("out/model.onnx").graph.node if n.domain == "ai.spa")
+    codes = next(t for t in onnx.load("out/model.onnx").graph.initializer if t.name == node.input[1])
+    assert list(codes.dims) == [512 // 16 * (512 // 128), 64, 4]
+    # an artifact's weights have been rounded to 16 bits: they are on grids all the same
+    again = compile(tmp_path / "out", tmp_path / "again", target="cuda:sm_90", threads=1).report
+    assert [p.form for p in again.placements] == ["4-bit", "dense"]

@@ -72,6 +72,12 @@ class Job:
     original: tuple[F64, ...]
     """The weights of each problem before anything was repaired."""
 
+    @property
+    def repaired(self) -> bool:
+        """Whether there was anything to make up for: what is less is rounding."""
+        whole, rows = np.concatenate(self.original), np.concatenate([problem.weight for problem in self.problems])
+        return bool(np.linalg.norm(rows - whole) > _NOISE * np.linalg.norm(whole))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -80,8 +86,17 @@ class Result:
     rows: NDArray[Any]
     error: float
     """Relative to the output that the site should give, in the metric that it was solved in: over the samples, with
-    what is taken for chance left out."""
+    what is taken for chance left out. Without samples, or where that output is always 0, relative to the weight."""
     form: Any = None
+
+    @classmethod
+    def of(cls, job: Job, solved: Sequence[F64]) -> Result:
+        """New weights of the groups of a site."""
+        rows, before = np.concatenate(solved), np.concatenate(job.original)
+        if job.problems[0].count and (lost := relative_loss(job.problems, solved)) is not None:
+            return cls(rows, float(np.sqrt(lost)))
+        size = float(np.square(before).sum())
+        return cls(rows, float(np.sqrt(np.square(rows - before).sum() / size)) if size else 0.0)
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,31 @@ def rewrite(
                     held = ((numbers[id(bias.node)], bias.place), bias.laid_out(values))
                 stream.replace(site, result.rows, held)
     return [outcomes[site] for site in range(len(ops))]
+
+
+def solve_alone(
+    ops: Sequence[WeightedOp], solve: Solve, *, name: str, progress: Progress = no_progress
+) -> list[Outcome]:
+    """Solves every site without samples: of a problem its weight is all that is known.
+
+    Args:
+        name: of what is done, for `progress`.
+    """
+    first = leaders(ops)
+    outcomes: list[Outcome] = []
+    for site, op in enumerate(ops):
+        progress(name, site, len(ops))
+        start = time.perf_counter()
+        if first[site] == site:
+            weights = split(op)
+            unknown = np.broadcast_to(np.zeros(()), (op.k, op.k))
+            problems = tuple(Problem(weight, unknown, np.zeros(op.k), 0) for weight in weights)
+            (result,) = solve([Job(site, op, problems, weights)])
+        else:
+            result = outcomes[first[site]].result
+        outcomes.append(Outcome(result, None, None, time.perf_counter() - start))
+    progress(name, len(ops), len(ops))
+    return outcomes
 
 
 def problem_of(weight: F64, moments: Moments, group: int = 0, *, centred: bool = False, chance: bool = True) -> Problem:
@@ -247,7 +287,7 @@ def dense(job: Job) -> Result:
     """A weight that stays as dense as it is: it makes up for what was lost before it, if anything was."""
     whole = np.concatenate(job.original)
     rows = np.concatenate([problem.weight for problem in job.problems])
-    if np.linalg.norm(rows - whole) <= _NOISE * np.linalg.norm(whole):
+    if not job.repaired:
         return Result(whole, 0.0)
     if whole.all():
         return Result(rows, 0.0)

@@ -40,6 +40,8 @@ class Context:
     workers: int = 1
     """Layers that may be solved at a time; results do not depend on it."""
     progress: Progress = no_progress
+    precision: str = "f32"
+    """Floats of the result: `f32`, `fp16` or `bf16`. Passes work on float32 whatever it is."""
 
 
 class SiteChange(msgspec.Struct, frozen=True, kw_only=True):

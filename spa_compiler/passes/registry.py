@@ -9,10 +9,19 @@ from spa_compiler.passes.names import did_you_mean
 from spa_compiler.passes.pass_ import Pass
 from spa_compiler.passes.permute_outputs import PermuteOutputs
 from spa_compiler.passes.prune_groups import PruneGroups
+from spa_compiler.passes.quantize import Quantize
 from spa_compiler.passes.remove_dead_channels import RemoveDeadChannels
 from spa_compiler.passes.sparsify import Sparsify
 
-_PASSES: tuple[type[Pass], ...] = (Sparsify, PermuteOutputs, Factorize, RemoveDeadChannels, PruneGroups, DropBlocks)
+_PASSES: tuple[type[Pass], ...] = (
+    Sparsify,
+    PermuteOutputs,
+    Factorize,
+    Quantize,
+    RemoveDeadChannels,
+    PruneGroups,
+    DropBlocks,
+)
 
 
 def passes() -> dict[str, type[Pass]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from spa_compiler.graph.model import Model
 from spa_compiler.graph.operators import WeightedOp, weighted_ops
 from spa_compiler.passes import arrays, shares
 from spa_compiler.passes.gated import gates
-from spa_compiler.passes.layerwise import Outcome, leaders, rewrite
+from spa_compiler.passes.layerwise import Outcome, leaders, rewrite, solve_alone
 from spa_compiler.passes.methods import METHODS, REFITTED, Method
 from spa_compiler.passes.outcomes import DENSE, apply, check_finite, scarce
 from spa_compiler.passes.pass_ import Change, Context, SiteChange, SkippedSite, check_options
@@ -117,7 +116,7 @@ class Sparsify:
         )
         dense = _between(model, skipped) if method.moves and samples is not None else []
         if samples is None:
-            outcomes = self._without_data(layers, context)
+            outcomes = solve_alone(ops, layers.solve, name=self.name, progress=context.progress)
         else:
             outcomes = rewrite(
                 model,
@@ -237,16 +236,6 @@ class Sparsify:
     def _compares_outputs(self, samples: Samples | None) -> bool:
         """Whether outputs of one weight compete for zeros by their worth."""
         return self.method == "auto" and samples is not None and not isinstance(self.pattern, NofM | FanIn)
-
-    def _without_data(self, layers: Zeroing, context: Context) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        for site, leader in enumerate(leaders(layers.ops)):
-            context.progress(self.name, site, len(layers.ops))
-            start = time.perf_counter()
-            result = layers.of_weights(site) if leader == site else outcomes[leader].result
-            outcomes.append(Outcome(result, None, None, time.perf_counter() - start))
-        context.progress(self.name, len(layers.ops), len(layers.ops))
-        return outcomes
 
     def _summary(self, changes: Sequence[SiteChange], samples: Samples | None, allocation: str | None) -> str:
         elements = sum(site.n * site.k for site in changes)

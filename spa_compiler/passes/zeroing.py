@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from spa_compiler.criteria import symbolic
 from spa_compiler.graph.operators import WeightedOp
-from spa_compiler.passes.layerwise import Job, Result, dense, split
+from spa_compiler.passes.layerwise import Job, Result, dense
 from spa_compiler.passes.methods import Layer, Method
-from spa_compiler.solvers.problem import F64, Problem, Zeros, relative_loss
+from spa_compiler.solvers.problem import F64, Problem, Zeros
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,8 @@ class Zeroing:
         """A `layerwise.Solve`; sites beyond these get no zeros."""
         return [self._one(job) if job.site < len(self.ops) else dense(job) for job in jobs]
 
-    def of_weights(self, site: int) -> Result:
-        """Without samples: the error is that of the weights."""
-        weights = split(self.ops[site])
-        k = self.ops[site].k
-        nothing = np.broadcast_to(np.zeros(()), (k, k))
-        rows = np.concatenate(self._solved(site, [Problem(weight, nothing, np.zeros(k), 0) for weight in weights]))
-        return Result(rows, _change(rows, np.concatenate(weights)))
-
     def _one(self, job: Job) -> Result:
-        solved = self._solved(job.site, job.problems)
-        rows = np.concatenate(solved)
-        lost = relative_loss(job.problems, solved)
-        return Result(rows, float(np.sqrt(lost)) if lost is not None else _change(rows, np.concatenate(job.original)))
+        return Result.of(job, self._solved(job.site, job.problems))
 
     def _solved(self, site: int, problems: Sequence[Problem]) -> list[F64]:
         """The new weight of each group."""
@@ -75,9 +64,3 @@ class Zeroing:
             None if gated is None else gated[part],
             self.expression,
         )
-
-
-def _change(rows: F64, before: F64) -> float:
-    """|rows - before| / |before|."""
-    size = float(np.square(before).sum())
-    return float(np.sqrt(np.square(rows - before).sum() / size)) if size else 0.0

@@ -18,9 +18,10 @@ import numpy as np
 
 from spa_compiler.errors import SpaError
 from spa_compiler.kernels.cuda import roofline
-from spa_compiler.kernels.cuda.form import F32, LAUNCH_US, Arrays, Dtype, Epilogue, Form, Kernel, Layout, rounded
+from spa_compiler.kernels.cuda.form import F32, LAUNCH_US, Arrays, Dtype, Epilogue, Form, Kernel, Layout, holds
 from spa_compiler.kernels.cuda.forms import FORMS
 from spa_compiler.kernels.cuda.lowrank import LowRank
+from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.placement.candidates import DENSE, LOW_RANK
 from spa_compiler.placement.choose import nothing_to_leave_out
 from spa_compiler.placement.gpu_sites import PIXEL, Pair
@@ -39,7 +40,9 @@ MANY = 4096
 """Tokens that the last variant is picked at."""
 
 MOST_STORED = 0.8
-"""A form that stores more of a weight's elements is not packed: cuBLAS multiplies all of them in that time."""
+"""A form that stores more of a weight's bytes is not packed: cuBLAS reads and multiplies all of it in that time."""
+
+_SAMPLE = 256
 
 _REACHED = 0.75  # of the tensor cores' rate, by cuBLAS
 _TILE = (128, 128)  # of cuBLAS, outputs by tokens; halved while tiles do not fill the chip
@@ -65,7 +68,7 @@ class GpuForm:
 
     @property
     def pattern(self) -> str:
-        """The zeros that it takes."""
+        """The zeros that it takes, or `4-bit`."""
         return DENSE if isinstance(self.form, LowRank) else self.form.name.split()[0]
 
     def kernel(self, tokens: int) -> Kernel:
@@ -100,9 +103,11 @@ class GpuChoice:
 
     @property
     def kind(self) -> str:
-        """dense, sparse or low rank."""
+        """dense, sparse, low rank or 4-bit: that has no need of zeros, but room for them."""
         if self.form is None:
             return DENSE
+        if isinstance(self.form.form, FourBit):
+            return self.form.pattern
         return "sparse" if self.pair is None else LOW_RANK
 
     @property
@@ -128,18 +133,23 @@ def candidates(
         sizes: (tokens, images) at each measured shape.
     """
     weight, (n, k) = site.weight, site.weight.shape
-    if site.density == 1:
-        return []
+    # What a weight without zeros takes is known from any of them.
+    alike = weight if site.density < 1 else np.ones((_SAMPLE, _SAMPLE), np.float32)
     epilogue = Epilogue(site.act, site.residual is not None)
     layout: Layout = "planes" if site.layout == "planes" else "rows"
     found = []
+    passed: set[Form] = set()
     for form in FORMS:
-        if form.stored(weight) > MOST_STORED:
+        if form.rather in passed:
+            passed.add(form)
+            continue
+        if form.stored(alike, dtype) > MOST_STORED:
             continue
         try:
             arrays = form.pack(weight, dtype)
         except ValueError:  # it cannot hold this weight
             continue
+        passed.add(form)
         variants = variants_of(form, arrays, archs, dtype, layout, epilogue, (n, k))
         if variants:
             own = GpuForm(form, dtype, node_layout(site), epilogue, variants)
@@ -281,7 +291,7 @@ def check_packed(choice: GpuChoice) -> None:
         again = again[0][:, :rank], again[1][:rank]
     else:
         given, again, held = (site.weight,), (form.unpack(choice.arrays, site.n, site.k, dtype),), True
-    if not held or not all(np.array_equal(a, rounded(g, dtype)) for a, g in zip(again, given, strict=True)):
+    if not held or not all(holds(a, g, dtype) for a, g in zip(again, given, strict=True)):
         raise SpaError(
             f"{choice.form.name} does not hold the weight of {site.name} as it is",
             where=site.name,

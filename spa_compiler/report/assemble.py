@@ -365,6 +365,6 @@ def _row(
 
 
 def _pattern(density: float, form: Form | GpuForm | None) -> str:
-    if density < 0 or density == 1:
+    if density < 0 or (density == 1 and not isinstance(form, GpuForm)):
         return DENSE
     return "unstructured" if form is None else form.pattern

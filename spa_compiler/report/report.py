@@ -134,7 +134,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     n: int  # outputs
     k: int  # inputs per output
     tokens: int
-    form: str  # "dense", "sparse", "low rank", "sparse + low rank"
+    form: str  # "dense", "sparse", "low rank", "sparse + low rank", "4-bit"
     pattern: str  # of the zeros: "dense", "unstructured", "block:4x1"
     density: float
     candidates: tuple[Candidate, ...]

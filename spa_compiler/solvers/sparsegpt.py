@@ -59,7 +59,7 @@ def sparsegpt(
         first = sizes if zeros.pattern.sparsity is None else -sizes
         runs = [runs[index] for index in np.argsort(first, kind="stable")]
     order = np.concatenate(runs)
-    factor = _factor(gram[np.ix_(order, order)])
+    factor = factor_of_inverse(gram[np.ix_(order, order)])
     chooser = _Chooser(problem.weight.shape, zeros, mask)
     # Transposed, so that a column of weights is contiguous.
     values = problem.weight.T[order]
@@ -132,8 +132,12 @@ def _blocks(runs: list[_Columns], block: int) -> Iterator[list[_Columns]]:
         yield runs[start : start + count]
 
 
-def _factor(gram: F64) -> F64:
-    """U upper triangular with U^T U = gram^-1."""
+def factor_of_inverse(gram: F64) -> F64:
+    """U upper triangular with U^T U = gram^-1.
+
+    Raises:
+        numpy.linalg.LinAlgError: `gram` is not positive definite.
+    """
     # Read backwards, gram = L L^T becomes gram = R R^T with R upper triangular; then U = R^-1.
     lower = np.linalg.cholesky(gram[::-1, ::-1])
     factor, info = dtrtri(lower[::-1, ::-1])

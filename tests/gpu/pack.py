@@ -29,11 +29,12 @@ from spa_compiler.kernels.cuda.bitmap import Bitmap
 from spa_compiler.kernels.cuda.blocks import Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import DTYPES, LAYOUTS, Arrays, Dtype, Epilogue, Form, Kernel, Layout
-from spa_compiler.kernels.cuda.forms import FORMS, LOSSY
+from spa_compiler.kernels.cuda.forms import FORMS
 from spa_compiler.kernels.cuda.lowrank import RANKS, LowRank
 from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.source import source
 from spa_compiler.kernels.cuda.two_four import TwoFour
+from spa_compiler.solvers.four_bits import Grid, nearest
 from spa_compiler.targets import host, nvrtc
 from spa_compiler.targets.cuda import architecture
 from tests.gpu.kernels import VERSION, to_bits, weight_of
@@ -64,6 +65,11 @@ def compiled(kernel: Kernel) -> list[tuple[int, bool, bytes]]:
 def recipe(n: int, k: int, density: float, block: int, seed: int, levels: int) -> dict[str, Any]:
     """Of a weight: see `kernels.weight_of`."""
     return {"n": n, "k": k, "density": density, "block": block, "seed": seed, "levels": levels}
+
+
+def on_grid(weight: np.ndarray, form: FourBit) -> np.ndarray:
+    """A weight rounded to what the form holds; its zeros stay."""
+    return nearest(weight.astype(np.float64), Grid(form.group)).astype(np.float32)
 
 
 @dataclass
@@ -99,9 +105,12 @@ class Packer:
         how = recipe(n, k, 0.3, block, 77, 64) | ({"two_of_four": True} if isinstance(form, TwoFour) else {})
         key = (form, dtype, n, k)
         if key not in packed:
-            arrays = form.pack(weight_of(how), dtype)
+            dense = weight_of(how)
+            if isinstance(form, FourBit):
+                dense = on_grid(dense, form)
+            arrays = form.pack(dense, dtype)
             kept = [self.store(arrays[name]) for name in form.arrays]
-            weight = self.store(form.unpack(arrays, n, k, dtype)) if form in LOSSY else how
+            weight = self.store(form.unpack(arrays, n, k, dtype)) if isinstance(form, FourBit) else how
             packed[key] = kept, weight
         self._case(form, kernel, dtype, layout, epilogue, shape, *packed[key])
 
@@ -207,7 +216,7 @@ class Packer:
         form, slab = FourBit(128), n // repeat
         if slab % 16:
             raise ValueError("whole strips can be repeated")
-        arrays = form.pack(weight_of(recipe(slab, k, density, 1, seed, 2048)), "fp16")
+        arrays = form.pack(on_grid(weight_of(recipe(slab, k, density, 1, seed, 2048)), form), "fp16")
         specs = [self.store(arrays[name], repeat=repeat) for name in form.arrays]
         made = form.kernels(architecture("sm_90"), "fp16", "rows", Epilogue(), tokens)
         candidates = [self._candidate(form, kernel, specs) for kernel in made]
@@ -261,7 +270,7 @@ def _coordinates(form: Blocks, arrays: Arrays) -> np.ndarray:
 def everything() -> Packer:
     """What `make cuda-kernels` packs."""
     packer = Packer()
-    packer.matrix([*FORMS, *LOSSY], DTYPES, LAYOUTS, SHAPES)
+    packer.matrix(FORMS, DTYPES, LAYOUTS, SHAPES)
     packer.low_rank(RANKS, DTYPES, SHAPES)
     for density, wants in ((0.1, 3.0), (0.2, 1.7)):
         layer = packer.block_layer(4096, 4096, density, seed=1)

@@ -27,6 +27,7 @@ class Rows:
     wrong: bool = False  # loses a weight
 
     arrays = ("offsets", "columns", "values")
+    rather = None
 
     def rules(self, dtype: Dtype) -> Sequence[Array]:
         return (
@@ -35,8 +36,8 @@ class Rows:
             Array("values", "float32" if dtype == "fp32" else "uint16", (Extent(count="stored"),)),
         )
 
-    def stored(self, weight: F32) -> float:
-        return 0.0
+    def stored(self, weight: F32, dtype: Dtype) -> float:
+        return float(np.count_nonzero(weight) / weight.size)
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         if not np.any(weight):

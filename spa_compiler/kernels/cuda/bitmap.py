@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,18 @@ from tvm.script import tirx as T
 
 from spa_compiler.kernels.cuda.arrays import Array, Extent, Offsets
 from spa_compiler.kernels.cuda.few import BINS, ROWS, TILE, finish, places_of, rank_of, sums_bytes, windows_of
-from spa_compiler.kernels.cuda.form import F32, Arrays, Dtype, Epilogue, Kernel, Layout, from_bits, rounded, to_bits
+from spa_compiler.kernels.cuda.form import (
+    F32,
+    Arrays,
+    Dtype,
+    Epilogue,
+    Form,
+    Kernel,
+    Layout,
+    from_bits,
+    rounded,
+    to_bits,
+)
 from spa_compiler.kernels.cuda.roofline import microseconds
 from spa_compiler.kernels.cuda.script import call, load_tokens, mma, syncwarp
 from spa_compiler.kernels.vector import ANY
@@ -46,6 +58,8 @@ WARPS = 8
 @dataclass(frozen=True)
 class Bitmap:
     """The form: bits and nonzeros, in windows of 32 rows."""
+
+    rather: ClassVar[Form | None] = None
 
     @property
     def name(self) -> str:
@@ -66,9 +80,9 @@ class Bitmap:
             Array("values", "uint16", (units, Extent(UNIT))),
         )
 
-    def stored(self, weight: F32) -> float:
-        """Its density."""
-        return float(np.count_nonzero(weight) / max(weight.size, 1))
+    def stored(self, weight: F32, dtype: Dtype) -> float:
+        """The nonzeros, and a bit for each element."""
+        return float(np.count_nonzero(weight) / max(weight.size, 1)) + 1 / 16
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> `bits`, `starts`, `values`.

@@ -38,7 +38,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,7 @@ from spa_compiler.kernels.cuda.form import (
     Arrays,
     Dtype,
     Epilogue,
+    Form,
     Kernel,
     Layout,
     from_bits,
@@ -87,6 +88,7 @@ class Blocks:
 
     size: int
     group: int
+    rather: ClassVar[Form | None] = None
 
     def __post_init__(self) -> None:
         if self.size not in SIZES or self.group not in GROUPS or self.group < self.size:
@@ -130,7 +132,7 @@ class Blocks:
             Array("values", _stored(dtype), (Extent(count="blocks"), Extent(self.size**2))),
         )
 
-    def stored(self, weight: F32) -> float:
+    def stored(self, weight: F32, dtype: Dtype) -> float:
         """Share of blocks with a nonzero."""
         rows, columns = (np.arange(0, extent, self.size) for extent in weight.shape)
         if not (len(rows) and len(columns)):

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,7 @@ from spa_compiler.kernels.cuda.form import (
     Arrays,
     Dtype,
     Epilogue,
+    Form,
     Kernel,
     Layout,
     from_bits,
@@ -93,6 +95,8 @@ def columns(dtype: Dtype) -> int:
 class Few:
     """The form: entries of value and place, in windows of 32 rows."""
 
+    rather: ClassVar[Form | None] = None
+
     @property
     def name(self) -> str:
         """`unstructured scattered`."""
@@ -107,9 +111,9 @@ class Few:
         """See `rules`."""
         return rules(dtype)
 
-    def stored(self, weight: F32) -> float:
-        """Its density."""
-        return float(np.count_nonzero(weight) / max(weight.size, 1))
+    def stored(self, weight: F32, dtype: Dtype) -> float:
+        """A place for each nonzero, as large as itself."""
+        return 2 * float(np.count_nonzero(weight) / max(weight.size, 1))
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> `starts`, `entries`."""

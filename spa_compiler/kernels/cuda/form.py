@@ -112,20 +112,25 @@ class Form(Protocol):
         must not rely on anything else.
         """
 
-    def stored(self, weight: F32) -> float:
-        """Share of the elements of `weight` [n, k] that `pack` would store: known before any of that work is done."""
+    @property
+    def rather(self) -> Form | None:
+        """A form that is better wherever it holds a weight: this one is not tried then."""
+
+    def stored(self, weight: F32, dtype: Dtype) -> float:
+        """Bytes that `pack` would store, as a share of those of the dense `weight` [n, k], but for what is the same for
+        many of its elements: known before any of that work is done."""
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> arrays of types that ONNX has; 16-bit numbers as uint16.
 
-        Exact but for rounding to `dtype`: nothing but zeros is left out.
+        Exact but for rounding to `dtype`: nothing but zeros is left out, and what is stored `holds` the weight.
 
         Raises:
             ValueError: the form cannot hold this weight.
         """
 
     def unpack(self, arrays: Arrays, n: int, k: int, dtype: Dtype) -> F32:
-        """The weight [n, k] again, rounded to `dtype`."""
+        """The weight [n, k] again, as kernels multiply with it: in numbers of `dtype`, or finer ones."""
 
     def kernels(
         self, arch: Architecture, dtype: Dtype, layout: Layout, epilogue: Epilogue, tokens: int
@@ -159,6 +164,23 @@ def to_bits(values: F32, dtype: Dtype) -> NDArray[Any]:
 def from_bits(bits: NDArray[Any], dtype: Dtype) -> F32:
     """What `to_bits` made, as float32."""
     return bits.astype(np.float32) if dtype == "fp32" else bits.view(_numpy(dtype)).astype(np.float32)
+
+
+def holds(stored: F32, weight: F32, dtype: Dtype) -> bool:
+    """Whether `stored` is `weight` to the precision of `dtype`.
+
+    A number of `dtype` has to be what the weight is rounded to, and one that is finer no farther from the weight than
+    rounding may be.
+    """
+    near = rounded(weight, dtype)
+    same = stored == near
+    if same.all() or dtype == "fp32":
+        return bool(same.all())
+    other, want, near = stored[~same], weight[~same], near[~same]
+    finer = rounded(other, dtype) != other
+    bits = to_bits(np.abs(near), dtype)
+    unit = from_bits(bits + bits.dtype.type(1), dtype).astype(np.float64) - np.abs(near)
+    return bool((finer & (np.abs(other.astype(np.float64) - want) <= unit / 2)).all())
 
 
 def tf32(values: F32) -> F32:

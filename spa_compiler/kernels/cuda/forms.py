@@ -1,4 +1,5 @@
-"""The forms that a weight is tried in on a GPU, in the order in which reports name them."""
+"""The forms that a weight is tried in on a GPU, in the order in which reports name them; what is better than another
+one (`rather`) comes before it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from spa_compiler.kernels.cuda.bitmap import Bitmap
 from spa_compiler.kernels.cuda.blocks import GROUPS, SIZES, Blocks
 from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import Form
+from spa_compiler.kernels.cuda.matvec import GROUPS as FOUR_BIT_GROUPS
 from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.two_four import TwoFour
 
@@ -14,7 +16,5 @@ FORMS: tuple[Form, ...] = (
     Bitmap(),
     *(Blocks(size, group) for size in SIZES for group in GROUPS if group >= size),
     TwoFour(),
+    *(FourBit(group) for group in sorted(FOUR_BIT_GROUPS, reverse=True)),
 )
-
-LOSSY: tuple[Form, ...] = (FourBit(128),)
-"""Those that change the weight: only for who asks for them."""

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tvm.script import tirx as T
 
 from spa_compiler.kernels.cuda.arrays import Array, Extent
-from spa_compiler.kernels.cuda.form import F32, Arrays, Dtype, Epilogue, Kernel, Layout, from_bits, to_bits
+from spa_compiler.kernels.cuda.form import F32, Arrays, Dtype, Epilogue, Form, Kernel, Layout, from_bits, to_bits
 from spa_compiler.kernels.cuda.roofline import microseconds
 from spa_compiler.kernels.cuda.script import (
     act,
@@ -65,6 +66,7 @@ class LowRank:
     """The form: two factors of a rank of at most `rank`."""
 
     rank: int = 32
+    rather: ClassVar[Form | None] = None
 
     def __post_init__(self) -> None:
         if self.rank not in RANKS:
@@ -88,7 +90,7 @@ class LowRank:
             Array("u", "uint32", (Extent(rows=16), Extent(chunks * 64), Extent(4))),
         )
 
-    def stored(self, weight: F32) -> float:
+    def stored(self, weight: F32, dtype: Dtype) -> float:
         """Both factors, as a share of `weight` [n, k]."""
         n, k = weight.shape
         return float(self.rank * (n + k) / (n * k))

@@ -1,7 +1,8 @@
 """Weights of 4 bits in groups along k, for one token or a few.
 
-A weight w of a group becomes (q - z) s: q is 0..15, the zero point z and the scale s are the group's. Zeros stay exact
-zeros: z is a whole number.
+A weight w of a group is (q - z) s: q is 0..15, the zero point z and the scale s are the group's, and z is a whole
+number, so that zeros are exact. Other weights do not fit: who wants them rounded to such grids says so before (the pass
+`quantize`). `grids.py` finds the grids in the values alone.
 
     strip    16 rows, step    128 columns of a strip: what a warp multiplies at a time
 
@@ -32,11 +33,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from tvm.script import tirx as T
 
+from spa_compiler.kernels.cuda import grids
 from spa_compiler.kernels.cuda.arrays import Array, Extent
-from spa_compiler.kernels.cuda.form import F32, Arrays, Dtype, Epilogue, Kernel, Layout
+from spa_compiler.kernels.cuda.form import F32, Arrays, Dtype, Epilogue, Form, Kernel, Layout
 from spa_compiler.kernels.cuda.roofline import microseconds
 from spa_compiler.kernels.cuda.script import (
     act,
@@ -56,15 +57,13 @@ ROWS = 16
 STEP = 128
 GROUPS = (32, 64, 128)
 BINS = (8, 16)  # tokens of a thread block
-_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # parts of a group's range that are tried as the range of its codes
 
 
 @dataclass(frozen=True)
 class FourBit:
-    """The form: codes of 4 bits in groups of `group` columns; `symmetric`: the zero point is 8 everywhere."""
+    """The form: codes of 4 bits in groups of `group` columns."""
 
     group: int = 128
-    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
@@ -72,8 +71,13 @@ class FourBit:
 
     @property
     def name(self) -> str:
-        """`4 bits in groups of 128`."""
-        return f"4 bits in groups of {self.group}{', symmetric' if self.symmetric else ''}"
+        """`4-bit in groups of 128`."""
+        return f"4-bit in groups of {self.group}"
+
+    @property
+    def rather(self) -> Form | None:
+        """Groups of twice the size: fewer scales."""
+        return FourBit(2 * self.group) if 2 * self.group in GROUPS else None
 
     @property
     def arrays(self) -> Sequence[str]:
@@ -88,16 +92,22 @@ class FourBit:
             Array("scales", "uint32", (steps, Extent(8 * STEP // self.group), Extent(2))),
         )
 
-    def stored(self, weight: F32) -> float:
-        """All of it, in 4 bits each."""
-        return 1.0
+    def stored(self, weight: F32, dtype: Dtype) -> float:
+        """All of it, in 4 bits each, and the scales."""
+        return (0.5 + 4 / self.group) / (4 if dtype == "fp32" else 2)
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
-        """`weight` [n, k], rounded to the nearest codes, in groups whose range leaves the least squared error."""
-        return pack(weight, self.group, self.symmetric)
+        """`weight` [n, k] -> `codes`, `scales`.
+
+        Raises:
+            ValueError: the weight is on no grid of 4 bits, or `dtype` is fp32.
+        """
+        if dtype == "fp32":
+            raise ValueError("weights of 4 bits have no kernels for float32")
+        return pack(weight, self.group, dtype)
 
     def unpack(self, arrays: Arrays, n: int, k: int, dtype: Dtype) -> F32:
-        """What is left of the weight [n, k]: it differs from it by what 4 bits cannot say."""
+        """The weight [n, k] again, not rounded to `dtype`: kernels scale sums, in float32."""
         return unpack(arrays, n, k, self.group)
 
     def kernels(
@@ -121,34 +131,20 @@ class FourBit:
         return microseconds(arch, kernel.grid(n, tokens), read, min(tokens, kernel.tile_tokens) * k * 2, cycles)
 
 
-def _quantized(rows: F32, symmetric: bool) -> tuple[NDArray[np.uint8], F32, NDArray[np.uint8]]:
-    """Codes, scale and zero point of groups [..., group]; a scale has room for its zero point."""
-    low, high = np.minimum(rows.min(-1), 0), np.maximum(rows.max(-1), 0)
-    best = np.full(low.shape, np.inf, np.float32)
-    codes = np.zeros(rows.shape, np.uint8)
-    scale, zero = np.ones_like(low), np.zeros(low.shape, np.uint8)
-    for part in _SHRUNK:
-        s = part * (np.maximum(-low / 8, high / 7) if symmetric else (high - low) / 15)
-        s = (np.where(s > 0, s, 1).astype(np.float32).view(np.uint32) & ~np.uint32(15)).view(np.float32)
-        s = np.where(s > 0, s, np.float32(1))
-        z = np.full_like(s, 8) if symmetric else np.clip(np.round(-part * low / s), 0, 15)
-        q = np.clip(np.round(rows / s[..., None]) + z[..., None], 0, 15)
-        error = np.square((q - z[..., None]) * s[..., None] - rows).sum(-1)
-        better = error < best
-        best[better], scale[better], zero[better], codes[better] = error[better], s[better], z[better], q[better]
-    return codes, scale, zero
+def pack(weight: F32, group: int, dtype: Dtype) -> Arrays:
+    """`weight` [n, k] -> `codes`, `scales`.
 
-
-def pack(weight: F32, group: int, symmetric: bool) -> Arrays:
-    """`weight` [n, k] -> `codes`, `scales`."""
+    Raises:
+        ValueError: the weight is on no grid of 4 bits; nearly always after a look at the first groups.
+    """
     n, k = weight.shape
     strips, steps = -(-n // ROWS), -(-k // STEP)
     codes = np.empty((strips, steps, 64, 4), np.uint32)
     scales = np.empty((strips, steps, 8 * STEP // group, 2), np.uint32)
+    grids.find(_padded(weight[:ROWS, :STEP]).reshape(ROWS, -1, group), dtype)
     for strip in range(strips):
-        rows = np.zeros((ROWS, steps * STEP), np.float32)
-        rows[: min(ROWS, n - strip * ROWS), :k] = weight[strip * ROWS : (strip + 1) * ROWS]
-        q, s, z = _quantized(rows.reshape(ROWS, -1, group), symmetric)
+        rows = _padded(weight[strip * ROWS : (strip + 1) * ROWS])
+        q, s, z = grids.find(rows.reshape(ROWS, -1, group), dtype)
         # [row half, g, step, half, block, lane q, pair, odd] -> [step, half, g, lane q, block, row half, pair, odd]
         nibbles = q.reshape(2, 8, steps, 2, 2, 4, 4, 2).transpose(2, 3, 1, 5, 4, 0, 6, 7).astype(np.uint32)
         shifts = np.arange(4, dtype=np.uint32)[:, None] * 4 + np.arange(2, dtype=np.uint32) * 16
@@ -156,6 +152,13 @@ def pack(weight: F32, group: int, symmetric: bool) -> Arrays:
         words = s.view(np.uint32) | z
         scales[strip] = words.reshape(2, 8, steps, -1).transpose(2, 3, 1, 0).reshape(steps, -1, 2)
     return {"codes": codes.reshape(-1, 64, 4), "scales": scales.reshape(strips * steps, -1, 2)}
+
+
+def _padded(rows: F32) -> F32:
+    """Whole strips and steps, with zeros."""
+    whole = np.zeros((ROWS, -(-rows.shape[1] // STEP) * STEP), np.float32)
+    whole[: len(rows), : rows.shape[1]] = rows
+    return whole
 
 
 def unpack(arrays: Arrays, n: int, k: int, group: int) -> F32:

@@ -31,7 +31,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tvm.script import tirx as T
@@ -43,6 +43,7 @@ from spa_compiler.kernels.cuda.form import (
     Arrays,
     Dtype,
     Epilogue,
+    Form,
     Kernel,
     Layout,
     from_bits,
@@ -69,6 +70,8 @@ TILES = (
 class TwoFour:
     """The form."""
 
+    rather: ClassVar[Form | None] = None
+
     @property
     def name(self) -> str:
         """`2:4`."""
@@ -86,9 +89,10 @@ class TwoFour:
             Array("places", "uint32", (Extent(rows=16), Extent(columns=DEPTH), Extent(32))),
         )
 
-    def stored(self, weight: F32) -> float:
-        """A half."""
-        return 0.5
+    def stored(self, weight: F32, dtype: Dtype) -> float:
+        """A half, and two bits for each number of it; a weight that has more is not tried."""
+        n, k = weight.shape
+        return 0.5 + 1 / 16 if np.count_nonzero(weight) <= 2 * n * -(-k // 4) else 1.0
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> arrays; n and k may be anything, edges are filled with zeros.

@@ -266,4 +266,4 @@ def test_what_is_stored_is_known_before(size: int, n: int, k: int, density: floa
     weight = weight_in_blocks(np.random.default_rng(4), n, k, size, density)
     form = Blocks(size, 64)
     kept = (form.pack(weight, "fp16")["values"] != 0).any(axis=1).sum()
-    assert form.stored(weight) == kept / (-(-n // size) * -(-k // size))
+    assert form.stored(weight, "fp16") == kept / (-(-n // size) * -(-k // size))

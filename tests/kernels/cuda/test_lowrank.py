@@ -107,7 +107,7 @@ def test_a_weight_of_low_rank_is_found_and_others_are_refused() -> None:
         LowRank(16).pack(weight, "fp16")
     with pytest.raises(ValueError, match="none of rank 16"):
         LowRank(16).pack_factors(np.zeros((4, 20), np.float32), np.zeros((20, 4), np.float32), "fp16")
-    assert LowRank(16).stored(weight) == 16 * 120 / (50 * 70)
+    assert LowRank(16).stored(weight, "fp16") == 16 * 120 / (50 * 70)
     with pytest.raises(ValueError, match="ranks up to"):
         LowRank(20)
     zeros = LowRank(16).pack(np.zeros((4, 5), np.float32), "fp16")
