@@ -53,10 +53,10 @@ test-cuda:
 
 bench: $(VENV)/ready deepsparse
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m pytest -q -m peers
 	$(BIN)/python tests/peers/tables.py
 	$(BIN)/python tests/peers/roofline.py
 	$(BIN)/python tests/peers/peers_race.py --python deepsparse=$(DEEPSPARSE)/bin/python
+	$(BIN)/python -m pytest -q -m peers
 
 # DeepSparse needs numpy below 2 and a Python below 3.12. Where it cannot be had, the race goes on without it, and says so.
 deepsparse:
