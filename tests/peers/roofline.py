@@ -4,11 +4,12 @@
     python tests/peers/roofline.py --stdout    prints the table instead
 
 The peak of multiply-adds and the bandwidth of memory change from second to second on a machine that others use, too. So
-they are measured right before and right after every burst of a kernel, over as long a time or as many bytes; the burst is
-compared with the mean of the two, and the median of these ratios is shown. The bandwidth is that of adding up the values
-of weights that the kernel does not read. Both rotate through more than twice the L3 cache; all lies in large pages, where
-sessions move weights. A burst is of several weights, as a model has one after the other. Every form is measured in the tile
-that is the fastest here, as a compilation finds it.
+they are measured right before and right after every burst of a kernel, over as long a time or as many bytes, and the burst
+is compared with the mean of the two. Bursts count while multiply-adds are as fast as they have been at any time: where they
+are slower, others are at work on the same core and its caches. The median of the ratios is shown. The bandwidth is that of
+adding up the values of weights that the kernel does not read. Both rotate through more than twice the L3 cache; all lies in
+large pages, where sessions move weights. A burst is of several weights, as a model has one after the other. Every form is
+measured in the tile that is the fastest here, as a compilation finds it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ ALIGNED = 64  # bytes, as ONNX Runtime lays initializers
 LEAST_BYTES = 256 << 20  # that weights rotate through; more where twice the L3 cache is more
 MOST_BYTES = 1 << 30
 ROUNDS, SECONDS, FIRST_LOOK = 9, 2.0, 0.3
+PATIENCE = 4  # times as long, until there are so many undisturbed bursts
+CALM = 0.97  # of the best rate of multiply-adds
 LOOKED_AT_AGAIN = 3  # tiles of a case, the leading ones
 CHAINS = 20  # of roofline.c
 PEAK_STEPS = 100_000
@@ -142,8 +145,23 @@ def rotated(library: ctypes.CDLL, case: Case, limit: int) -> tuple[Packed, list[
     return packed, weights
 
 
+@dataclass(frozen=True)
+class Burst:
+    """What a kernel reached, and the machine beside it."""
+
+    of_peak: float  # by what is stored
+    of_memory: float
+    flops: float  # a second, at the peak
+    rate: float  # bytes a second
+
+
+def undisturbed(bursts: list[Burst], best: float) -> list[Burst]:
+    """Those during which the machine's multiply-adds were about as fast as they have been; all, if none were."""
+    return [b for b in bursts if b.flops >= CALM * best] or bursts
+
+
 def ratios(library: ctypes.CDLL, case: Case, limit: int, seconds: float = SECONDS) -> tuple[float, float, float]:
-    """(share of the multiply-add peak by what is stored, share of the bandwidth, GB/s of that); medians."""
+    """(share of the multiply-add peak by what is stored, share of the bandwidth, bytes a second of that); medians."""
     packed, weights = rotated(library, case, limit)
     form: Any = packed.form
     tiles = case.tokens // case.lanes
@@ -159,7 +177,7 @@ def ratios(library: ctypes.CDLL, case: Case, limit: int, seconds: float = SECOND
     size = sum(a.nbytes for a in packed.arrays.values())
     width = ISAS[host().level].width
     batch = min(len(weights) // 2, 4 if case.tokens > 1 else 16)  # bursts of milliseconds
-    of_peak, of_memory, rates = [], [], []
+    bursts: list[Burst] = []
     read = stored // (4 * 16) * 4 * 16  # floats of a weight that `stream` adds up
     half = len(weights) // 2  # the first ones are the kernel's
     mine, others = itertools.cycle(range(half)), itertools.cycle(range(half, len(weights)))
@@ -174,8 +192,10 @@ def ratios(library: ctypes.CDLL, case: Case, limit: int, seconds: float = SECOND
             library.stream(pointer(weights[next(others)]["values"]), ctypes.c_int64(read))
         return between - begin, time.perf_counter() - between
 
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(of_peak) < ROUNDS:
+    begun, best = time.perf_counter(), 0.0
+    while (spent := time.perf_counter() - begun) < seconds or (
+        spent < PATIENCE * seconds and len(undisturbed(bursts, best)) < ROUNDS
+    ):
         before = limits()
         burst = (ctypes.c_void_p * batch)(*(ctypes.addressof(arguments[next(mine)]) for _ in range(batch)))
         begin = time.perf_counter()
@@ -183,11 +203,18 @@ def ratios(library: ctypes.CDLL, case: Case, limit: int, seconds: float = SECOND
         taken = time.perf_counter() - begin
         multiplying, reading = (sum(pair) / 2 for pair in zip(before, limits(), strict=True))
         flops, rate = 2 * CHAINS * width * steps / multiplying, 4 * read * batch / reading
-        of_peak.append(2 * stored * case.tokens * batch / taken / flops)
-        of_memory.append(size * batch / taken / rate)
-        rates.append(rate / 1e9)
+        best = _best[0] = max(_best[0], flops)
+        done = 2 * stored * case.tokens * batch / taken
+        bursts.append(Burst(done / flops, size * batch / taken / rate, flops, rate))
         steps = max(1, round(steps * taken / multiplying))  # as long as the burst
-    return float(np.median(of_peak)), float(np.median(of_memory)), float(np.median(rates))
+    calm = undisturbed(bursts, best)
+    peak, memory, rate = (
+        float(np.median([getattr(b, what) for b in calm])) for what in ("of_peak", "of_memory", "rate")
+    )
+    return peak, memory, rate
+
+
+_best = [0.0]  # rate of multiply-adds that was seen in any case
 
 
 def fastest(library: ctypes.CDLL, tiles: list[Case], limit: int) -> Case:
@@ -230,7 +257,7 @@ def table(limit: int) -> str:
             name = dataclasses.replace(case.form, chunk=None, k_block=None).name  # type: ignore[type-var]
             lines.append(
                 f"| {name} | {case.sparsity:.0%} | {case.tokens} | {case.form.chunk} x {case.form.k_block} "
-                f"| {peak:.0%} | {memory:.0%} of {rate:.1f} GB/s |"
+                f"| {peak:.0%} | {memory:.0%} of {rate / 1e9:.1f} GB/s |"
             )
     return "\n".join(lines) + "\n"
 
