@@ -47,7 +47,7 @@ from tests.kernel_harness import sparse  # noqa: E402
 
 PAGE = ROOT / "docs" / "roofline.md"
 N, K = 3072, 768
-ALIGNED = 64  # bytes, as ONNX Runtime lays initializers
+ALIGNED = 64  # bytes
 LEAST_BYTES = 256 << 20  # that weights rotate through; more where twice the L3 cache is more
 MOST_BYTES = 1 << 30
 ROUNDS, SECONDS, FIRST_LOOK = 9, 2.0, 0.3
@@ -128,13 +128,18 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def aligned(size: int) -> np.ndarray:
+    """So many bytes of zeros at the beginning of a cache line, as the memory of a session is."""
+    memory = np.zeros(size + ALIGNED, np.uint8)
+    return memory[-memory.ctypes.data % ALIGNED :][:size]
+
+
 def rotated(library: ctypes.CDLL, case: Case, limit: int) -> tuple[Packed, list[dict[str, np.ndarray]]]:
     """A weight, and the arrays of copies of it, twice `limit` bytes, which lie side by side in large pages."""
     packed = case.form.pack(case.weight)
     sizes = {name: -(-array.nbytes // ALIGNED) * ALIGNED for name, array in packed.arrays.items()}
     copies = max(2, 2 * limit // sum(sizes.values()))
-    memory = np.zeros(copies * sum(sizes.values()) + ALIGNED, np.uint8)
-    at = -memory.ctypes.data % ALIGNED
+    memory, at = aligned(copies * sum(sizes.values())), 0
     weights: list[dict[str, np.ndarray]] = [{} for _ in range(copies)]
     for weight in weights:
         for name, array in packed.arrays.items():
@@ -165,8 +170,8 @@ def ratios(library: ctypes.CDLL, case: Case, limit: int, seconds: float = SECOND
     packed, weights = rotated(library, case, limit)
     form: Any = packed.form
     tiles = case.tokens // case.lanes
-    panel = np.random.default_rng(0).standard_normal((tiles * -(-K // 16) * 16, case.lanes)).astype(np.float32)
-    out = np.empty((tiles * N, case.lanes), np.float32)
+    panel, out = (aligned(tiles * -(-rows // 16) * 16 * case.lanes * 4).view(np.float32) for rows in (K, N))
+    panel[...] = np.random.default_rng(0).standard_normal(panel.shape)
     function = getattr(library, form.kernel(case.lanes, "none", False))
     sizes = [
         ctypes.c_int64(v)
