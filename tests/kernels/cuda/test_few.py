@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,10 +11,9 @@ from spa_compiler.kernels.cuda import arrays as rules
 from spa_compiler.kernels.cuda import few
 from spa_compiler.kernels.cuda.few import BINS, Few, kernel
 from spa_compiler.kernels.cuda.form import DTYPES, Dtype, Epilogue, rounded
-from spa_compiler.kernels.cuda.source import source
-from spa_compiler.targets import nvrtc
 from spa_compiler.targets.cuda import ARCHITECTURES
 from tests.cuda_emulator.emulator import check
+from tests.cuda_harness import machine_code, products, sparse
 
 FORM = Few()
 CASES: dict[str, tuple[Dtype, int, Epilogue]] = {
@@ -27,12 +24,6 @@ CASES: dict[str, tuple[Dtype, int, Epilogue]] = {
 }
 KERNELS = {name: kernel(dtype, epilogue, tokens) for name, (dtype, tokens, epilogue) in CASES.items()}
 AMONG = tuple(KERNELS.values())
-
-
-def sparse(rng: np.random.Generator, n: int, k: int, density: float) -> np.ndarray:
-    weight = np.where(rng.random((n, k)) < density, rng.standard_normal((n, k)), 0).astype(np.float32)
-    weight[rng.random(n) < 0.1] = 0  # rows without entries
-    return weight
 
 
 @st.composite
@@ -91,11 +82,7 @@ def test_a_wrong_array_is_refused_and_a_wrong_place_stays_in_its_tile() -> None:
 @pytest.mark.parametrize("dtype, tokens", [("fp16", 8), ("fp16", 16), ("bf16", 32), ("fp16", 64), ("fp32", 64)])
 def test_it_compiles_without_spills_for_tensor_cores(arch: str, dtype: Dtype, tokens: int) -> None:
     made = kernel(dtype, Epilogue("gelu_tanh", residual=True), tokens)
-    compiled = nvrtc.compile_source(source(made), arch)
-    assert compiled.spilled == compiled.stack == 0
-    assert compiled.registers * made.threads <= ARCHITECTURES[arch].registers_per_sm
-    names = {"fp16": "f16", "bf16": "bf16", "fp32": "tf32"}
-    assert len(re.findall(rf"mma.sync.aligned.*\.{names[dtype]}\.", compiled.ptx)) == 8 * tokens // 8
+    assert products(machine_code(made, arch), dtype) == 8 * tokens // 8
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES.values(), ids=str)

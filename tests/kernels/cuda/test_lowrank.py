@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,10 +11,9 @@ from spa_compiler.kernels import activation
 from spa_compiler.kernels.cuda import arrays as rules
 from spa_compiler.kernels.cuda.form import DTYPES, Dtype, Epilogue, rounded
 from spa_compiler.kernels.cuda.lowrank import BINS, RANKS, LowRank, fragments, kernel, matrix
-from spa_compiler.kernels.cuda.source import source
-from spa_compiler.targets import nvrtc
 from spa_compiler.targets.cuda import ARCHITECTURES
 from tests.cuda_emulator.emulator import run
+from tests.cuda_harness import machine_code, products
 
 CASES: dict[str, tuple[Dtype, int, int, Epilogue]] = {
     "fp16": ("fp16", 32, 8, Epilogue()),
@@ -118,13 +115,8 @@ def test_a_weight_of_low_rank_is_found_and_others_are_refused() -> None:
 @pytest.mark.parametrize("dtype, rank, tokens", [("fp16", 16, 8), ("bf16", 64, 16), ("fp32", 32, 16), ("fp32", 64, 16)])
 def test_it_compiles_without_spills_for_tensor_cores(arch: str, dtype: Dtype, rank: int, tokens: int) -> None:
     made = kernel(dtype, Epilogue("gelu_tanh", residual=True), rank, tokens)
-    compiled = nvrtc.compile_source(source(made), arch)
-    assert compiled.spilled == compiled.stack == 0
-    assert compiled.registers * made.threads <= ARCHITECTURES[arch].registers_per_sm
-    names = {"fp16": "f16", "bf16": "bf16", "fp32": "tf32"}
     chunks = -(-rank // (16 if dtype == "fp32" else 32))
-    found = len(re.findall(rf"mma.sync.aligned.*\.{names[dtype]}\.", compiled.ptx))
-    assert found == tokens // 8 * 2 * (rank // 16 + chunks)
+    assert products(machine_code(made, arch), dtype) == tokens // 8 * 2 * (rank // 16 + chunks)
 
 
 def test_there_are_kernels_for_few_tokens_in_rows() -> None:

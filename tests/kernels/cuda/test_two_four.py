@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from spa_compiler.kernels.cuda import arrays, two_four
 from spa_compiler.kernels.cuda.form import LAYOUTS, Dtype, Epilogue, Kernel, Layout, rounded
-from spa_compiler.kernels.cuda.source import source
 from spa_compiler.kernels.cuda.two_four import TILES, TwoFour
-from spa_compiler.targets import cuda, nvrtc
+from spa_compiler.targets import cuda
 from tests.cuda_emulator import emulator
+from tests.cuda_harness import NUMBERS, machine_code
 
 FORM = TwoFour()
 CASES: dict[str, tuple[Kernel, Dtype, Layout, Epilogue]] = {
@@ -109,16 +109,10 @@ def test_what_is_no_two_of_four_is_refused() -> None:
 
 @each_case
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_machine_code_has_no_spills_and_uses_sparse_tensor_cores(
-    name: str, arch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPA_NVCC", "none")
+def test_machine_code_has_no_spills_and_uses_sparse_tensor_cores(name: str, arch: str) -> None:
     kernel, dtype, layout, _ = CASES[name]
-    compiled = nvrtc.compile_source(source(kernel), arch)
-    assert compiled.spilled == compiled.stack == 0
-    assert compiled.registers * kernel.threads * kernel.min_blocks <= cuda.architecture(arch).registers_per_sm
-    kind = "f16" if dtype == "fp16" else "bf16"
-    assert f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}" in compiled.ptx
+    compiled = machine_code(kernel, arch)
+    assert f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{NUMBERS[dtype]}" in compiled.ptx
     assert (".x4.trans" in compiled.ptx) == (layout == "planes")
 
 
