@@ -27,7 +27,7 @@ from spa_compiler.placement.choose import nothing_to_leave_out
 from spa_compiler.placement.gpu_sites import PIXEL, Pair
 from spa_compiler.placement.measure import CLOSE, Timing
 from spa_compiler.placement.sites import Site
-from spa_compiler.runtime.gpu import NodeLayout
+from spa_compiler.runtime.gpu import NodeLayout, kernel_layout
 from spa_compiler.targets.cuda import Architecture
 
 #: By the model alone a kernel must come out this much faster than dense: neither side's errors are known.
@@ -136,7 +136,7 @@ def candidates(
     # What a weight without zeros takes is known from any of them.
     alike = weight if site.density < 1 else np.ones((_SAMPLE, _SAMPLE), np.float32)
     epilogue = Epilogue(site.act, site.residual is not None)
-    layout: Layout = "planes" if site.layout == "planes" else "rows"
+    layout = kernel_layout(node_layout(site))
     found = []
     passed: set[Form] = set()
     for form in FORMS:

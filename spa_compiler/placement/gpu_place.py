@@ -20,6 +20,7 @@ from spa_compiler.placement import gpu_nodes
 from spa_compiler.placement.gpu_choose import Candidate, GpuChoice, calculated, candidates, check_packed, timed
 from spa_compiler.placement.gpu_low_rank import Halves, joined
 from spa_compiler.placement.gpu_sites import Pair, find_gpu_sites, find_pairs, tokens_of
+from spa_compiler.placement.gpu_sums import handed_over
 from spa_compiler.placement.gpu_trial import GpuReferee
 from spa_compiler.placement.measure import Timing
 from spa_compiler.placement.place import PORTABLE, SINGLE, SOURCE, Placed, Plan, contenders, winner
@@ -89,14 +90,16 @@ def place_on_gpu(
         assert referee is not None
         return referee.timings_of_pair(pair, one, halves, [shapes[pair.down.source.name] for shapes in known])
 
+    outputs = held(model.graph)
     choices = joined(
         choices,
-        find_pairs(sites, held(model.graph)),
+        find_pairs(sites, outputs),
         archs,
         dtype,
         lambda pair: [tokens_of(pair.down, shapes) for shapes in known],
         None if referee is None else ask,
     )
+    choices = handed_over(choices, archs, outputs, known)
     for choice in choices:
         check_packed(choice)
     placed.choices = choices

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from spa_compiler.kernels.cuda.arrays import Array, Below, Check, Extent, Offsets, Permutation, counts_of
-from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel
+from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel, Layout
 from spa_compiler.kernels.cuda.source import source
 from spa_compiler.targets import host, nvrtc
 
@@ -41,6 +41,11 @@ _CHECKS: dict[type[Check], str] = {Below: "GPU_BELOW", Offsets: "GPU_OFFSETS", P
 NodeLayout = Literal["rows", "planes", "pixel"]
 """Of x, the residual and y: those of kernels (`kernels/cuda/form.py`), and [batch, k, 1, ..], images of one pixel,
 which lie in memory as rows do, so that kernels of rows run."""
+
+
+def kernel_layout(layout: NodeLayout) -> Layout:
+    """Of the kernels that such a node launches."""
+    return "planes" if layout == "planes" else "rows"
 
 
 @dataclass(frozen=True)

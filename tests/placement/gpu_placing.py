@@ -23,6 +23,7 @@ from spa_compiler.placement.gpu_low_rank import joined
 from spa_compiler.placement.gpu_nodes import insert
 from spa_compiler.placement.gpu_place import place_on_gpu
 from spa_compiler.placement.gpu_sites import find_gpu_sites, find_pairs, tokens_of
+from spa_compiler.placement.gpu_sums import handed_over
 from spa_compiler.placement.measure import LEAST_ROUNDS, Timing
 from spa_compiler.placement.place import Placed
 from spa_compiler.placement.records import Records
@@ -42,8 +43,9 @@ def chosen(model: Model, feed: Feeds, dtype: Dtype = "fp16") -> tuple[Model, lis
     for site in sites:
         sizes = [tokens_of(site, known)]
         alone.append(calculated(site, candidates(site, archs, dtype, sizes), archs, dtype, sizes))
-    pairs = find_pairs(sites, held(model.graph))
-    choices = joined(alone, pairs, archs, dtype, lambda pair: [tokens_of(pair.down, known)])
+    kept = held(model.graph)
+    choices = joined(alone, find_pairs(sites, kept), archs, dtype, lambda pair: [tokens_of(pair.down, known)])
+    choices = handed_over(choices, archs, kept, [known])
     own = twin.model.copy()
     insert(own, choices)
     return own, choices

@@ -247,6 +247,35 @@ def test_a_sparse_weight_beside_a_layer_adds_it_up(monkeypatch: pytest.MonkeyPat
     assert np.abs(got["y"] - want["y"]).max() <= 2e-3 * np.abs(want["y"]).max()
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_beside_a_sparse_weight_that_stays_dense_the_layer_takes_the_sum(
+    monkeypatch: pytest.MonkeyPatch, swapped: bool
+) -> None:
+    monkeypatch.setattr(gpu_choose, "FORMS", (Rows(us=100.0),))
+    text = BESIDE.replace("Add(s, m)", "Add(m, s)") if swapped else BESIDE
+    model = model_of(text, **factors(), w=weight(RNG, K, N, 0.3))
+    feed = {"x": RNG.standard_normal((2, 3, K), np.float32)}
+    own, choices = chosen(model, feed)
+    assert {c.site.name: c.kind for c in choices} == {"s": "dense", "z": "low rank", "m": "low rank"}
+    (pair,) = {c.pair for c in choices if c.pair is not None}
+    assert (pair.up.act, pair.up.output.name) == ("relu", "y")
+    (node,) = (node for node in own.graph.nodes if node.domain == "ai.spa")
+    assert node.inputs[1].inputs[0].name == "s"
+    assert sorted(n.op for n in own.graph.nodes if n.domain != "ai.spa" and n.op != "Cast") == ["MatMul"]
+    (want,), (got,) = outputs(convert(model, "fp16").model, [feed]), outputs(expanded(own, choices), [feed])
+    assert np.abs(got["y"] - want["y"]).max() <= 2e-3 * np.abs(want["y"]).max()
+    for choice in choices:
+        gpu_choose.check_packed(choice)
+
+
+def test_a_dense_sum_of_what_is_no_node_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_choose, "FORMS", (Rows(us=100.0),))
+    model = model_of(BESIDE, **factors(), w=weight(RNG, K, N, 0.3))
+    own, choices = chosen(model, {"x": np.ones((6, 3, K), np.float32)})  # too many tokens for one node
+    assert not ours(own)
+    assert [c.site.name for c in choices if c.site.residual is not None] == ["s"]
+
+
 @pytest.mark.parametrize("text", ["y = Gemm(x, w, b)", "a = MatMul(x, w)  y = Add(a, b)"])
 def test_what_factorize_writes_is_two_nodes(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(gpu_choose, "FORMS", (Rows(),))

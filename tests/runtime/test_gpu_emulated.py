@@ -19,10 +19,10 @@ from spa_compiler.graph.weights import array_of
 from spa_compiler.kernels.cuda import arrays as packed
 from spa_compiler.kernels.cuda import form as contract
 from spa_compiler.kernels.cuda.blocks import Blocks
-from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel, Layout, from_bits, rounded, to_bits
+from spa_compiler.kernels.cuda.form import Dtype, Epilogue, Form, Kernel, from_bits, rounded, to_bits
 from spa_compiler.kernels.cuda.forms import FORMS
 from spa_compiler.placement.gpu_nodes import operator_of
-from spa_compiler.runtime.gpu import BOUNDED, Code, GpuLibrary, GpuOp, NodeLayout, operator
+from spa_compiler.runtime.gpu import BOUNDED, Code, GpuLibrary, GpuOp, NodeLayout, kernel_layout, operator
 from spa_compiler.solvers.four_bits import Grid, nearest
 from spa_compiler.targets.cuda import architecture
 from tests.cuda_emulator import emulator
@@ -44,10 +44,6 @@ TOKENS = (1, 7, 40)
 ALL = tuple(f for f in FORMS if not isinstance(f, Blocks) or f.group == 64)
 FIRST = {type(form): i for i, form in reversed(list(enumerate(ALL)))}
 """Where the first form of each kind is: compiling a kernel for the emulator takes a second."""
-
-
-def kernel_layout(layout: NodeLayout) -> Layout:
-    return "planes" if layout == "planes" else "rows"
 
 
 def chosen(form: Form, case: Case, tokens: Sequence[int]) -> tuple[tuple[int | None, Kernel], ...]:
