@@ -50,7 +50,12 @@ static inline float min(float a, float b) { return fminf(a, b); }
 static inline float max(float a, float b) { return fmaxf(a, b); }
 
 #define SPA_DEVICE static inline
-#define SPA_DYNAMIC_SHARED(type, name) type* name = (type*)spa_gpu.shared
+#define SPA_DYNAMIC_SHARED(type, name) spa_buffer<type> name = {(type*)spa_gpu.shared}
+
+static void spa_put(void* p, const void* value, int size) {
+  spa_writes(p, size, value, 0);
+  memcpy(p, value, size);
+}
 
 // ---- asynchronous copies ----
 
@@ -76,10 +81,11 @@ SPA_DEVICE void spa_copy16(void* shared, const void* global, int valid, int alig
       spa_copy_begin((char*)shared + i, (const char*)global + (part ? i : 0), size, part, "spa_copy16");
     }
   } else {
+    char value[16] = {0};
     spa_check_shared(shared, 16, 16, "spa_copy16");
     spa_check(global, valid, 2, "spa_copy16");
-    memset(shared, 0, 16);
-    memcpy(shared, global, valid);
+    memcpy(value, global, valid);
+    spa_put(shared, value, 16);
   }
 }
 SPA_DEVICE void spa_cp_async_commit() { spa_copy_commit(); }
@@ -93,28 +99,43 @@ SPA_DEVICE void spa_cp_async_wait6() { spa_copy_wait(6); }
 
 // ---- vectors ----
 
-SPA_DEVICE void spa_load16(uint* r, const void* p) { spa_check(p, 16, 16, "spa_load16"), memcpy(r, p, 16); }
-SPA_DEVICE void spa_load8(uint* r, const void* p) { spa_check(p, 8, 8, "spa_load8"), memcpy(r, p, 8); }
-SPA_DEVICE uint spa_load4(const void* p) {
-  spa_check(p, 4, 4, "spa_load4");
-  return *(const uint*)p;
+static void spa_get(void* value, const void* p, int size) {
+  spa_reads(p, size);
+  memcpy(value, p, size);
 }
-SPA_DEVICE void spa_load16_once(uint* r, const void* p) { spa_check(p, 16, 16, "spa_load16_once"), memcpy(r, p, 16); }
-SPA_DEVICE void spa_load8_once(uint* r, const void* p) { spa_check(p, 8, 8, "spa_load8_once"), memcpy(r, p, 8); }
+static void spa_load(uint* r, const void* p, int size, const char* what) {
+  spa_check(p, size, size, what);
+  spa_get(r, p, size);
+}
+static void spa_store(void* p, const uint* r, int size, const char* what) {
+  spa_check(p, size, size, what);
+  spa_put(p, r, size);
+}
+SPA_DEVICE void spa_load16(uint* r, const void* p) { spa_load(r, p, 16, "spa_load16"); }
+SPA_DEVICE void spa_load8(uint* r, const void* p) { spa_load(r, p, 8, "spa_load8"); }
+SPA_DEVICE uint spa_load4(const void* p) {
+  uint v;
+  spa_load(&v, p, 4, "spa_load4");
+  return v;
+}
+static void spa_load_once(uint* r, const void* p, int size, const char* what) {
+  if (spa_shared_place(p) >= 0) spa_fail("%s: ld.global of shared memory", what);
+  spa_load(r, p, size, what);
+}
+SPA_DEVICE void spa_load16_once(uint* r, const void* p) { spa_load_once(r, p, 16, "spa_load16_once"); }
+SPA_DEVICE void spa_load8_once(uint* r, const void* p) { spa_load_once(r, p, 8, "spa_load8_once"); }
 SPA_DEVICE void spa_load8_once_at(uint* r, const void* p, int bytes) { spa_load8_once(r, (const char*)p + bytes); }
 SPA_DEVICE void spa_load16_once_at(uint* r, const void* p, int bytes) { spa_load16_once(r, (const char*)p + bytes); }
-SPA_DEVICE void spa_store16(void* p, const uint* r) { spa_check(p, 16, 16, "spa_store16"), memcpy(p, r, 16); }
-SPA_DEVICE void spa_store8(void* p, const uint* r) { spa_check(p, 8, 8, "spa_store8"), memcpy(p, r, 8); }
-SPA_DEVICE void spa_store4(void* p, uint r) { spa_check(p, 4, 4, "spa_store4"), memcpy(p, &r, 4); }
+SPA_DEVICE void spa_store16(void* p, const uint* r) { spa_store(p, r, 16, "spa_store16"); }
+SPA_DEVICE void spa_store8(void* p, const uint* r) { spa_store(p, r, 8, "spa_store8"); }
+SPA_DEVICE void spa_store4(void* p, uint r) { spa_store(p, &r, 4, "spa_store4"); }
 SPA_DEVICE uint spa_load2_at(const void* p, int bytes) {
-  spa_check((const char*)p + bytes, 2, 2, "spa_load2_at");
-  return *(const ushort*)((const char*)p + bytes);
+  uint v = 0;
+  spa_load(&v, (const char*)p + bytes, 2, "spa_load2_at");
+  return v;
 }
-SPA_DEVICE void spa_store2_at(void* p, int bytes, uint r) {
-  spa_check((char*)p + bytes, 2, 2, "spa_store2_at");
-  memcpy((char*)p + bytes, &r, 2);
-}
-SPA_DEVICE void spa_store2(void* p, uint r) { spa_check(p, 2, 2, "spa_store2"), memcpy(p, &r, 2); }
+SPA_DEVICE void spa_store2_at(void* p, int bytes, uint r) { spa_store((char*)p + bytes, &r, 2, "spa_store2_at"); }
+SPA_DEVICE void spa_store2(void* p, uint r) { spa_store(p, &r, 2, "spa_store2"); }
 static void spa_check_part(const void* p, int valid, int align, const char* what) {
   if (valid > 16) valid = 16;
   if (valid < 0 || valid % 2) spa_fail("%s: %d bytes", what, valid);
@@ -123,11 +144,11 @@ static void spa_check_part(const void* p, int valid, int align, const char* what
 SPA_DEVICE void spa_load16_part(uint* r, const void* p, int valid, int align) {
   spa_check_part(p, valid, align, "spa_load16_part");
   memset(r, 0, 16);
-  memcpy(r, p, min(valid, 16));
+  spa_get(r, p, min(valid, 16));
 }
 SPA_DEVICE void spa_store16_part(void* p, const uint* r, int valid, int align) {
   spa_check_part(p, valid, align, "spa_store16_part");
-  memcpy(p, r, min(valid, 16));
+  spa_put(p, r, min(valid, 16));
 }
 
 // ---- numbers of 16 bits ----
@@ -211,7 +232,10 @@ static void spa_run_ldmatrix(spa_thread* lanes) {
 }
 static void spa_ldmatrix(uint* r, const void* shared, int count, int transposed, const char* what) {
   spa_thread* self = spa_gpu.current;
-  if (self->number % SPA_LANES < 8 * count) spa_check_shared(shared, 16, 16, what);
+  if (self->number % SPA_LANES < 8 * count) {
+    spa_check_shared(shared, 16, 16, what);
+    spa_reads(shared, 16);
+  }
   self->in[0] = shared, self->out = r, self->argument = count << 1 | transposed;
   spa_together(what, spa_run_ldmatrix);
 }
@@ -334,7 +358,7 @@ SPA_DEVICE uint spa_pair(uint bits, int at, const void* values, int* place) {
     if (bits >> (at + i) & 1) {
       const ushort* p = (const ushort*)((const char*)values + *place);
       spa_check(p, 2, 2, "spa_pair");
-      number[i] = *p;
+      spa_get(&number[i], p, 2);
       *place += 2;
     }
   }
@@ -346,7 +370,10 @@ SPA_DEVICE float spa_warp_sum(float v) {
   return v;
 }
 static void spa_run_nothing(spa_thread*) {}
-SPA_DEVICE void spa_syncwarp() { spa_together("spa_syncwarp", spa_run_nothing); }
+SPA_DEVICE void spa_syncwarp() {
+  spa_together("spa_syncwarp", spa_run_nothing);
+  ++spa_gpu.current->warp_barriers;
+}
 
 // ---- activations ----
 

@@ -49,18 +49,38 @@ extern "C" __global__ void pass_on(const uint* x, uint* y, int mistake) {
   int t = threadIdx.x, other = blockDim.x - 1 - t;
   for (int turn = 0; turn < 4; ++turn) {
     if (mistake == 4 && t == 7) spa_cp_async16(shared + 4 * t + 1, x);
-    if (mistake == 5 && t == 7) spa_cp_async16(shared + 4 * t, x + (turn + 1) * 4 * blockDim.x);
     if (mistake == 6 && t == 7) spa_cp_async16(shared + 4 * blockDim.x, x);
-    spa_cp_async16(shared + 4 * t, x + 4 * (turn * blockDim.x + t));
+    spa_cp_async16(shared + 4 * t, x + 4 * ((mistake == 5 && t == 7 ? 4 : turn) * blockDim.x + t));
     if (mistake != 7) spa_cp_async_commit();
     if (mistake != 1) spa_cp_async_wait0();
     if (mistake != 2) __syncthreads();
     for (int i = 0; i < 4; ++i) y[4 * (turn * blockDim.x + t) + i] = shared[4 * other + i];
     if (mistake != 3) __syncthreads();
-    if (mistake == 8 && t == 40) __syncthreads();
+    if (mistake == 8 && t == 40 && turn == 3) __syncthreads();
     if (mistake == 9 && t < 40) spa_syncwarp();
     if (mistake == 11 && t == 3) y[4 * 4 * blockDim.x] = 1;
     if (mistake == 10) { if (t < 40) spa_shuffle_u32(t, 0); else spa_syncwarp(); }
+  }
+}
+// Lanes pass a word on through shared memory; `between` is what stands between the store and the load.
+extern "C" __global__ void through_shared(const uint* x, uint* y, int between, int other) {
+  SPA_DYNAMIC_SHARED(uint, shared);
+  int t = threadIdx.x;
+  uint r[4] = {0, 0, 0, 0}, b[2] = {0, 0};
+  float d[4] = {0.f, 0.f, 0.f, 0.f};
+  for (int turn = 0; turn < 2; ++turn) {
+    if (between == 6) spa_store4(&shared[0], turn);  // all of them the same
+    if (between == 7) spa_store4(&shared[0], t);
+    __syncthreads();
+    shared[4 * t] = x[t];
+    if (between == 0) __syncthreads();
+    if (between == 1 || between > 5) spa_syncwarp();
+    if (between == 2) spa_shuffle_u32(t, 0);
+    if (between == 3) spa_mma_fp16(d, r, b);
+    if (between == 4) spa_ldmatrix_x4(r, &shared[4 * t]);
+    y[t] = shared[4 * (t ^ other)];
+    if (between == 5) continue;
+    __syncthreads();
   }
 }
 extern "C" __global__ void sums(const float* x, float* y) {
@@ -70,7 +90,7 @@ extern "C" __global__ void sums(const float* x, float* y) {
   y[128 + threadIdx.x] = spa_as_float(spa_byte_perm(spa_as_uint(v), 0x44332211u, 0x5410));
 }
 """
-NAMES = ("mma_fp16", "mma_tf32", "mma_sparse", "matrices", "round_trip", "pass_on", "sums")
+NAMES = ("mma_fp16", "mma_tf32", "mma_sparse", "matrices", "round_trip", "pass_on", "through_shared", "sums")
 
 
 @functools.cache
@@ -214,7 +234,30 @@ def test_correct_code_is_right_with_every_seed(threads: int) -> None:
     ],
 )
 def test_what_is_left_out_shows(mistake: int) -> None:
-    assert not any(pass_on(mistake, seed) for seed in range(20))
+    for seed in range(20):
+        with pytest.raises(LaunchError, match="race: shared byte"):
+            pass_on(mistake, seed)
+
+
+def through_shared(between: int, other: int, seed: int) -> bool:
+    x = guarded(np.arange(1, 65, dtype=np.uint32))
+    y = guarded(np.zeros_like(x))
+    call(kernels(), "through_shared", 64, 1024, [x, y], [between, other], seed=seed)
+    return bool((y == x[np.arange(64) ^ other]).all())
+
+
+@pytest.mark.parametrize("between, other", [(0, 32), (0, 1), (1, 1), (6, 1), (2, 0), (3, 0)])
+def test_barriers_order_memory(between: int, other: int) -> None:
+    """Of the block, of lanes of a warp; where several write the same, and where a thread reads its own."""
+    assert all(through_shared(between, other, seed) for seed in range(10))
+
+
+@pytest.mark.parametrize("between, other", [(1, 32), (2, 1), (3, 1), (4, 1), (5, 1), (7, 1)])
+def test_nothing_else_orders_memory(between: int, other: int) -> None:
+    """A warp's barrier between warps; a shuffle, an mma, an ldmatrix between lanes; nothing; different values."""
+    for seed in range(10):
+        with pytest.raises(LaunchError, match="race: shared byte"):
+            through_shared(between, other, seed)
 
 
 @pytest.mark.parametrize(

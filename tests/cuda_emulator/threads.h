@@ -4,8 +4,12 @@
 //   - which thread goes on: any that is not waiting, anew whenever one waits;
 //   - when an asynchronous copy lands: at once, or at the wait for it; until then its target is garbage;
 //   - what shared memory starts with: garbage (NaN in every type).
-// Errors (misaligned vectors, addresses outside of the registered buffers, threads that wait for different things) end
-// the launch with a message. No C++ library is used: building one takes longer than all tests.
+// Two threads that touch the same shared memory, one of them writing, are a race unless __syncthreads() is between, or
+// __syncwarp() where they are lanes of a warp. Nothing else orders memory: lanes that meet in an mma, ldmatrix or
+// shuffle only execute it together (PTX ISA, "bar.warp.sync" guarantees the order of accesses, they do not), and an
+// asynchronous copy writes until its own thread has waited for it ("cp.async.wait_group").
+// Errors (races, misaligned vectors, addresses outside of the registered buffers, threads that wait for different
+// things) end the launch with a message. No C++ library is used: building one takes longer than all tests.
 
 #pragma once
 #ifndef _GNU_SOURCE
@@ -31,14 +35,23 @@ enum spa_state { SPA_READY, SPA_AT_BARRIER, SPA_AT_WARP, SPA_DONE };
 struct spa_copy {
   char* to;
   const char* from;
-  int size, valid, group;
+  int size, valid, group, landed;
 };
+
+// Who touched 2 bytes of shared memory last: a thread's number, how many barriers of the block and of its warp were
+// behind it. Of readers, a warp's as -1 - warp where they are several of its lanes, SPA_MANY where of several warps.
+struct spa_mark {
+  int writer, write_block, write_warp;
+  int reader, read_block, read_warp;
+};
+enum { SPA_MANY = -1000, SPA_PENDING = 0x7fffffff };  // PENDING: an asynchronous copy that nobody has waited for
 
 struct spa_thread {
   void* stack_pointer;
   char* stack;
   spa_dim3 index;
   int number, state, barrier;
+  int block_barriers, warp_barriers;  // behind it
   // asynchronous copies
   spa_copy copies[SPA_COPIES];
   int n_copies, group;
@@ -62,6 +75,8 @@ static struct {
   uint64_t random;
   char* shared;
   int shared_bytes;
+  spa_mark* marks;
+  int barriers;  // of all blocks so far: marks of blocks that have ended are older than all that comes
   struct {
     const char *start, *end;
   } buffers[SPA_BUFFERS];
@@ -127,6 +142,8 @@ static void spa_barrier(int id, int count) {
   spa_gpu.current->barrier = id;
   if (spa_gpu.at_barrier[id] == (count ? count : spa_gpu.n_threads)) spa_wake_barrier(id);
   spa_yield();
+  int behind = ++spa_gpu.current->block_barriers;
+  if (behind > spa_gpu.barriers) spa_gpu.barriers = behind;
 }
 
 // An operation that all lanes take part in: the last to come runs it for all.
@@ -180,11 +197,90 @@ static void spa_check_shared(const void* p, int size, int align, const char* wha
   }
 }
 
+// ---- races ----
+
+static void spa_race(long at, const char* what, int thread, const char* other, int by) {
+  if (by <= SPA_MANY) spa_fail("race: shared byte %ld, %s by thread %d, %s by several warps", at, what, thread, other);
+  if (by < 0) spa_fail("race: shared byte %ld, %s by thread %d, %s by warp %d", at, what, thread, other, -1 - by);
+  spa_fail("race: shared byte %ld, %s by thread %d, %s by thread %d", at, what, thread, other, by);
+}
+
+// Whether no barrier is between now and what `by` did.
+static bool spa_unordered(const spa_thread* self, int by, int block, int warp) {
+  if (block == SPA_PENDING) return true;
+  if (block < self->block_barriers || by == self->number) return false;
+  if (by <= SPA_MANY) return true;
+  return (by < 0 ? -1 - by : by / SPA_LANES) != self->number / SPA_LANES || warp == self->warp_barriers;
+}
+
+static long spa_shared_place(const void* p) {
+  long at = (const char*)p - spa_gpu.shared;
+  return at >= 0 && at < spa_gpu.shared_bytes ? at : -1;
+}
+
+static void spa_reads(const void* p, int size) {
+  spa_thread* self = spa_gpu.current;
+  long first = spa_shared_place(p);
+  if (first < 0) return;
+  for (long at = first / 2; at < (first + size + 1) / 2; ++at) {
+    spa_mark* m = &spa_gpu.marks[at];
+    if (spa_unordered(self, m->writer, m->write_block, m->write_warp))
+      spa_race(2 * at, "read", self->number, m->write_block == SPA_PENDING ? "being copied" : "written", m->writer);
+    int warp = self->number / SPA_LANES;
+    if (m->read_block < self->block_barriers) {
+      m->reader = self->number;
+    } else if (m->reader != self->number && m->reader != SPA_MANY) {
+      int other = m->reader < 0 ? -1 - m->reader : m->reader / SPA_LANES;
+      if (other != warp) m->reader = SPA_MANY;
+      else m->reader = m->read_warp < self->warp_barriers ? self->number : -1 - warp;
+    }
+    m->read_block = self->block_barriers, m->read_warp = self->warp_barriers;
+  }
+}
+
+// `value` is what will be there, null if that is not known. Several threads may write the same: it is there, then.
+static void spa_writes(const void* p, int size, const void* value, int pending) {
+  spa_thread* self = spa_gpu.current;
+  long first = spa_shared_place(p);
+  if (first < 0) return;
+  for (long at = first / 2; at < (first + size + 1) / 2; ++at) {
+    spa_mark* m = &spa_gpu.marks[at];
+    if (spa_unordered(self, m->reader, m->read_block, m->read_warp))
+      spa_race(2 * at, "written", self->number, "read", m->reader);
+    bool same = value && m->write_block != SPA_PENDING && size >= 2 &&
+                !memcmp(spa_gpu.shared + 2 * at, (const char*)value + (2 * at - first), 2);
+    if (!same && spa_unordered(self, m->writer, m->write_block, m->write_warp))
+      spa_race(2 * at, "written", self->number, m->write_block == SPA_PENDING ? "being copied" : "written", m->writer);
+    m->writer = self->number, m->write_block = pending ? SPA_PENDING : self->block_barriers,
+    m->write_warp = self->warp_barriers;
+  }
+}
+
+// The buffer of shared memory and its elements, as kernels index them.
+template <class T>
+struct spa_element {
+  T* at;
+  operator T() const { return spa_reads(at, sizeof(T)), *at; }
+  spa_element& operator=(T value) { return spa_writes(at, sizeof(T), &value, 0), *at = value, *this; }
+  spa_element& operator=(const spa_element& other) { return *this = (T)other; }
+  T* operator&() const { return at; }
+};
+template <class T>
+struct spa_buffer {
+  T* start;
+  template <class Index>
+  spa_element<T> operator[](Index i) const {
+    return {start + i};
+  }
+  operator T*() const { return start; }
+};
+
 // ---- asynchronous copies ----
 
-static void spa_land(const spa_copy* copy) {
+static void spa_land(spa_copy* copy) {
   memcpy(copy->to, copy->from, copy->valid);
   memset(copy->to + copy->valid, 0, copy->size - copy->valid);
+  copy->landed = 1;
 }
 
 static void spa_copy_begin(void* shared, const void* global, int size, int valid, const char* what) {
@@ -192,13 +288,11 @@ static void spa_copy_begin(void* shared, const void* global, int size, int valid
   if (valid < 0 || valid > size) spa_fail("%s: %d of %d bytes", what, valid, size);
   spa_check_shared(shared, size, size, what);
   spa_check(global, valid, size, what);
-  spa_copy copy = {(char*)shared, (const char*)global, size, valid, self->group};
-  if (spa_chance(3) == 0) {
-    spa_land(&copy);
-    return;
-  }
-  if (self->n_copies == SPA_COPIES) spa_fail("%s: more than %d copies in flight", what, (int)SPA_COPIES);
+  spa_copy copy = {(char*)shared, (const char*)global, size, valid, self->group, 0};
+  spa_writes(shared, size, nullptr, 1);
   memset(shared, 0xff, size);
+  if (spa_chance(3) == 0) spa_land(&copy);
+  if (self->n_copies == SPA_COPIES) spa_fail("%s: more than %d copies in flight", what, (int)SPA_COPIES);
   self->copies[self->n_copies++] = copy;
 }
 
@@ -208,8 +302,11 @@ static void spa_copy_wait(int in_flight) {
   spa_thread* self = spa_gpu.current;
   int left = 0;
   for (int i = 0; i < self->n_copies; ++i) {
-    if (self->copies[i].group < self->group - in_flight) {
-      spa_land(&self->copies[i]);
+    spa_copy* copy = &self->copies[i];
+    if (copy->group < self->group - in_flight) {
+      if (!copy->landed) spa_land(copy);
+      for (long at = spa_shared_place(copy->to) / 2, end = at + copy->size / 2; at < end; ++at)
+        spa_gpu.marks[at].write_block = self->block_barriers, spa_gpu.marks[at].write_warp = self->warp_barriers;
     } else {
       self->copies[left++] = self->copies[i];
     }
@@ -232,11 +329,13 @@ static void spa_run_block() {
   memset(spa_gpu.at_barrier, 0, sizeof spa_gpu.at_barrier);
   spa_gpu.n_ready = 0;
   spa_gpu.n_live = spa_gpu.n_threads;
+  ++spa_gpu.barriers;
   for (int i = 0; i < spa_gpu.n_threads; ++i) {
     spa_thread* thread = &spa_gpu.threads[i];
     thread->number = i;
     thread->index = {(unsigned)i, 0, 0};
-    thread->n_copies = thread->group = 0;
+    thread->n_copies = thread->group = thread->warp_barriers = 0;
+    thread->block_barriers = spa_gpu.barriers;
     void** top = (void**)(thread->stack + SPA_STACK) - 1;  // as after a call: 8 off a multiple of 16
     *--top = (void*)spa_fiber;
     for (int r = 0; r < 6; ++r) *--top = nullptr;
@@ -305,13 +404,17 @@ static const char* spa_launch(void (*entry)(void), const int* grid, int threads,
     return "threads are no multiple of 32 up to 1024, or there are too many buffers";
   }
   size_t page = 4096, room = (shared_bytes + page - 1) / page * page,
-         own = (sizeof(spa_thread) * threads + page - 1) / page * page;
-  char *shared = spa_map(room + page), *stacks = spa_map((size_t)threads * SPA_STACK), *state = spa_map(own);
-  if (!shared || !stacks || !state || mprotect(shared + room, page, PROT_NONE)) return "out of memory";
+         own = (sizeof(spa_thread) * threads + page - 1) / page * page,
+         marked = (sizeof(spa_mark) * (shared_bytes / 2 + 1) + page - 1) / page * page;
+  char *shared = spa_map(room + page), *stacks = spa_map((size_t)threads * SPA_STACK), *state = spa_map(own),
+       *marks = spa_map(marked);
+  if (!shared || !stacks || !state || !marks || mprotect(shared + room, page, PROT_NONE)) return "out of memory";
   spa_gpu.threads = (spa_thread*)state;
   // The end borders on a page that cannot be touched, up to what alignment takes.
   spa_gpu.shared = shared + room - (shared_bytes + 127) / 128 * 128;
   spa_gpu.shared_bytes = shared_bytes;
+  spa_gpu.marks = (spa_mark*)marks;
+  spa_gpu.barriers = 0;
   spa_gpu.n_threads = threads;
   spa_gpu.entry = entry;
   spa_gpu.random = seed * 2654435769u + 88172645463325252ull;
@@ -347,6 +450,7 @@ static const char* spa_launch(void (*entry)(void), const int* grid, int threads,
   munmap(shared, room + page);
   munmap(stacks, (size_t)threads * SPA_STACK);
   munmap(state, own);
+  munmap(marks, marked);
   return spa_gpu.message;
 }
 

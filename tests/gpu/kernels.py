@@ -267,12 +267,18 @@ class Gpu:
         return value.value
 
     def upload(self, array: np.ndarray) -> int:
-        """A copy in the GPU's memory."""
+        """A copy in the GPU's memory, which is there for any stream.
+
+        From memory that is not pinned cuMemcpyHtoD returns once it has staged the data: the way to the GPU may not have
+        ended (driver API, "API synchronization behavior"). It goes on in the default stream, for which one that does not
+        block, as `self.stream`, never waits.
+        """
         array = np.ascontiguousarray(array)
         pointer = _POINTER()
         self._call("cuMemAlloc_v2", ctypes.byref(pointer), max(16, -(-array.nbytes // 16) * 16))
         if array.nbytes:
             self._call("cuMemcpyHtoD_v2", pointer, array.ctypes.data, array.nbytes)
+            self._call("cuStreamSynchronize", None)
         return pointer.value
 
     def free(self, pointer: int) -> None:

@@ -59,6 +59,22 @@ static void* allocated[ALLOCATED]; /* by cuMemAlloc */
 static long allocated_sizes[ALLOCATED];
 static int allocated_count, recording, graph_launches;
 
+/* Copies to the GPU from memory that is not pinned: staged when the call returns, there once the default stream has been
+ * waited for. */
+static struct {
+  uint64_t to;
+  void* staged;
+  size_t bytes;
+} coming[ALLOCATED];
+static int coming_count;
+static void land(void) {
+  for (int i = 0; i < coming_count; ++i) {
+    memcpy((void*)(uintptr_t)coming[i].to, coming[i].staged, coming[i].bytes);
+    free(coming[i].staged);
+  }
+  coming_count = 0;
+}
+
 /* ---- what tests ask ---- */
 
 void fake_reset(int with_major, int with_minor, int with_shared, int with_threads) {
@@ -199,6 +215,7 @@ int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
   int status = strcmp(failing, "cuMemcpyDtoH") ? result_of("cuMemcpyDtoH", 0) : failing_with;
   if (status) return status;
   if (!current()) return refuse(INVALID_CONTEXT);
+  land();
   return memcpy(to, (const void*)(uintptr_t)from, bytes), 0;
 }
 int cuModuleLoadDataEx(void** module, const void* image, unsigned options, int* names, void** values) {
@@ -326,6 +343,7 @@ int cuMemFree_v2(uint64_t pointer) {
   IN_CONTEXT(0);
   int i = find(pointer, 0);
   if (i < 0) return refuse(INVALID_VALUE);
+  land();
   free(allocated[i]);
   allocated[i] = allocated[--allocated_count];
   allocated_sizes[i] = allocated_sizes[allocated_count];
@@ -333,8 +351,10 @@ int cuMemFree_v2(uint64_t pointer) {
 }
 int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
   IN_CONTEXT(0);
-  if (find(to, bytes) < 0) return refuse(INVALID_VALUE);
-  return memcpy((void*)(uintptr_t)to, from, bytes), 0;
+  void* staged = malloc(bytes + 1);
+  if (find(to, bytes) < 0 || coming_count == ALLOCATED || !staged) return free(staged), refuse(INVALID_VALUE);
+  coming[coming_count].to = to, coming[coming_count].bytes = bytes;
+  return coming[coming_count++].staged = memcpy(staged, from, bytes), 0;
 }
 int cuStreamCreate(void** stream, unsigned flags) {
   IN_CONTEXT(0);
@@ -342,7 +362,8 @@ int cuStreamCreate(void** stream, unsigned flags) {
 }
 int cuStreamSynchronize(void* stream) {
   IN_CONTEXT(0);
-  return stream == &stream_ ? 0 : refuse(INVALID_HANDLE);
+  if (!stream) land();
+  return !stream || stream == &stream_ ? 0 : refuse(INVALID_HANDLE);
 }
 int cuStreamBeginCapture_v2(void* stream, int mode) {
   IN_CONTEXT(0);
