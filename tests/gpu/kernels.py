@@ -58,13 +58,14 @@ def numbers(seed: int, shape: Sequence[int], levels: int = 2048) -> np.ndarray:
 def weight_of(recipe: dict[str, Any]) -> np.ndarray:
     """A weight [n, k] of which `density` of the blocks (block x block, or single numbers at 1) are not zero.
 
-    `two_of_four`: of every four numbers of a row, two at most are left."""
+    `across`: the blocks' columns, where they are no squares. `two_of_four`: of every four numbers of a row, two at most are left."""
     n, k, block, seed = (recipe[name] for name in ("n", "k", "block", "seed"))
-    rows, columns = -(-n // block), -(-k // block)
+    across = recipe.get("across", block)
+    rows, columns = -(-n // block), -(-k // across)
     order = np.argsort(noise(seed + 1, rows * columns), kind="stable")
     kept = np.zeros(rows * columns, bool)
     kept[order[: round(recipe["density"] * rows * columns)]] = True
-    kept = kept.reshape(rows, columns).repeat(block, axis=0).repeat(block, axis=1)[:n, :k]
+    kept = kept.reshape(rows, columns).repeat(block, axis=0).repeat(across, axis=1)[:n, :k]
     if recipe.get("two_of_four"):
         fours = np.zeros((n, -(-k // 4) * 4), np.int8)
         fours[:, :k] = kept

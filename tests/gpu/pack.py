@@ -34,6 +34,7 @@ from spa_compiler.kernels.cuda.lowrank import RANKS, LowRank
 from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.source import source
 from spa_compiler.kernels.cuda.two_four import TwoFour
+from spa_compiler.kernels.cuda.vectors import Vectors
 from spa_compiler.solvers.four_bits import Grid, nearest
 from spa_compiler.targets import host, nvrtc
 from spa_compiler.targets.cuda import architecture
@@ -49,6 +50,8 @@ Images = Callable[[Kernel], list[tuple[int, bool, bytes]]]
 EPILOGUES = (Epilogue(), Epilogue("relu"), Epilogue("gelu_erf", True), Epilogue("silu"), Epilogue("clip", True))
 SHAPES = ((304, 208, 1), (95, 203, 9), (304, 208, 33), (520, 137, 150))
 """n, k, tokens of cases: tails of everything."""
+VECTOR_SHAPES = {8: (523, 137, 150), 16: (512, 208, 152)}
+"""Of columns of outputs, whose kernels are many: one each, with tails and without."""
 
 
 def compiled(kernel: Kernel) -> list[tuple[int, bool, bytes]]:
@@ -101,8 +104,9 @@ class Packer:
     ) -> None:
         """One launch whose result is compared; `packed` has the weights that were packed before."""
         n, k, _ = shape
-        block = form.size if isinstance(form, Blocks) else 1
+        block = form.size if isinstance(form, Blocks | Vectors) else 1
         how = recipe(n, k, 0.3, block, 77, 64) | ({"two_of_four": True} if isinstance(form, TwoFour) else {})
+        how |= {"across": 1} if isinstance(form, Vectors) else {}
         key = (form, dtype, n, k)
         if key not in packed:
             dense = weight_of(how)
@@ -199,6 +203,16 @@ class Packer:
                     candidates.append(self._candidate(form, kernel, specs))
         return self._layer(n, k, count, rotate, np.count_nonzero(weight), candidates) | {"weight": how, "check": {}}
 
+    def vector_layer(self, n: int, k: int, density: float, size: int, tokens: int, *, seed: int) -> dict[str, Any]:
+        """A layer that keeps columns of `size` outputs."""
+        how = recipe(n, k, density, size, seed, 64) | {"across": 1}
+        weight, form = weight_of(how), Vectors(size)
+        arrays = form.pack(weight, "fp16")
+        specs = [self.store(arrays[name]) for name in form.arrays]
+        made = form.kernels(architecture("sm_90"), "fp16", "rows", Epilogue(), tokens)
+        candidates = [self._candidate(form, kernel, specs) for kernel in made]
+        return self._layer(n, k, 1, False, np.count_nonzero(weight), candidates) | {"weight": how, "check": {}}
+
     def few_layer(self, n: int, k: int, density: float, tokens: int, *, seed: int) -> dict[str, Any]:
         """A layer with zeros anywhere."""
         how = recipe(n, k, density, 1, seed, 64)
@@ -270,7 +284,9 @@ def _coordinates(form: Blocks, arrays: Arrays) -> np.ndarray:
 def everything() -> Packer:
     """What `make cuda-kernels` packs."""
     packer = Packer()
-    packer.matrix(FORMS, DTYPES, LAYOUTS, SHAPES)
+    packer.matrix([form for form in FORMS if not isinstance(form, Vectors)], DTYPES, LAYOUTS, SHAPES)
+    for size, shape in VECTOR_SHAPES.items():
+        packer.matrix([Vectors(size)], DTYPES, LAYOUTS, [shape])
     packer.low_rank(RANKS, DTYPES, SHAPES)
     for density, wants in ((0.1, 3.0), (0.2, 1.7)):
         layer = packer.block_layer(4096, 4096, density, seed=1)
@@ -278,6 +294,10 @@ def everything() -> Packer:
     packer.bar(
         "fp16 4096 x 4096, 16 tokens, unstructured 80 %", 1.5, 16, [packer.few_layer(4096, 4096, 0.2, 16, seed=2)]
     )
+    for size, density in ((16, 0.1), (8, 0.05)):
+        layer = packer.vector_layer(4096, 1024, density, size, 4096, seed=7)
+        named = f"fp16 4096 x 1024, 4096 tokens, {size}x1, {100 * (1 - density):.0f} % zeros"
+        packer.bar(named, 1.2, 4096, [layer])
     layer = packer.four_bit_layer(8192, 8192, 0.5, 1, seed=3, repeat=4)
     packer.bar("fp16 8192 x 8192, one token, 4 bits and 50 %", 3.0, 1, [layer])
     shapes = ((768, 768, 48), (3072, 768, 12), (768, 3072, 12))

@@ -21,6 +21,7 @@ from spa_compiler.kernels.cuda.form import DTYPES, Kernel
 from spa_compiler.kernels.cuda.lowrank import LowRank
 from spa_compiler.kernels.cuda.matvec import FourBit
 from spa_compiler.kernels.cuda.two_four import TwoFour
+from spa_compiler.kernels.cuda.vectors import Vectors
 from tests.cuda_emulator import emulator
 from tests.gpu import kernels, pack
 from tests.gpu_harness import build_driver, in_child
@@ -34,6 +35,7 @@ def packer() -> pack.Packer:
     made = pack.Packer()
     made.matrix(FORMS, ("fp16", "bf16"), ("rows", "planes"), SHAPES)
     made.matrix(FORMS[:2], ("fp32",), ("rows",), SHAPES[1:])
+    made.matrix((Vectors(8),), ("fp16",), ("planes",), SHAPES[1:])
     made.low_rank((16,), ("fp32", "bf16"), SHAPES[1:])
     layer = made.block_layer(64, 96, 0.5, seed=1, count=2, rotate=True)
     layer["candidates"] = [c for c in layer["candidates"] if c["kernel"].startswith("spa_blocks32_32x")]
@@ -126,6 +128,19 @@ def test_memory_is_given_back_and_graphs_are_launched(archive: Path, driver: Pat
     assert library.fake_allocated() == 0
     assert library.fake_graph_launches() == 2 * (1 + 3) + 2 * 4  # both forms, then the better one
     assert library.fake_wrong() == 0
+
+
+def test_columns_of_outputs_are_packed_from_their_recipe() -> None:
+    made = pack.Packer()
+    layer = made.vector_layer(48, 100, 0.25, 16, 64, seed=3)
+    weight = kernels.weight_of(layer["weight"])
+    kept = weight.reshape(3, 16, 100) != 0
+    assert (kept == kept[:, :1]).all()
+    assert layer["nonzeros"] == np.count_nonzero(weight) == 16 * 75
+    stored = dict(zip(Vectors(16).arrays, layer["candidates"][0]["arrays"], strict=True))
+    arrays = {name: made.arrays[spec["stored"]] for name, spec in stored.items()}
+    np.testing.assert_array_equal(Vectors(16).unpack(arrays, 48, 100, "fp16"), weight)
+    assert {c["kernel"] for c in layer["candidates"]} == set(made.kernels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

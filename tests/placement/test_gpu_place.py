@@ -20,6 +20,7 @@ from spa_compiler.graph.precision import convert
 from spa_compiler.graph.rounding import outputs
 from spa_compiler.graph.session import Feeds
 from spa_compiler.kernels.cuda.form import DTYPES, Dtype
+from spa_compiler.kernels.cuda.forms import FORMS
 from spa_compiler.placement import gpu_choose, gpu_trial
 from spa_compiler.placement.candidates import DENSE
 from spa_compiler.placement.gpu_check import expanded
@@ -190,6 +191,33 @@ def test_the_cheapest_form_is_taken_and_none_for_weights_without_zeros(monkeypat
     shapes.infer(dense)
     _, choices = chosen(dense, {"x": np.ones((1, 2, 64), np.float32)}, "fp16")
     assert {c.reason for c in choices} == {"not measured: it has no zeros"}
+
+
+@pytest.mark.parametrize(
+    "rows, density, form",
+    [
+        (8, 0.1, "block:8x1"),
+        (16, 0.1, "block:16x1"),
+        (4, 0.05, "block:8x1"),  # which stores a tenth
+        (4, 0.5, DENSE),  # three quarters
+        (1, 0.1, DENSE),  # 57 %
+    ],
+)
+def test_columns_of_outputs_have_a_form_for_many_tokens(
+    monkeypatch: pytest.MonkeyPatch, rows: int, density: float, form: str
+) -> None:
+    monkeypatch.setattr(gpu_choose, "FORMS", FORMS)
+    model = model_of(
+        "one (float[1,512] x) => (float[1,512] y) { y = MatMul(x, w) }",
+        w=weight(np.random.default_rng(1), 512, 512, density, rows),
+    )
+    (site,), _ = find_gpu_sites(model, {}, shapes.fixed_at(model, [{"x": np.ones((1, 512), np.float32)}]))
+    archs, sizes = [architecture("sm_80")], [(8192, 1)]
+    choice = gpu_choose.calculated(site, candidates(site, archs, "fp16", sizes), archs, "fp16", sizes)
+    assert choice.candidate == form
+    if choice.form is not None:
+        assert choice.form.pattern == form
+        gpu_choose.check_packed(choice)
 
 
 def test_variants_follow_the_number_of_tokens_and_fit_every_architecture() -> None:

@@ -50,7 +50,7 @@ def fetch(tile, dtype, layout, depth, shared, base, x, image, column, token, thr
             there = T.if_then_else(column + line < k, clamp16((tokens - token - along) * size), 0)
             source = (column + line) * tokens + token + along
         there = T.bind(there)
-        to = T.address_of(shared[base + _place(dtype, layout, line, chunk, chunks)])
+        to = T.address_of(shared[base + place(dtype, layout, line, chunk, chunks)])
         # a chunk of which nothing is there has no address
         arguments = to, T.address_of(x[T.if_then_else(there > 0, image + source, 0)]), there, align
         if lines * chunks % tile.threads:
@@ -69,17 +69,17 @@ def load_operands(tile, dtype, layout, depth, operands, into, shared, base, step
         register = into + 4 * pair
         if layout == "rows":  # (tokens, chunk 0), (tokens + 8, chunk 0), (tokens, chunk 1), (tokens + 8, chunk 1)
             token = first + 16 * pair + T.truncmod(matrix, 2) * 8 + line
-            at = base + _place(dtype, layout, token, 2 * step + T.truncdiv(matrix, 2), chunks)
+            at = base + place(dtype, layout, token, 2 * step + T.truncdiv(matrix, 2), chunks)
             call("spa_ldmatrix_x4", T.address_of(operands[register]), T.address_of(shared[at]))
         elif dtype != "fp32":  # (inputs, tokens), (inputs + 8, tokens), (inputs, tokens + 8), (inputs + 8, tokens + 8)
             chunk = T.truncdiv(first, 8) + 2 * pair + T.truncdiv(matrix, 2)
-            at = base + _place(dtype, layout, 16 * step + T.truncmod(matrix, 2) * 8 + line, chunk, chunks)
+            at = base + place(dtype, layout, 16 * step + T.truncmod(matrix, 2) * 8 + line, chunk, chunks)
             call("spa_ldmatrix_x4_trans", T.address_of(operands[register]), T.address_of(shared[at]))
         else:
             for i in range(4):
                 token = first + 16 * pair + 8 * (i // 2) + T.truncdiv(lane, 4)
                 own = 8 * step + 4 * (i % 2) + T.truncmod(lane, 4)
-                at = base + _place(dtype, layout, own, T.truncdiv(token, 4), chunks) + T.truncmod(token, 4)
+                at = base + place(dtype, layout, own, T.truncdiv(token, 4), chunks) + T.truncmod(token, 4)
                 T.buffer_store(operands, shared[at], [register + i])
     if dtype == "fp32":
         for i in range(tile.warp_tokens // 4):
@@ -93,9 +93,9 @@ def load_four(tile, dtype, layout, depth, operands, into, shared, base, step, fi
     _, chunks = _lines(tile, dtype, layout, depth)
     for part in range(tile.warp_tokens // 8):
         if layout == "rows":
-            at = _place(dtype, layout, first + 8 * part + T.truncmod(lane, 8), 4 * step + T.truncdiv(lane, 8), chunks)
+            at = place(dtype, layout, first + 8 * part + T.truncmod(lane, 8), 4 * step + T.truncdiv(lane, 8), chunks)
         else:
-            at = _place(dtype, layout, 32 * step + lane, T.truncdiv(first, 8) + part, chunks)
+            at = place(dtype, layout, 32 * step + lane, T.truncdiv(first, 8) + part, chunks)
         name = "spa_ldmatrix_x4" if layout == "rows" else "spa_ldmatrix_x4_trans"
         call(name, T.address_of(operands[into + 4 * part]), T.address_of(shared[base + at]))
 
@@ -110,7 +110,7 @@ def _lines(tile, dtype, layout, depth):
     return (tile.tokens, depth // each) if layout == "rows" else (depth, tile.tokens // each)
 
 
-def _place(dtype, layout, line, chunk, chunks):
+def place(dtype, layout, line, chunk, chunks):
     """The first word of a chunk in its tile."""
     if dtype == "fp32" and layout == "planes":
         chunk = T.bitwise_xor(chunk, 2 * T.bitwise_and(line, 3))  # four lines of 32 bytes are read at a time

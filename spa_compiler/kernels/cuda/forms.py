@@ -3,6 +3,7 @@ one (`rather`) comes before it."""
 
 from __future__ import annotations
 
+from spa_compiler.kernels.cuda import vectors
 from spa_compiler.kernels.cuda.bitmap import Bitmap
 from spa_compiler.kernels.cuda.blocks import GROUPS, SIZES, Blocks
 from spa_compiler.kernels.cuda.few import Few
@@ -15,6 +16,7 @@ FORMS: tuple[Form, ...] = (
     Few(),
     Bitmap(),
     *(Blocks(size, group) for size in SIZES for group in GROUPS if group >= size),
+    *(vectors.Vectors(size) for size in vectors.SIZES),
     TwoFour(),
     *(FourBit(group) for group in sorted(FOUR_BIT_GROUPS, reverse=True)),
 )

@@ -40,6 +40,7 @@ def in_waves(
     l2: float,
     dram: float,
     latency: float,
+    shared: float = 0.0,
 ) -> float:
     """Microseconds of a launch of tiles on tensor cores, in whole waves of thread blocks.
 
@@ -47,6 +48,8 @@ def in_waves(
         operations: of all thread blocks, of which tensor cores do `rate` a microsecond.
         l2, dram: bytes that all of them take from L2, and from memory.
         latency: microseconds of the thread block that has most stages, once the first one is there.
+        shared: bytes that all of them move into and out of shared memory, where that may be what takes longest: 128 in
+            a cycle of each multiprocessor.
     """
     thread_blocks = grid[0] * grid[1] * grid[2]
     resident = max(1, min(arch.shared_per_sm // (kernel.shared_bytes + arch.shared_reserved), kernel.min_blocks))
@@ -56,6 +59,7 @@ def in_waves(
     return LAUNCH_US + max(
         idle * operations / rate,
         idle * l2 / (arch.l2_gb_s * 1e3),
+        idle * shared / (arch.sms * 128 * CLOCK_GHZ * REACHED * 1e3),
         dram / (arch.dram_gb_s * 0.9e3),
         waves * (TILE_START_US + latency),
     )

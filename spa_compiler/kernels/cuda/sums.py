@@ -105,8 +105,8 @@ def finish(
         row_of: the output that a row of the thread block's group is; eight rows from a multiple of 8 on follow each
         other. part, first: which of the `across` parts of the group a warp has, and its first token in the tile.
         token: the tile's first token; `image` is where results of this image begin.
-        outputs_long: whether outputs are the long side of a product (16 of 16 x 8), as they are in `planes`; with 16
-            bits `rows` can have them so, too.
+        outputs_long: whether outputs are the long side of a product (16 of 16 x 8), as they are in `planes` by default;
+            where that is turned round, results of 16 bits go through shared memory number by number.
     """
     rows = layout == "rows"
     tokens_long = rows if outputs_long is None else not outputs_long
@@ -131,8 +131,8 @@ def finish(
             with T.unroll(parts) as j, T.unroll(4) as i:
                 in_piece, in_warp = place(j, T.truncdiv(i, 2))
                 second = T.truncmod(i, 2)
-                row = T.bind(start + in_piece + (second if rows else 0))
-                own = T.bind(token + first + in_warp + (0 if rows else second))
+                row = T.bind(start + in_piece + (second if tokens_long else 0))
+                own = T.bind(token + first + in_warp + (0 if tokens_long else second))
                 with T.If(T.And(row < n, own < tokens)), T.Then():
                     index = T.bind(image + (own * n + row if rows else row * tokens + own))
                     before = as_float(residual[index]) if epilogue.residual else None
@@ -170,14 +170,17 @@ def finish(
             in_piece, in_warp = place(j, half)
             row, own = part * tile.warp_rows + piece * 16 + in_piece, first + in_warp
             values = [acc[(piece * parts + j) * 4 + half * 2 + i] for i in range(2)]
-            if rows and not tokens_long:
-                # of two tokens, so in two lines: number by number
+            if rows != tokens_long:
+                # in two lines, of two tokens or of two outputs: number by number
                 for i, value in enumerate(values):
-                    where = T.address_of(shared[0]), ((own + i) * pitch * 2 + row) * 2
-                    bits = T.call_extern("uint32", "spa_load2_at", *where)
-                    value = result(value, start + in_piece, T.call_extern("float32", f"spa_from_{dtype}", bits))
-                    number = T.call_extern("uint16", f"spa_to_{dtype}", value)
-                    call("spa_store2_at", *where, T.Cast("uint32", number))
+                    number = (own + i) * pitch * 2 + row if rows else (row + i) * pitch * 2 + own
+                    where = T.address_of(shared[0]), number * 2
+                    before = T.call_extern(
+                        "float32", f"spa_from_{dtype}", T.call_extern("uint32", "spa_load2_at", *where)
+                    )
+                    value = result(value, start + in_piece + (i if tokens_long else 0), before)
+                    bits = T.call_extern("uint16", f"spa_to_{dtype}", value)
+                    call("spa_store2_at", *where, T.Cast("uint32", bits))
             else:
                 word = T.bind(own * pitch + T.truncdiv(row, 2) if rows else row * pitch + T.truncdiv(own, 2))
                 results = []
