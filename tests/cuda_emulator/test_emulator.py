@@ -299,6 +299,18 @@ def test_nvrtc_takes_the_same_source(arch: str, monkeypatch: pytest.MonkeyPatch)
         assert instruction in ptx
 
 
+def test_a_compiler_before_cuda_12_5_gets_the_sparse_product_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPA_NVCC", "none")
+    older = "".join(
+        f"#undef __CUDACC_VER_{part}__\n#define __CUDACC_VER_{part}__ {number}\n"
+        for part, number in (("MAJOR", 12), ("MINOR", 4))
+    )
+    for before, wanted in ((older, "mma.sp.sync"), ("", "mma.sp::ordered_metadata.sync")):
+        ptx = nvrtc.compile_source(before + DEVICE.read_text() + SOURCE, "sm_80").ptx
+        assert f"{wanted}.aligned.m16n8k32.row.col.f32.f16.f16.f32" in ptx
+        assert len(set(re.findall(r"mma\.sp[\w:]*\.sync", ptx))) == 1
+
+
 def test_it_has_every_function_that_kernels_have() -> None:
     def declared(text: str) -> set[str]:
         text = re.sub(r"//.*", "", text)

@@ -4,7 +4,8 @@
 // bits is handled as words: no half types. tests/cuda_emulator/device.h declares the same functions for a CPU, so that
 // every kernel's arithmetic, barriers and copies are tested without a GPU. A function added here is added there.
 //
-// Fragments (PTX ISA, "Matrix multiply-accumulate"): lane = 4 * g + t, g = 0..7, t = 0..3.
+// Fragments (PTX ISA, "Matrix fragments for mma.m16n8k16" and "mma.m16n8k8"; CUTLASS states the same as layouts, against
+// which tests/cuda_emulator/test_layouts.py holds the kernels): lane = 4 * g + t, g = 0..7, t = 0..3.
 //   d of 16 x 8       d0, d1: row g, columns 2 t, 2 t + 1         d2, d3: row g + 8
 //   a of 16 x 16      a0: row g, columns 2 t, 2 t + 1 (low half first)   a1: row g + 8   a2, a3: the same, columns + 8
 //   b of 16 x 8       b0: rows 2 t, 2 t + 1, column g             b1: rows + 8
@@ -35,6 +36,8 @@ typedef unsigned char uchar;
 SPA_DEVICE uint spa_shared_address(const void* shared) { return (uint)__cvta_generic_to_shared(shared); }
 
 // ---- asynchronous copies, global -> shared: they have landed after a wait, and others see them after a barrier ----
+// Forms, sizes and what fills up are those of CUDA's own cuda_pipeline_helpers.h. An address in global memory is the
+// same as a generic one.
 
 // 16 bytes, past L1; both addresses are multiples of 16.
 SPA_DEVICE void spa_cp_async16(void* shared, const void* global) {
@@ -178,6 +181,7 @@ SPA_DEVICE float spa_from_fp16x2_low(uint v) { return spa_from_fp16(v & 0xffffu)
 SPA_DEVICE float spa_from_fp16x2_high(uint v) { return spa_from_fp16(v >> 16); }
 SPA_DEVICE float spa_from_bf16x2_low(uint v) { return __uint_as_float(v << 16); }
 SPA_DEVICE float spa_from_bf16x2_high(uint v) { return __uint_as_float(v & 0xffff0000u); }
+// The first source becomes the high half (PTX ISA, "cvt"; so does CUDA's cuda_fp16.hpp).
 SPA_DEVICE uint spa_to_fp16x2(float low, float high) {
   uint v;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
@@ -209,6 +213,7 @@ SPA_DEVICE float spa_as_float(uint bits) { return __uint_as_float(bits); }
 SPA_DEVICE uint spa_as_uint(float f) { return __float_as_uint(f); }
 SPA_DEVICE int spa_popc(uint v) { return __popc(v); }
 // v & mask | bits as the one instruction that it is, where the compiler would rather have two with constants in them.
+// Its table is the expression itself, of 0xf0, 0xcc and 0xaa (PTX ISA, "lop3"): 0xf0 & 0xcc | 0xaa.
 SPA_DEVICE uint spa_and_or(uint v, uint mask, uint bits) {
   uint d;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
@@ -261,10 +266,18 @@ SPA_MMA(spa_mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 // d += a b with a [16, 32] in 2:4: a holds the two of every four columns, as the fragment of a 16 x 16 matrix; b is
 // [32, 8], b[i] has rows 8 i + 2 t, 8 i + 2 t + 1. A nibble of `places` says which two of four columns, the lower
 // first: the low half is row g, the high half row g + 8; lane t = 0 has columns 0..15, t = 1 columns 16..31. _second
-// takes them from lanes t = 2 and 3 instead.
+// takes them from lanes t = 2 and 3 instead (PTX ISA, "Sparse matrix storage", and for the order in a word CUTLASS's
+// reorder_meta). Places in order have an instruction of their own from CUDA 12.5 (PTX 8.5) on, which PTX ISA advises:
+// the one that takes them in any order, too, may be much slower on some GPUs.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1205
+#define SPA_SPARSE "mma.sp::ordered_metadata"
+#else
+#define SPA_SPARSE "mma.sp"
+#endif
 #define SPA_MMA_SPARSE(NAME, TYPE, SELECTOR)                                                                         \
   SPA_DEVICE void NAME(float* d, const uint* a, const uint* b, uint places) {                                        \
-    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                         \
+    asm volatile(SPA_SPARSE                                                                                          \
+                 ".sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE                                                 \
                  ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, " SELECTOR ";" \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),           \
@@ -275,6 +288,7 @@ SPA_MMA_SPARSE(spa_mma_sparse_fp16_second, "f16", "0x1")
 SPA_MMA_SPARSE(spa_mma_sparse_bf16_first, "bf16", "0x0")
 SPA_MMA_SPARSE(spa_mma_sparse_bf16_second, "bf16", "0x1")
 #undef SPA_MMA_SPARSE
+#undef SPA_SPARSE
 
 // ---- between the lanes of a warp, all of them together ----
 
