@@ -82,7 +82,8 @@ extern const int spa_gpu_op_count, spa_for_gpus;
 
 /* ---- gpu_driver.c ---- */
 
-typedef struct { /* entries of cuda.h, with its numbers for enums; every function returns a CUresult, 0 is success */
+/* Entries of cuda.h, with its numbers for enums, as CUDA 13.0 has them; every function returns a CUresult, 0 is success. */
+typedef struct {
   int (*cuInit)(unsigned);
   int (*cuDriverGetVersion)(int*);
   int (*cuGetErrorName)(int, const char**);

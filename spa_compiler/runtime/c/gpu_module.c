@@ -37,7 +37,7 @@ static int load(const GpuDriver* d, const GpuCode* code, GpuFunction* f, char wo
   }
   if ((result = d->cuModuleGetFunction(&f->function, f->module, f->kernel->name)))
     return spa_gpu_failed(d, "cuModuleGetFunction", result, words), 0;
-  /* This also makes a driver that loads lazily finish now. */
+  /* A driver that loads lazily has loaded it now: cuModuleGetFunction makes it (CUDA programming guide, "Lazy loading"). */
   if ((result = d->cuFuncGetAttribute(&threads, GPU_FUNCTION_THREADS, f->function)))
     return spa_gpu_failed(d, "cuFuncGetAttribute", result, words), 0;
   if (threads < f->kernel->threads) {
