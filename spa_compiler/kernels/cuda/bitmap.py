@@ -1,6 +1,6 @@
 """Unstructured zeros for few tokens where there are fewer of them: a bit for every element, and the nonzeros.
 
-    strip, window      as in `few.py`: 32 rows, 64 columns
+    strip, window      as in `strips.py`: 32 rows, 64 columns
 
     bits    uint32 [windows, 32 lanes, 2]   a lane's 64 elements, in the order in which it multiplies them: bit
                                             (half 32) + 16 step + 8 (row half) + 2 register + column
@@ -8,10 +8,10 @@
     values  uint16 [units, 8]               fp16 or bf16: nonzeros of lane 0 in the order of its bits, of lane 1, ...;
                                             zeros up to a whole unit
 
-A warp has windows to itself, as in `few.py`. Their values come to shared memory by asynchronous copies, one window
-ahead. How many bits the lanes before it have tells a lane where its own values begin; then it goes through its bits,
-and takes a value where one is set, straight into the fragment. So nothing is written to a tile, zeroed and read again,
-but there are instructions for every element, zero or not.
+The values of a warp's windows come to shared memory by asynchronous copies, one window ahead. How many bits the lanes
+before it have tells a lane where its own values begin; then it goes through its bits, and takes a value where one is
+set, straight into the fragment. So nothing is written to a tile, zeroed and read again, but there are instructions for
+every element, zero or not.
 
 A nonzero takes 2 bytes and every element a bit: 56 % of a dense weight's bytes at 50 % zeros, 26 % at 80 %. Where
 memory is slow beside the multiprocessors (all but the HBM of H100 and later) that is what counts; where it is not,
@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 from tvm.script import tirx as T
 
 from spa_compiler.kernels.cuda.arrays import Array, Extent, Offsets
-from spa_compiler.kernels.cuda.few import BINS, ROWS, TILE, finish, places_of, rank_of, sums_bytes, windows_of
 from spa_compiler.kernels.cuda.form import (
     F32,
     Arrays,
@@ -47,6 +46,17 @@ from spa_compiler.kernels.cuda.form import (
 )
 from spa_compiler.kernels.cuda.roofline import microseconds
 from spa_compiler.kernels.cuda.script import call, load_tokens, mma, syncwarp
+from spa_compiler.kernels.cuda.strips import (
+    BINS,
+    ROWS,
+    TILE,
+    finish,
+    places_of,
+    rank_of,
+    sums_bytes,
+    weight_of,
+    windows_of,
+)
 from spa_compiler.kernels.vector import ANY
 from spa_compiler.targets.cuda import Architecture
 
@@ -117,8 +127,7 @@ class Bitmap:
         lanes[mask] = from_bits(arrays["values"].reshape(-1), dtype)[starts[window] * UNIT + rank_of(window)]
         tiles = np.empty_like(lanes)
         tiles[:, _order()] = lanes
-        strips, across = -(-n // ROWS), -(-k // COLUMNS)
-        return tiles.reshape(strips, across, ROWS, -1).transpose(0, 2, 1, 3).reshape(strips * ROWS, -1)[:n, :k]
+        return weight_of(tiles, n, k)
 
     def kernels(
         self, arch: Architecture, dtype: Dtype, layout: Layout, epilogue: Epilogue, tokens: int

@@ -3,9 +3,7 @@
 With few tokens the time is that of reading the weight, so zeros are left out of it; tensor cores then meet a dense
 tile.
 
-    strip    32 rows
-    window   64 columns (fp32: 32) of a strip: what a warp multiplies at a time, 4 KB in shared memory, in the order in
-             which its lanes hold fragments
+    strip, window, place     as in `strips.py`
 
     starts   int32  [windows + 1]          where the units of a window begin, window by window, strip by strip
     entries  uint32 [units, 32 lanes, 2]   fp16, bf16: bits 0..15 a value, bits 16..27 its place in the window, in bytes
@@ -17,15 +15,8 @@ tile.
 Entries of a window may come in any order. `pack` deals them so that few of those which lanes write in the same
 instruction lie in the same bank.
 
-    place    ((step * 2 + half) * 32 + lane) * 16 + 4 * register [+ 2 * column % 2]     step: 16 columns (fp32: 8)
-
-    lane 4 g + q has rows g + 8 i, i = 0..3 (half i / 2), and of every 32 columns 8 q .. 8 q + 7: the order of columns
-    in a sum is free, so they are dealt such that a lane needs 16 (32) consecutive bytes of each token of x, straight
-    from global memory
-
-A warp has windows warp, warp + W, ... of its block's strip to itself: it scatters the entries over its zeroed tile,
-loads fragments, multiplies, and writes zeros where it wrote values; meanwhile its next entries are on the way to
-registers. No barrier but at the end, when the W sums meet in shared memory.
+For each of its windows a warp scatters the entries over its zeroed tile, loads fragments, multiplies, and writes zeros
+where it wrote values; meanwhile its next entries are on the way to registers. No barrier but at the end.
 
 A nonzero takes 4 bytes (fp32: 8): of a dense weight's bytes 10 % at 95 % zeros, 40 % at 80 %, all at 50 %.
 
@@ -40,8 +31,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
-from tvm import tirx
 from tvm.script import tirx as T
 
 from spa_compiler.kernels.cuda.arrays import Array, Extent, Offsets
@@ -58,37 +47,28 @@ from spa_compiler.kernels.cuda.form import (
     to_bits,
 )
 from spa_compiler.kernels.cuda.roofline import microseconds
-from spa_compiler.kernels.cuda.script import (
-    act,
-    add_up,
-    as_float,
-    as_uint,
-    call,
-    load_tokens,
-    mma,
-    narrowed,
-    syncwarp,
-    widened,
-    word_type,
+from spa_compiler.kernels.cuda.script import as_float, call, load_tokens, mma, syncwarp, word_type
+from spa_compiler.kernels.cuda.strips import (
+    BINS,
+    ROWS,
+    TILE,
+    columns,
+    finish,
+    places_of,
+    rank_of,
+    sums_bytes,
+    weight_of,
+    windows_of,
 )
 from spa_compiler.kernels.vector import ANY
 from spa_compiler.targets.cuda import Architecture
 
-ROWS = 32
-TILE = 4096  # bytes of a window in shared memory
 UNIT = 8  # bytes of a lane in a unit
 HELD = 8  # units of a window that are on the way in registers: 25 % nonzeros; what is more is loaded when it is needed
 PLACE = (
     0x0FFE  # places of 16-bit numbers, all other bits of an entry's upper half are ignored: no entry leaves its tile
 )
 PLACE_FP32 = 0x0FFC
-
-BINS = (8, 16, 32, 64)  # tokens of a thread block
-
-
-def columns(dtype: Dtype) -> int:
-    """Of a window."""
-    return 32 if dtype == "fp32" else 64
 
 
 @dataclass(frozen=True)
@@ -108,8 +88,12 @@ class Few:
         return ("starts", "entries")
 
     def rules(self, dtype: Dtype) -> Sequence[Array]:
-        """See `rules`."""
-        return rules(dtype)
+        """What a kernel relies on. Places need no check: it cuts off what would lead out of the tile."""
+        windows = Extent(rows=ROWS, columns=columns(dtype), plus=1)
+        return (
+            Array("starts", "int32", (windows,), Offsets(Extent(count="units"))),
+            Array("entries", "uint32", (Extent(count="units"), Extent(32), Extent(2))),
+        )
 
     def stored(self, weight: F32, dtype: Dtype) -> float:
         """A place for each nonzero, as large as itself."""
@@ -117,11 +101,47 @@ class Few:
 
     def pack(self, weight: F32, dtype: Dtype) -> Arrays:
         """`weight` [n, k] -> `starts`, `entries`."""
-        return pack(weight, dtype)
+        tiles = windows_of(rounded(weight, dtype), dtype)
+        places = places_of(dtype).reshape(-1)
+        each = UNIT // (8 if dtype == "fp32" else 4)  # entries of a lane in a unit
+        window, element = np.nonzero(tiles)
+        units = -(-np.bincount(window, minlength=len(tiles)) // (32 * each))
+        units[-1] = max(units[-1], int(not units.any()))  # no model has an empty initializer
+        starts = np.concatenate([[0], np.cumsum(units)])
+        # What lanes write in one instruction takes as long as its fullest bank. First come the first entries of all
+        # banks, then the second ones, and so on: only where banks run out do some meet themselves. Keys, from the
+        # highest bits: window, turn (of 64), bank (of 32), element (of 2048).
+        keys = np.sort(window << 22 | (places[element] // 4 % 32) << 11 | element)
+        keys = np.sort(keys | rank_of(keys >> 11) << 16)
+        window, element = keys >> 22, keys & 2047
+        slot = starts[window] * (32 * each) + rank_of(window)
+        total = starts[-1] * 32 * each
+        # of each window, a place without a value, if there is one
+        place = np.repeat(places[np.argmin(tiles != 0, axis=1)], units * 32 * each)
+        value = np.zeros(total, np.float32)
+        place[slot], value[slot] = places[element], tiles[window, element]
+        if dtype == "fp32":
+            entries = np.stack([value.view(np.uint32), place.astype(np.uint32)], axis=1).reshape(-1, 32, 2)
+        else:
+            entries = to_bits(value, dtype).astype(np.uint32) | (place << 16).astype(np.uint32)
+            entries = entries.reshape(-1, 2, 32).transpose(0, 2, 1)
+        return {"starts": starts.astype(np.int32), "entries": np.ascontiguousarray(entries)}
 
     def unpack(self, arrays: Arrays, n: int, k: int, dtype: Dtype) -> F32:
-        """The weight [n, k] again."""
-        return unpack(arrays, n, k, dtype)
+        """The dense weight [n, k]."""
+        starts, entries = arrays["starts"], arrays["entries"]
+        size = ROWS * columns(dtype)
+        tiles = np.zeros((len(starts) - 1, size), np.float32)
+        step = 4 if dtype == "fp32" else 2
+        inverse = np.zeros(TILE // step, np.int64)
+        inverse[places_of(dtype).reshape(-1) // step] = np.arange(size)
+        if dtype == "fp32":
+            value, place = entries[:, :, :1].view(np.float32), entries[:, :, 1:] & PLACE_FP32
+        else:
+            value, place = from_bits((entries & 0xFFFF).astype(np.uint16), dtype), entries >> 16 & PLACE
+        window = np.repeat(np.arange(len(tiles)), np.diff(starts))[:, None, None]
+        np.add.at(tiles, (np.broadcast_to(window, place.shape), inverse[place // step]), value)
+        return weight_of(tiles, n, k)
 
     def kernels(
         self, arch: Architecture, dtype: Dtype, layout: Layout, epilogue: Epilogue, tokens: int
@@ -135,95 +155,21 @@ class Few:
     def cost(
         self, arch: Architecture, kernel: Kernel, arrays: Arrays, n: int, k: int, tokens: int, batch: int = 1
     ) -> float:
-        """See `cost`."""
-        return cost(arch, kernel, arrays, n, k, tokens)
+        """Microseconds: entries are read once for each tile of tokens, x by every block; shared memory takes 128 bytes
+        a cycle."""
+        wide = "_fp32_" in kernel.name
+        grid = kernel.grid(n, tokens)
+        windows = -(-k // columns("fp32" if wide else "fp16"))
+        loads = arrays["entries"].size / 32 / (len(arrays["starts"]) - 1) / (2 if wide else 1)  # a window
+        tiles = kernel.tile_tokens // 8
+        cycles = 2 * _TURNS * loads + TILE / 128 + 8 * tiles + _OTHER
+        read = arrays["entries"].nbytes + arrays["starts"].nbytes
+        x = min(tokens, kernel.tile_tokens) * k * (4 if wide else 2)
+        return microseconds(arch, grid, read, x, windows * cycles)
 
 
-def places_of(dtype: Dtype) -> NDArray[np.int64]:
-    """Place in bytes of every element of a window: [32, columns]."""
-    width = columns(dtype)
-    row, column = np.meshgrid(np.arange(ROWS), np.arange(width), indexing="ij")
-    block, inner = column // 32, column % 32
-    lane = row % 8 * 4 + inner // 8
-    half, upper = row // 16, row // 8 % 2
-    zero = np.zeros_like(row)
-    if dtype == "fp32":  # a step of 8 columns has 2 of each lane
-        step, register, within = inner % 8 // 2, 2 * (inner % 2) + upper, zero
-    else:
-        step, register, within = 2 * block + inner % 8 // 4, 2 * (inner % 4 // 2) + upper, 2 * (inner % 2)
-    return np.asarray(((step * 2 + half) * 32 + lane) * 16 + 4 * register + within)
-
-
-def windows_of(weight: F32, dtype: Dtype) -> F32:
-    """[windows of all strips, 32 x columns], padded with zeros."""
-    n, k = weight.shape
-    width = columns(dtype)
-    strips, across = -(-n // ROWS), -(-k // width)
-    padded = np.zeros((strips * ROWS, across * width), np.float32)
-    padded[:n, :k] = weight
-    return padded.reshape(strips, ROWS, across, width).transpose(0, 2, 1, 3).reshape(strips * across, ROWS * width)
-
-
-def rank_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many equal ones are before each of sorted `keys`."""
-    first = np.flatnonzero(np.diff(keys, prepend=-1))
-    return np.arange(len(keys)) - np.repeat(first, np.diff(first, append=len(keys)))
-
-
-def pack(weight: F32, dtype: Dtype) -> Arrays:
-    """`weight` [n, k] -> `starts`, `entries`."""
-    tiles = windows_of(rounded(weight, dtype), dtype)
-    places = places_of(dtype).reshape(-1)
-    each = UNIT // (8 if dtype == "fp32" else 4)  # entries of a lane in a unit
-    window, element = np.nonzero(tiles)
-    units = -(-np.bincount(window, minlength=len(tiles)) // (32 * each))
-    units[-1] = max(units[-1], int(not units.any()))  # no model has an empty initializer
-    starts = np.concatenate([[0], np.cumsum(units)])
-    # What lanes write in one instruction takes as long as its fullest bank. First come the first entries of all banks,
-    # then the second ones, and so on: only where banks run out do some meet themselves. Keys, from the highest bits:
-    # window, turn (of 64), bank (of 32), element (of 2048).
-    keys = np.sort(window << 22 | (places[element] // 4 % 32) << 11 | element)
-    keys = np.sort(keys | rank_of(keys >> 11) << 16)
-    window, element = keys >> 22, keys & 2047
-    slot = starts[window] * (32 * each) + rank_of(window)
-    total = starts[-1] * 32 * each
-    # of each window, a place without a value, if there is one
-    place = np.repeat(places[np.argmin(tiles != 0, axis=1)], units * 32 * each)
-    value = np.zeros(total, np.float32)
-    place[slot], value[slot] = places[element], tiles[window, element]
-    if dtype == "fp32":
-        entries = np.stack([value.view(np.uint32), place.astype(np.uint32)], axis=1).reshape(-1, 32, 2)
-    else:
-        entries = to_bits(value, dtype).astype(np.uint32) | (place << 16).astype(np.uint32)
-        entries = entries.reshape(-1, 2, 32).transpose(0, 2, 1)
-    return {"starts": starts.astype(np.int32), "entries": np.ascontiguousarray(entries)}
-
-
-def rules(dtype: Dtype) -> tuple[Array, ...]:
-    """What a kernel relies on. Places need no check: it cuts off what would lead out of the tile."""
-    windows = Extent(rows=ROWS, columns=columns(dtype), plus=1)
-    return (
-        Array("starts", "int32", (windows,), Offsets(Extent(count="units"))),
-        Array("entries", "uint32", (Extent(count="units"), Extent(32), Extent(2))),
-    )
-
-
-def unpack(arrays: Arrays, n: int, k: int, dtype: Dtype) -> F32:
-    """The dense weight [n, k]."""
-    starts, entries = arrays["starts"], arrays["entries"]
-    width = columns(dtype)
-    tiles = np.zeros((len(starts) - 1, ROWS * width), np.float32)
-    step = 4 if dtype == "fp32" else 2
-    inverse = np.zeros(TILE // step, np.int64)
-    inverse[places_of(dtype).reshape(-1) // step] = np.arange(ROWS * width)
-    if dtype == "fp32":
-        value, place = entries[:, :, :1].view(np.float32), entries[:, :, 1:] & PLACE_FP32
-    else:
-        value, place = from_bits((entries & 0xFFFF).astype(np.uint16), dtype), entries >> 16 & PLACE
-    window = np.repeat(np.arange(len(tiles)), np.diff(starts))[:, None, None]
-    np.add.at(tiles, (np.broadcast_to(window, place.shape), inverse[place // step]), value)
-    strips, across = -(-n // ROWS), -(-k // width)
-    return tiles.reshape(strips, across, ROWS, width).transpose(0, 2, 1, 3).reshape(strips * ROWS, -1)[:n, :k]
+_TURNS = 1.7  # of banks, that lanes' writes take
+_OTHER = 8  # cycles of a window; what else there is, four schedulers do beside it
 
 
 def kernel(dtype: Dtype, epilogue: Epilogue, tokens: int) -> Kernel:
@@ -241,34 +187,6 @@ def kernel(dtype: Dtype, epilogue: Epilogue, tokens: int) -> Kernel:
 
 def _shared(tokens: int, warps: int) -> int:
     return warps * max(TILE, sums_bytes(tokens))
-
-
-def sums_bytes(tokens: int) -> int:
-    """Of a warp's sums in shared memory."""
-    return 4 * tokens * _PITCH
-
-
-_PITCH = ROWS + 1  # floats of a token's row of sums: lanes of a column meet different banks
-
-
-def finish(S, sums, Y, bias, residual, dtype, epilogue, tile, warps, strip, first, warp, lane, n, tokens, low, high):
-    """Adds up what all warps of a block have of a strip and `tile` tokens, through shared memory, and stores y."""
-    tiles = tile // 8
-    with T.unroll(2) as m, T.unroll(tiles) as t, T.unroll(4) as j:
-        column, row = t * 8 + T.truncmod(lane, 4) * 2 + j % 2, m * 16 + T.truncdiv(j, 2) * 8 + T.truncdiv(lane, 4)
-        where = T.address_of(S[((warp * tile + column) * _PITCH + row) * 4])
-        call("spa_store4", where, as_uint(sums[(m * tiles + t) * 4 + j]))
-    T.evaluate(T.tvm_storage_sync("shared.dyn"))
-    with T.serial(-(-tile // warps)) as i:  # a warp has a token
-        column, row = T.bind(i * warps + warp), T.bind(strip * ROWS + lane)
-        with T.If(tirx.And(row < n, tirx.And(column < tile, first + column < tokens))), T.Then():
-            total = T.alloc_buffer((1,), "float32", scope="local")
-            T.buffer_store(total, bias[row], [0])
-            add_up(S, total, warps, tile * _PITCH, column * _PITCH + lane)
-            where = T.bind((first + column) * n + row)
-            if epilogue.residual:
-                T.buffer_store(total, total[0] + widened(dtype, residual[where]), [0])
-            T.buffer_store(Y, narrowed(dtype, act(epilogue.act, total[0], low, high)), [where])
 
 
 def _script(dtype, epilogue, tile, warps):
@@ -418,21 +336,3 @@ def _script(dtype, epilogue, tile, warps):
         finish(S, sums, Y, bias, residual, dtype, epilogue, tile, W, strip, first, warp, lane, n, tokens, low, high)
 
     return few
-
-
-def cost(arch: Architecture, kernel: Kernel, arrays: Arrays, n: int, k: int, tokens: int) -> float:
-    """Microseconds: entries are read once for each tile of tokens, x by every block; shared memory takes 128 bytes a
-    cycle."""
-    wide = "_fp32_" in kernel.name
-    grid = kernel.grid(n, tokens)
-    windows = -(-k // columns("fp32" if wide else "fp16"))
-    loads = arrays["entries"].size / 32 / (len(arrays["starts"]) - 1) / (2 if wide else 1)  # a window
-    tiles = kernel.tile_tokens // 8
-    cycles = 2 * _TURNS * loads + TILE / 128 + 8 * tiles + _OTHER
-    read = arrays["entries"].nbytes + arrays["starts"].nbytes
-    x = min(tokens, kernel.tile_tokens) * k * (4 if wide else 2)
-    return microseconds(arch, grid, read, x, windows * cycles)
-
-
-_TURNS = 1.7  # of banks, that lanes' writes take
-_OTHER = 8  # cycles of a window; what else there is, four schedulers do beside it

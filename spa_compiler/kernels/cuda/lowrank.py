@@ -33,7 +33,6 @@ from spa_compiler.kernels.cuda.arrays import Array, Extent
 from spa_compiler.kernels.cuda.form import F32, Arrays, Dtype, Epilogue, Form, Kernel, Layout, from_bits, to_bits
 from spa_compiler.kernels.cuda.roofline import microseconds
 from spa_compiler.kernels.cuda.script import (
-    act,
     add_up,
     as_float,
     as_uint,
@@ -41,7 +40,7 @@ from spa_compiler.kernels.cuda.script import (
     load_tokens,
     mma,
     narrowed,
-    widened,
+    store_result,
     word_type,
 )
 from spa_compiler.kernels.vector import ANY
@@ -214,7 +213,6 @@ def _script(dtype, epilogue, rank, tile):
     PITCH = rank + 1
     SHARED = SUMS + W * 4 * tile * PITCH
     xtype = word_type(dtype)
-    residual_, act_ = epilogue.residual, epilogue.act
 
     def load_fragments(into, at, words, index, count, lane):
         """`count` fragments that follow each other, into registers `at` and following."""
@@ -347,8 +345,6 @@ def _script(dtype, epilogue, rank, tile):
                 if T.And(out_row < n, column < tokens):
                     value = T.alloc_buffer((1,), "float32", scope="local")
                     value[0] = y[t * 4 + j] + bias[out_row]
-                    if residual_:
-                        value[0] = value[0] + widened(dtype, residual[column * n + out_row])
-                    Y[column * n + out_row] = narrowed(dtype, act(act_, value[0], low, high))
+                    store_result(Y, residual, value, column * n + out_row, dtype, epilogue, low, high)
 
     return low_rank

@@ -78,3 +78,10 @@ def add_up(S, total, warps, pitch, index):
     """Adds the sums number `index` of `warps` warps, `pitch` floats apart in shared bytes `S`, to total[0]."""
     with T.unroll(warps) as w:
         T.buffer_store(total, total[0] + as_float(load4(S[(w * pitch + index) * 4])), [tirx.IntImm("int32", 0)])
+
+
+def store_result(Y, residual, total, index, dtype, epilogue, low, high):
+    """Stores total[0], a sum with its bias, at `index` of y: the residual there is added, then comes the activation."""
+    if epilogue.residual:
+        T.buffer_store(total, total[0] + widened(dtype, residual[index]), [0])
+    T.buffer_store(Y, narrowed(dtype, act(epilogue.act, total[0], low, high)), [index])

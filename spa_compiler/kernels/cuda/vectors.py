@@ -57,7 +57,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa_compiler.kernels.cuda.arrays import Array, Below, Extent, Offsets, Permutation
-from spa_compiler.kernels.cuda.few import rank_of
 from spa_compiler.kernels.cuda.form import (
     F32,
     Arrays,
@@ -71,6 +70,7 @@ from spa_compiler.kernels.cuda.form import (
     to_bits,
 )
 from spa_compiler.kernels.cuda.roofline import in_waves
+from spa_compiler.kernels.cuda.strips import rank_of
 from spa_compiler.kernels.cuda.sums import Tile
 from spa_compiler.kernels.cuda.vector_products import BACK, PIECE, script, shared_bytes, slab_of, step_of, transposed
 from spa_compiler.targets.cuda import Architecture

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from spa_compiler.kernels.cuda import arrays as rules
 from spa_compiler.kernels.cuda.bitmap import WARPS, Bitmap, kernel
-from spa_compiler.kernels.cuda.few import BINS, Few
+from spa_compiler.kernels.cuda.few import Few
 from spa_compiler.kernels.cuda.form import Dtype, Epilogue, rounded
+from spa_compiler.kernels.cuda.strips import BINS
 from spa_compiler.targets.cuda import ARCHITECTURES
 from tests.cuda_emulator.emulator import check, run
 from tests.cuda_harness import machine_code, products, sparse

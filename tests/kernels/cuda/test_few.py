@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from spa_compiler.kernels.cuda import arrays as rules
 from spa_compiler.kernels.cuda import few
-from spa_compiler.kernels.cuda.few import BINS, Few, kernel
+from spa_compiler.kernels.cuda.few import Few, kernel
 from spa_compiler.kernels.cuda.form import DTYPES, Dtype, Epilogue, rounded
+from spa_compiler.kernels.cuda.strips import BINS, TILE
 from spa_compiler.targets.cuda import ARCHITECTURES
 from tests.cuda_emulator.emulator import check
 from tests.cuda_harness import machine_code, products, sparse
@@ -74,7 +75,7 @@ def test_a_wrong_array_is_refused_and_a_wrong_place_stays_in_its_tile() -> None:
         with pytest.raises(ValueError, match=r"starts|entries"):
             rules.check(FORM.rules("fp16"), packed | {"starts": starts}, 40, 100)
     places = (np.arange(1 << 16, dtype=np.uint32) << 16 & few.PLACE << 16) >> 16
-    assert places.max() < few.TILE
+    assert places.max() < TILE
     assert (places % 2 == 0).all()
 
 
