@@ -39,17 +39,7 @@ from spa_compiler.kernels.cuda import grids
 from spa_compiler.kernels.cuda.arrays import Array, Extent
 from spa_compiler.kernels.cuda.form import F32, Arrays, Dtype, Epilogue, Form, Kernel, Layout
 from spa_compiler.kernels.cuda.roofline import microseconds
-from spa_compiler.kernels.cuda.script import (
-    act,
-    add_up,
-    as_float,
-    as_uint,
-    call,
-    load_tokens,
-    mma,
-    narrowed,
-    widened,
-)
+from spa_compiler.kernels.cuda.script import add_up, as_float, as_uint, call, load_tokens, mma, store_result
 from spa_compiler.kernels.vector import ANY
 from spa_compiler.targets.cuda import Architecture
 
@@ -100,15 +90,38 @@ class FourBit:
         """`weight` [n, k] -> `codes`, `scales`.
 
         Raises:
-            ValueError: the weight is on no grid of 4 bits, or `dtype` is fp32.
+            ValueError: the weight is on no grid of 4 bits, nearly always after a look at the first groups; or `dtype`
+                is fp32.
         """
         if dtype == "fp32":
             raise ValueError("weights of 4 bits have no kernels for float32")
-        return pack(weight, self.group, dtype)
+        n, k = weight.shape
+        strips, steps = -(-n // ROWS), -(-k // STEP)
+        codes = np.empty((strips, steps, 64, 4), np.uint32)
+        scales = np.empty((strips, steps, 8 * STEP // self.group, 2), np.uint32)
+        grids.find(_padded(weight[:ROWS, :STEP]).reshape(ROWS, -1, self.group), dtype)
+        for strip in range(strips):
+            rows = _padded(weight[strip * ROWS : (strip + 1) * ROWS])
+            q, s, z = grids.find(rows.reshape(ROWS, -1, self.group), dtype)
+            # [row half, g, step, half, block, lane q, pair, odd] -> [step, half, g, lane q, block, row half, pair, odd]
+            nibbles = q.reshape(2, 8, steps, 2, 2, 4, 4, 2).transpose(2, 3, 1, 5, 4, 0, 6, 7).astype(np.uint32)
+            shifts = np.arange(4, dtype=np.uint32)[:, None] * 4 + np.arange(2, dtype=np.uint32) * 16
+            codes[strip] = np.bitwise_or.reduce(nibbles << shifts, axis=(-1, -2)).reshape(steps, 64, 4)
+            words = s.view(np.uint32) | z
+            scales[strip] = words.reshape(2, 8, steps, -1).transpose(2, 3, 1, 0).reshape(steps, -1, 2)
+        return {"codes": codes.reshape(-1, 64, 4), "scales": scales.reshape(strips * steps, -1, 2)}
 
     def unpack(self, arrays: Arrays, n: int, k: int, dtype: Dtype) -> F32:
         """The weight [n, k] again, not rounded to `dtype`: kernels scale sums, in float32."""
-        return unpack(arrays, n, k, self.group)
+        strips, steps = -(-n // ROWS), -(-k // STEP)
+        shifts = np.arange(4, dtype=np.uint32)[:, None] * 4 + np.arange(2, dtype=np.uint32) * 16
+        words = arrays["codes"].reshape(strips, steps, 2, 8, 4, 2, 2)
+        nibbles = words[..., None, None] >> shifts & 15
+        q = nibbles.transpose(0, 6, 3, 1, 2, 5, 4, 7, 8).reshape(strips, 2, 8, steps, STEP // self.group, self.group)
+        scales = arrays["scales"].reshape(strips, steps, STEP // self.group, 8, 2).transpose(0, 4, 3, 1, 2)[..., None]
+        s, z = np.ascontiguousarray(scales & ~np.uint32(15)).view(np.float32), (scales & 15).astype(np.float32)
+        weight: F32 = ((q - z) * s).astype(np.float32).reshape(strips * ROWS, steps * STEP)
+        return weight[:n, :k]
 
     def kernels(
         self, arch: Architecture, dtype: Dtype, layout: Layout, epilogue: Epilogue, tokens: int
@@ -131,47 +144,11 @@ class FourBit:
         return microseconds(arch, kernel.grid(n, tokens), read, min(tokens, kernel.tile_tokens) * k * 2, cycles)
 
 
-def pack(weight: F32, group: int, dtype: Dtype) -> Arrays:
-    """`weight` [n, k] -> `codes`, `scales`.
-
-    Raises:
-        ValueError: the weight is on no grid of 4 bits; nearly always after a look at the first groups.
-    """
-    n, k = weight.shape
-    strips, steps = -(-n // ROWS), -(-k // STEP)
-    codes = np.empty((strips, steps, 64, 4), np.uint32)
-    scales = np.empty((strips, steps, 8 * STEP // group, 2), np.uint32)
-    grids.find(_padded(weight[:ROWS, :STEP]).reshape(ROWS, -1, group), dtype)
-    for strip in range(strips):
-        rows = _padded(weight[strip * ROWS : (strip + 1) * ROWS])
-        q, s, z = grids.find(rows.reshape(ROWS, -1, group), dtype)
-        # [row half, g, step, half, block, lane q, pair, odd] -> [step, half, g, lane q, block, row half, pair, odd]
-        nibbles = q.reshape(2, 8, steps, 2, 2, 4, 4, 2).transpose(2, 3, 1, 5, 4, 0, 6, 7).astype(np.uint32)
-        shifts = np.arange(4, dtype=np.uint32)[:, None] * 4 + np.arange(2, dtype=np.uint32) * 16
-        codes[strip] = np.bitwise_or.reduce(nibbles << shifts, axis=(-1, -2)).reshape(steps, 64, 4)
-        words = s.view(np.uint32) | z
-        scales[strip] = words.reshape(2, 8, steps, -1).transpose(2, 3, 1, 0).reshape(steps, -1, 2)
-    return {"codes": codes.reshape(-1, 64, 4), "scales": scales.reshape(strips * steps, -1, 2)}
-
-
 def _padded(rows: F32) -> F32:
     """Whole strips and steps, with zeros."""
     whole = np.zeros((ROWS, -(-rows.shape[1] // STEP) * STEP), np.float32)
     whole[: len(rows), : rows.shape[1]] = rows
     return whole
-
-
-def unpack(arrays: Arrays, n: int, k: int, group: int) -> F32:
-    """The weight [n, k] that the kernel multiplies with, in float32."""
-    strips, steps = -(-n // ROWS), -(-k // STEP)
-    shifts = np.arange(4, dtype=np.uint32)[:, None] * 4 + np.arange(2, dtype=np.uint32) * 16
-    words = arrays["codes"].reshape(strips, steps, 2, 8, 4, 2, 2)
-    nibbles = words[..., None, None] >> shifts & 15
-    q = nibbles.transpose(0, 6, 3, 1, 2, 5, 4, 7, 8).reshape(strips, 2, 8, steps, STEP // group, group)
-    scales = arrays["scales"].reshape(strips, steps, STEP // group, 8, 2).transpose(0, 4, 3, 1, 2)[..., None]
-    s, z = np.ascontiguousarray(scales & ~np.uint32(15)).view(np.float32), (scales & 15).astype(np.float32)
-    weight: F32 = ((q - z) * s).astype(np.float32).reshape(strips * ROWS, steps * STEP)
-    return weight[:n, :k]
 
 
 SHAPES = {8: {(2, 8): 2, (1, 8): 3, (1, 16): 1}, 16: {(2, 8): 1, (1, 8): 2, (1, 16): 1}}
@@ -213,7 +190,6 @@ def _script(dtype, epilogue, group, tile, strips, warps):
     PARTS = STEP // group
     SHARED = _shared(tile, strips, warps)
     numbers = {name: T.uint32(bits) for name, bits in _NUMBERS[dtype].items()}
-    residual_, act_ = epilogue.residual, epilogue.act
 
     def load_step(codes, scales, into, words, m, step, lane, g):
         """A lane's words of a step of strip m: 8 of codes, 2 of each group's scales."""
@@ -341,8 +317,6 @@ def _script(dtype, epilogue, group, tile, strips, warps):
                 total = T.alloc_buffer((1,), "float32", scope="local")
                 total[0] = bias[strip * ROWS + row]
                 add_up(S, total, W, tile * PITCH, column * PITCH + row)
-                if residual_:
-                    total[0] = total[0] + widened(dtype, residual[(first + column) * n + strip * ROWS + row])
-                Y[(first + column) * n + strip * ROWS + row] = narrowed(dtype, act(act_, total[0], low, high))
+                store_result(Y, residual, total, (first + column) * n + strip * ROWS + row, dtype, epilogue, low, high)
 
     return four_bit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,11 +13,10 @@ from spa_compiler.kernels.cuda import arrays as rules
 from spa_compiler.kernels.cuda.form import Dtype, Epilogue, holds, rounded
 from spa_compiler.kernels.cuda.matvec import BINS, GROUPS, SHAPES, FourBit, kernel
 from spa_compiler.kernels.cuda.roofline import microseconds
-from spa_compiler.kernels.cuda.source import source
 from spa_compiler.solvers.four_bits import Grid, nearest
-from spa_compiler.targets import nvrtc
 from spa_compiler.targets.cuda import ARCHITECTURES
 from tests.cuda_emulator.emulator import check
+from tests.cuda_harness import NUMBERS, machine_code, products
 
 CASES: dict[str, tuple[Dtype, FourBit, int, tuple[int, int], Epilogue]] = {
     "fp16": ("fp16", FourBit(128), 8, (2, 8), Epilogue()),
@@ -137,12 +135,9 @@ def test_it_compiles_without_spills_for_tensor_cores(
 ) -> None:
     shape = shape if shape in SHAPES[tokens] else SHAPES[tokens][0]
     made = kernel(dtype, Epilogue("gelu_erf", residual=True), group, tokens, *shape)
-    compiled = nvrtc.compile_source(source(made), arch)
-    assert compiled.spilled == compiled.stack == 0
-    assert compiled.registers * made.threads * made.min_blocks <= ARCHITECTURES[arch].registers_per_sm
-    names = {"fp16": "f16", "bf16": "bf16"}
-    assert len(re.findall(rf"mma.sync.aligned.*\.{names[dtype]}\.", compiled.ptx)) == 8 * tokens // 8 * shape[0]
-    assert len(re.findall(rf"fma.rn.{names[dtype]}x2", compiled.ptx)) == 32 * shape[0]
+    compiled = machine_code(made, arch)
+    assert products(compiled, dtype) == 8 * tokens // 8 * shape[0]
+    assert compiled.ptx.count(f"fma.rn.{NUMBERS[dtype]}x2") == 32 * shape[0]
 
 
 def test_few_tokens_have_kernels_and_eight_thousand_columns_of_one_token_are_three_times_faster_by_the_model() -> None:
