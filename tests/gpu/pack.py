@@ -55,14 +55,15 @@ VECTOR_SHAPES = {8: (523, 137, 150), 16: (512, 208, 152)}
 
 
 def compiled(kernel: Kernel) -> list[tuple[int, bool, bytes]]:
-    """Cubin and PTX of every architecture that can launch it."""
-    out = []
-    for arch in ARCHS:
-        if kernel.fits(architecture(arch)):
-            code = nvrtc.compile_source(source(kernel), arch)
-            out += [(architecture(arch).capability, False, code.cubin)]
-            out += [(architecture(arch).capability, True, code.ptx.encode())]
-    return out
+    """Cubin of every architecture that can launch it, and PTX of the last one, for GPUs that are newer than all."""
+    codes = {
+        architecture(arch).capability: nvrtc.compile_source(source(kernel), arch)
+        for arch in ARCHS
+        if kernel.fits(architecture(arch))
+    }
+    out = [(capability, False, code.cubin) for capability, code in codes.items()]
+    last = max(codes)
+    return [*out, (last, True, codes[last].ptx.encode())]
 
 
 def recipe(n: int, k: int, density: float, block: int, seed: int, levels: int) -> dict[str, Any]:
