@@ -37,8 +37,9 @@ What bounds it, for each input, where a thread block has 512 outputs x 64 tokens
 bytes of activations and 512 p 2.3 of weights. Shared memory gives 512 p / R lines of 128 bytes, 1.5 times, takes and
 gives the weights, and in `rows` moves activations three times. Tensor cores have 2 512 64 p operations. On an H200, at
 90 % zeros, these are 10 cycles of a multiprocessor for L2, 17 (R = 8) or 11 (R = 16) for shared memory, 3 for tensor
-cores; cuBLAS takes 20. So unlike larger blocks it is bound by shared memory, and pays there from some 80 % (R = 16) or
-90 % (R = 8) on; on an A100, whose tensor cores do a third, from 60 and 70 %.
+cores; cuBLAS takes 20. So unlike larger blocks it is bound by shared memory, and with thousands of tokens it pays there
+from some 85 % (R = 16) or 92 % (R = 8) on; on an A100, whose tensor cores do a third, from 65 and 75 %. None of this is
+measured.
 
 References: Chen et al., Efficient Tensor Core-Based GPU Kernels for Structured Sparsity under Reduced Precision, SC21
 (columns of outputs as the unit of zeros, dense products of them by a warp); Castro et al., Probing the Efficacy of
