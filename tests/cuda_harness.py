@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +36,19 @@ def machine_code(kernel: Kernel, arch: str) -> nvrtc.Compiled:
     return compiled
 
 
+def disassembled(kernel: Kernel, arch: str, folder: Path) -> str:
+    """A kernel's instructions, as the GPU gets them."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(machine_code(kernel, arch).cubin)
+    tool = next(f for f in metadata.files("nvidia-cuda-nvdisasm") or () if f.name == "nvdisasm")
+    return subprocess.run([str(tool.locate()), "-c", str(file)], capture_output=True, text=True, check=True).stdout
+
+
+def product(dtype: Dtype) -> str:
+    """The instruction of tensor cores, in PTX."""
+    return f"mma.sync.aligned.m16n8k{8 if dtype == 'fp32' else 16}.row.col.f32.{NUMBERS[dtype]}"
+
+
 def products(compiled: nvrtc.Compiled, dtype: Dtype) -> int:
-    """Instructions of tensor cores."""
-    return len(re.findall(rf"mma.sync.aligned.*\.{NUMBERS[dtype]}\.", compiled.ptx))
+    """How many instructions of tensor cores there are."""
+    return compiled.ptx.count(product(dtype))

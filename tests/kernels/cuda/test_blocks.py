@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from spa_compiler.kernels.cuda.blocks import SIZES, TILES, Blocks
 from spa_compiler.kernels.cuda.form import DTYPES, LAYOUTS, Dtype, Epilogue, Kernel, Layout, rounded, tf32
 from spa_compiler.targets import cuda
 from tests.cuda_emulator import emulator
-from tests.cuda_harness import NUMBERS, machine_code
+from tests.cuda_harness import disassembled, machine_code, product
 
 
 def tile(group: int, tokens: int) -> blocks.Tile:
@@ -188,7 +186,7 @@ def test_every_variant_compiles(size: int, epilogue: Epilogue) -> None:
 
 def _assert_good_code(kernel: Kernel, arch: str, dtype: Dtype, layout: Layout) -> None:
     compiled = machine_code(kernel, arch)
-    assert f"mma.sync.aligned.m16n8k{8 if dtype == 'fp32' else 16}.row.col.f32.{NUMBERS[dtype]}" in compiled.ptx
+    assert product(dtype) in compiled.ptx
     transposed = "ldmatrix.sync.aligned.m8n8.x4.trans" in compiled.ptx
     assert transposed == (layout == "planes" and dtype != "fp32")
     assert "cp.async.cg.shared.global" in compiled.ptx
@@ -196,10 +194,7 @@ def _assert_good_code(kernel: Kernel, arch: str, dtype: Dtype, layout: Layout) -
 
 def test_products_are_tensor_core_instructions(tmp_path: Path) -> None:
     """What the assembler made of the largest tile: each product once, copies that bypass registers."""
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(machine_code(KERNELS[0], "sm_90").cubin)
-    tool = next(f for f in metadata.files("nvidia-cuda-nvdisasm") or () if f.name == "nvdisasm")
-    sass = subprocess.run([str(tool.locate()), "-c", str(file)], capture_output=True, text=True, check=True).stdout
+    sass = disassembled(KERNELS[0], "sm_90", tmp_path)
     # 2 steps x 4 block rows of a warp x 2 pieces of 16 rows x 4 pieces of 8 tokens
     assert len(re.findall(r"\bHMMA\.16816\.F32\b", sass)) == 64
     assert "LDGSTS.E.BYPASS.128" in sass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from spa_compiler.kernels.cuda.form import DTYPES, LAYOUTS, Dtype, Epilogue, Ker
 from spa_compiler.kernels.cuda.vectors import SIZES, TILES, Vectors
 from spa_compiler.targets import cuda
 from tests.cuda_emulator import emulator
-from tests.cuda_harness import machine_code, products
+from tests.cuda_harness import disassembled, machine_code, products
 
 SM90 = cuda.architecture("sm_90")
 
@@ -225,10 +223,7 @@ def _assert_good_code(kernel: Kernel, arch: str, dtype: Dtype) -> None:
 
 def test_products_are_tensor_core_instructions(tmp_path: Path) -> None:
     """What the assembler made of the largest tile: four groups of a warp, each with 64 tokens in one step."""
-    file = tmp_path / "kernel.cubin"
-    file.write_bytes(machine_code(LARGE[1], "sm_90").cubin)
-    tool = next(f for f in metadata.files("nvidia-cuda-nvdisasm") or () if f.name == "nvdisasm")
-    sass = subprocess.run([str(tool.locate()), "-c", str(file)], capture_output=True, text=True, check=True).stdout
+    sass = disassembled(LARGE[1], "sm_90", tmp_path)
     assert len(re.findall(r"\bHMMA\.16816\.F32\b", sass)) == 4 * 4
     assert len(re.findall(r"\bLDSM\.16\.MT88\.4\b", sass)) == 4 * 4 + 1  # and the transposition
     assert "LDGSTS.E.BYPASS.128" in sass
