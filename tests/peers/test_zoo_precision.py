@@ -16,7 +16,7 @@ from tests.peers import graphs
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 
 TOLERANCE: dict[str, float] = {"fp16": 2e-2, "bf16": 8e-2}
-LOOSE: dict[str, float] = {"focalnet_tiny": 4.0, "starnet_s1": 1e6}
+LOOSE: dict[str, float] = {"focalnet_tiny": 4.0, "t5": 2.0, "starnet_s1": 1e6}
 """With random weights their layers multiply rounding, in starnet until nothing of the result is left: name -> how many
 times as far outputs may move. They stay finite."""
 
