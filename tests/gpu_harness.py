@@ -63,10 +63,10 @@ def in_child(test: Callable[..., Any]) -> Callable[..., Any]:
 # ---- the driver ----
 
 
-def build_driver(folder: Path, *flags: str) -> Path:
-    """libcuda.so.1, from fake_cuda.c."""
-    path = folder / "libcuda.so.1"
-    options = ["-O1", "-g", "-std=c11", "-D_GNU_SOURCE", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1"]
+def build_driver(folder: Path, *flags: str, name: str = "libcuda.so.1") -> Path:
+    """A driver from fake_cuda.c. A process that has loaded one finds it by its `name` from then on."""
+    path = folder / name
+    options = ["-O1", "-g", "-std=c11", "-D_GNU_SOURCE", "-fPIC", "-shared", f"-Wl,-soname,{name}"]
     link.run_linker([*options, *sanitizers(), *flags, str(FAKE_CUDA), "-ldl", "-o", str(path)])
     return path
 

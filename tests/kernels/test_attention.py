@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spa_compiler.kernels import attention, panel
@@ -47,6 +47,7 @@ def run(
 
 
 @settings(max_examples=120, deadline=None)
+@example(16, 64, 3, "keys", 0.1, 479001600)  # no key is to be seen
 @given(
     st.sampled_from(panel.LANE_COUNTS),
     st.sampled_from([4, 8, 32, 64]),
@@ -70,7 +71,9 @@ def test_it_computes_what_the_reference_computes(
         mask[0] = 0.0
     want = attention.reference(q, k, v, mask, depth**-0.5)
     got = run(q, k, v, mask, depth**-0.5)
-    assert np.abs(got - want).max() <= 3e-6 * max(1.0, np.abs(v).max()) * max(1.0, spread)
+    # Where all scores are near -1e4, float32 holds them no finer than this.
+    coarse = np.spacing(np.float32(1e4)) if kind == "keys" and mask.max() < 0 else 0.0
+    assert np.abs(got - want).max() <= (3e-6 * max(1.0, spread) + coarse) * max(1.0, np.abs(v).max())
     if kind != "causal":
         np.testing.assert_array_equal(run(q, k, v, mask, depth**-0.5, shared=True), got)
 

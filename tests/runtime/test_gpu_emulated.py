@@ -107,7 +107,7 @@ def called(
     try:
         bits = there.compute(made, Node(inputs=[Tensor.of(v) for v in given], allocate=allocate))
     except Refused as error:
-        raise AssertionError(f"{attributes}: {driver().fake_message()}") from error
+        raise AssertionError(f"{attributes}: {error} {driver().fake_message()}") from error
     y = from_bits(bits.copy(), dtype)
     there.destroy(made)
     driver().assert_clean()
